@@ -1,0 +1,83 @@
+"""Evaluate expressions of parameters alone, such as `1 + weight` or `weight.T`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from teq_graph import graph as fx
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a folded constant comes from: `expression` applied to the tensor called `source`."""
+
+    source: str
+    expression: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...]
+
+
+class FoldConstants(PassBase):
+    """add(weight, 1) → c   becomes   c'
+
+    where c' is a new constant. It keeps the name of its first source where nothing else reads that.
+    Results larger than their sources (an expanded mask, say) stay expressions. How each constant was made
+    from a single source is kept in `graph_module.meta["origins"]`, so that a scale can be written back.
+    """
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        modified = False
+        for node in list(graph_module.graph.nodes):
+            if _is_foldable(node):
+                modified |= _fold(graph_module, node)
+        if modified:
+            fx.drop_unused(graph_module)
+        return PassResult(graph_module, modified)
+
+
+def _is_foldable(node: Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
+        return False
+    inputs = node.all_input_nodes
+    return bool(inputs) and all(map(fx.is_tensor_constant, inputs)) and isinstance(node.meta.get("val"), Tensor)
+
+
+def _fold(graph_module: GraphModule, node: Node) -> bool:
+    sources = node.all_input_nodes
+    lookup = {source: fx.node_tensor(source) for source in sources}
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lookup.__getitem__)
+    assert callable(node.target)
+    if any(not isinstance(dim, int) for dim in node.meta["val"].shape):
+        return False
+    if node.meta["val"].numel() > sum(tensor.numel() for tensor in lookup.values()):
+        return False
+    with torch.no_grad():
+        value = node.target(*args, **kwargs)
+    first = sources[0]
+    assert isinstance(first.target, str)
+    origins = graph_module.meta.setdefault("origins", {})
+    origin = origins.get(first.target, Origin(first.target, ()))
+    step = (node.target, tuple(None if arg is first else arg for arg in node.args), dict(node.kwargs))
+    replaces = set(first.users) == {node}
+    if replaces:
+        name = first.target
+        fx.set_tensor(graph_module, name, value)
+    else:
+        name = fx.add_tensor(graph_module, first.target, value)
+    # Of several sources no single one can be told from the result: a step without operands has no inverse.
+    known = step if len(sources) == 1 else (node.target, (), {})
+    origins[name] = Origin(origin.source, (*origin.expression, known))
+    with graph_module.graph.inserting_before(node):
+        constant = graph_module.graph.create_node("get_attr", name)
+    constant.meta = {**node.meta, "val": value}
+    node.replace_all_uses_with(constant)
+    graph_module.graph.erase_node(node)
+    if replaces:
+        graph_module.graph.erase_node(first)
+    return True

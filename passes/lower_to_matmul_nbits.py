@@ -1,0 +1,42 @@
+"""Let linears over quantized weights compute from the codes."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from teq_graph import graph as fx
+from teq_graph import ops as _ops  # noqa: F401  registers the op
+
+
+class LowerToMatMulNBits(PassBase):
+    """linear(x, dequantize_nbits(codes, scales, zero_points), bias)
+
+    becomes   matmul_nbits(x, codes, scales, zero_points, bias)
+    """
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        modified = False
+        graph = graph_module.graph
+        for linear in list(graph.nodes):
+            if not fx.is_call(linear, fx.aten.linear.default):
+                continue
+            values = fx.arguments(linear)
+            weight = values["weight"]
+            if not fx.is_call(weight, torch.ops.teq_graph.dequantize_nbits.default):
+                continue
+            assert isinstance(weight, Node)
+            codes, scales, zero_points, *shape = weight.args
+            with graph.inserting_before(linear):
+                result = graph.call_function(
+                    torch.ops.teq_graph.matmul_nbits.default,
+                    (values["input"], codes, scales, zero_points, values["bias"], *shape),
+                )
+            result.meta = dict(linear.meta)
+            linear.replace_all_uses_with(result)
+            graph.erase_node(linear)
+            modified = True
+        if modified:
+            fx.drop_unused(graph_module)
+        return PassResult(graph_module, modified)

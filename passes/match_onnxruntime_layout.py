@@ -1,0 +1,64 @@
+"""Store quantized weights the way onnxruntime's MatMulNBits accepts them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+import teq_graph.ops  # noqa: F401  (registers the operator)
+from teq_graph import graph as fx
+from teq_graph.quantization import QuantizedWeight
+
+Stored = tuple[Node, Node, Node | None]
+"""The nodes that read b, scales and zero_points."""
+
+
+class MatchOnnxruntimeLayout(PassBase):
+    """matmul_nbits(a, b, …, bits=3, block_size=K)   becomes   matmul_nbits(a, b', …, bits=4, block_size=128)
+
+    onnxruntime takes 2, 4 and 8 bits in blocks of 16 to 256. 3-bit codes move into 4 bits, and a block that
+    spans the whole row becomes blocks of 128 with the same scale: the weight stays equal bit for bit
+    (`QuantizedWeight.for_onnxruntime`). What is accepted already is left alone, and a weight that several
+    products read is stored once.
+    """
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        done: dict[tuple[Stored, int, int], tuple[Stored, int, int]] = {}
+        for node in list(graph_module.graph.nodes):
+            if not fx.is_call(node, torch.ops.teq_graph.matmul_nbits.default):
+                continue
+            values: dict[str, Any] = fx.arguments(node)
+            stored: Stored = (values["b"], values["scales"], values["zero_points"])
+            key = (stored, values["bits"], values["block_size"])
+            weight = _weight(stored, values)
+            accepted = weight.for_onnxruntime()
+            if accepted is weight:
+                continue
+            if key not in done:
+                done[key] = (_store(graph_module, stored, accepted), accepted.bits, accepted.block_size)
+            (values["b"], values["scales"], values["zero_points"]), values["bits"], values["block_size"] = done[key]
+            node.args, node.kwargs = tuple(values.values()), {}
+        if done:
+            fx.drop_unused(graph_module)
+        return PassResult(graph_module, bool(done))
+
+
+def _weight(stored: Stored, values: dict[str, Any]) -> QuantizedWeight:
+    b, scales, zero_points = (None if node is None else fx.node_tensor(node) for node in stored)
+    assert b is not None and scales is not None
+    return QuantizedWeight(b, scales, zero_points, values["N"], values["K"], values["bits"], values["block_size"])
+
+
+def _store(graph_module: GraphModule, old: Stored, weight: QuantizedWeight) -> Stored:
+    """Nodes for the tensors of `weight`, named after those that they replace."""
+    nodes: list[Node | None] = []
+    for node, tensor in zip(old, (weight.packed, weight.scales, weight.zero_points), strict=True):
+        if node is not None and tensor is not None:
+            node = fx.get_attr_node(graph_module, fx.add_tensor(graph_module, str(node.target), tensor))
+        nodes.append(node)
+    b, scales, zero_points = nodes
+    assert b is not None and scales is not None
+    return b, scales, zero_points

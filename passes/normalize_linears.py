@@ -1,0 +1,94 @@
+"""Write every product with a constant matrix as `aten.linear(x, weight[N, K], bias)`."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from teq_graph import graph as fx
+from teq_graph.graph import aten
+
+TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default, aten.mT.default)
+
+
+class NormalizeLinears(PassBase):
+    """1. addmm(bias, x, W[K, N])       →  linear(x, t(W), bias)
+    2. mm(x, W), matmul(x, W)           →  linear(x, t(W))
+    3. linear(x, t(t(W)))               →  linear(x, W)
+    4. add(linear(x, W), constant[N])   →  linear(x, W, constant)
+
+    W is a tensor constant or the transpose of one; `t` of a constant is left for constant folding. Case 4
+    needs a linear without bias that nothing else reads.
+    """
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        modified = False
+        for node in list(graph_module.graph.nodes):
+            modified |= _rewrite_product(node) or _absorb_bias(node)
+        if modified:
+            fx.drop_unused(graph_module)
+        return PassResult(graph_module, modified)
+
+
+def _rewrite_product(node: Node) -> bool:
+    if fx.is_call(node, aten.addmm.default):
+        values = fx.arguments(node)
+        bias, x, matrix = values["self"], values["mat1"], values["mat2"]
+        if values["beta"] != 1 or values["alpha"] != 1 or not fx.is_tensor_constant(bias):
+            return False
+        if bias.meta["val"].shape != node.meta["val"].shape[-1:]:
+            return False
+    elif fx.is_call(node, aten.mm.default, aten.matmul.default):
+        bias, (x, matrix) = None, node.args[:2]
+    else:
+        return False
+    if not isinstance(x, Node) or fx.is_tensor_constant(x) or not _is_constant_matrix(matrix):
+        return False
+    graph = node.graph
+    with graph.inserting_before(node):
+        if _transposes(matrix):
+            weight = matrix.args[0]
+        else:
+            weight = graph.call_function(aten.t.default, (matrix,))
+            weight.meta["val"] = matrix.meta["val"].t()
+        linear = graph.call_function(aten.linear.default, (x, weight) if bias is None else (x, weight, bias))
+    linear.meta = dict(node.meta)
+    node.replace_all_uses_with(linear)
+    graph.erase_node(node)
+    return True
+
+
+def _is_constant_matrix(value: object) -> bool:
+    if fx.is_call(value, *TRANSPOSES):
+        assert isinstance(value, Node)
+        value = value.args[0]
+    return fx.is_tensor_constant(value) and fx.ndim(value) == 2
+
+
+def _transposes(matrix: Node) -> bool:
+    """Whether `matrix` is the transpose of what it reads: `permute(0, 1)` is not."""
+    if fx.is_call(matrix, aten.transpose.int):
+        _, first, second = fx.operands(matrix)
+        return bool((first - second) % 2 == 1)
+    if fx.is_call(matrix, aten.permute.default):
+        return [dim % 2 for dim in fx.operands(matrix)[1]] == [1, 0]
+    return fx.is_call(matrix, *TRANSPOSES)
+
+
+def _absorb_bias(node: Node) -> bool:
+    if not fx.is_call(node, aten.add.Tensor) or node.kwargs:
+        return False
+    for linear, bias in (node.args, reversed(node.args)):
+        if not (fx.is_call(linear, aten.linear.default) and fx.is_tensor_constant(bias)):
+            continue
+        assert isinstance(linear, Node) and isinstance(bias, Node)
+        has_bias = fx.arguments(linear)["bias"] is not None
+        fits = bias.meta["val"].shape == linear.meta["val"].shape[-1:] and fx.dtype(bias) == fx.dtype(linear)
+        if not has_bias and fits and len(linear.users) == 1:
+            linear.args = (*linear.args[:2], bias)
+            # The constant may be read only from here on, so the linear moves down to its reader.
+            node.prepend(linear)
+            node.replace_all_uses_with(linear)
+            node.graph.erase_node(node)
+            return True
+    return False

@@ -1,0 +1,64 @@
+"""Replace the weights of linears by codes and grids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from teq_graph import graph as fx
+from teq_graph import ops as _ops  # noqa: F401  registers the op
+from teq_graph.config import WeightSpec
+from teq_graph.quantization import QuantizedWeight, quantize_weight
+
+
+class QuantizeLinears(PassBase):
+    """linear(x, W[N, K])   becomes   linear(x, dequantize_nbits(codes, scales, zero_points))
+
+    for the weights in `specs`, rounded to nearest. `quantized` holds the result by weight name. Codes and
+    grid stand beside where the weight was, as `codes`, `scales` and `zero_points`, in the layout of MatMulNBits.
+    """
+
+    def __init__(self, specs: Mapping[str, WeightSpec]) -> None:
+        self.specs = specs
+        self.quantized: dict[str, QuantizedWeight] = {}
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        dequantized = {}
+        for linear in list(fx.linears(graph_module)):
+            name = fx.weight_name(linear)
+            if name not in self.specs:
+                continue
+            if name not in dequantized:
+                weight = fx.node_tensor(fx.operand(linear, 1))
+                self.quantized[name] = quantize_weight(weight.detach(), self.specs[name], weight.dtype)
+                # Before the first reader; later readers of the same weight follow it.
+                dequantized[name] = _dequantize_node(graph_module, linear, name, self.quantized[name])
+            linear.update_arg(1, dequantized[name])
+        if dequantized:
+            fx.drop_unused(graph_module)
+        return PassResult(graph_module, bool(dequantized))
+
+
+def _dequantize_node(
+    graph_module: GraphModule, before: torch.fx.Node, name: str, weight: QuantizedWeight
+) -> torch.fx.Node:
+    owner, _, leaf = name.rpartition(".")
+    stem = (f"{owner}." if owner else "") + ("" if leaf == "weight" else f"{leaf}_")
+    graph = graph_module.graph
+    with graph.inserting_before(before):
+        tensors: list[torch.fx.Node | None] = []
+        parts = (("codes", weight.packed), ("scales", weight.scales), ("zero_points", weight.zero_points))
+        for part, tensor in parts:
+            if tensor is None:
+                tensors.append(None)
+                continue
+            node = graph.create_node("get_attr", fx.add_tensor(graph_module, f"{stem}{part}", tensor))
+            node.meta["val"] = tensor
+            tensors.append(node)
+        shape = (weight.k, weight.n, weight.bits, weight.block_size)
+        result = graph.call_function(torch.ops.teq_graph.dequantize_nbits.default, (*tensors, *shape))
+    result.meta["val"] = before.all_input_nodes[1].meta["val"]
+    return result

@@ -1,0 +1,1 @@
+"""What the graph proves, without changing it."""

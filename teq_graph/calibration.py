@@ -1,0 +1,376 @@
+"""Calibration batches from text, data sets, tensors, or the model's own samples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from teq_graph import progress
+from teq_graph.capture import CapturedGraph
+from teq_graph.config import TrainingConfig
+from teq_graph.errors import InputError, NumericsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Batch: TypeAlias = dict[str, Any] | tuple[Any, ...]
+"""Keyword or positional arguments of one call of the model."""
+
+SampleFn: TypeAlias = Callable[[int, int, int], Tensor]
+"""`(samples, length, seed) -> [samples, length]` int64: text of the model's own."""
+
+StepFn: TypeAlias = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""`(input_ids [b, s], past) -> (logits [b, s, vocab], past)`; a past of None is the empty one."""
+
+_ROW_SEPARATOR = "\n\n"  # joins the rows of a data set; gives the standard string for WikiText
+_CHARS_PER_TOKEN = 32  # rows are read up to this many characters per wanted token: some eight times what is used
+
+
+def make_batches(
+    calibration: Any,
+    *,
+    samples: int,
+    length: int,
+    batch_size: int,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocab_size: int | None = None,
+    max_positions: int | None = None,
+    sample_fn: SampleFn | None = None,
+) -> list[Batch]:
+    """Turns what the user gives as calibration data into inputs of the model.
+
+    For a model over tokens (`vocab_size` given) each batch is `{"input_ids": [b, s] int64, "attention_mask":
+    [b, s] int64}`, b <= `batch_size`, padded on the right where lengths differ, the padding masked. `calibration`:
+
+      - None: text that the model writes, from `sample_fn`;
+      - the path of a text file: tokenized whole, cut into windows of `length` that do not overlap, `samples` of
+        them chosen at random by `seed`, or all where there are fewer; a text shorter than `length` is one window;
+      - a data set of the package `datasets`, or its name as `NAME:SPLIT` or `NAME:CONFIG:SPLIT`: its rows' text,
+        joined by blank lines, read as far as needed, then as for a file;
+      - strings: each is cut into windows as a file is;
+      - an integer tensor or array [N, s], an iterable of such tensors [b, s] or [s], or of dicts with `input_ids`:
+        all of it.
+
+    For any other model, a tensor [N, ...] is cut into batches along its first axis; of an iterable, each dict is
+    a batch of keyword arguments, each tuple or list one of positional arguments, each tensor the only argument.
+    Of an iterator without a length, `samples` elements are read.
+
+    `length` is reduced to `max_positions` where the text is cut or sampled here; inputs that come cut and are
+    longer are refused. Raises InputError for no data, data of another kind, token ids outside the vocabulary,
+    sequences that are too long; NumericsError for NaN or infinity.
+    """
+    length = min(length, max_positions or length)
+    choose = _Chooser(tokenizer, samples, length, seed)
+    rows: Iterable[Tensor] | None = None
+    if calibration is None:
+        if sample_fn is None:
+            raise InputError("calibration=None: only a causal language model writes its own; give inputs of the model")
+        rows = sample_fn(samples, length, seed)
+    elif isinstance(calibration, (str, Path)):
+        rows = choose.from_texts([_text_of(calibration, samples * length)])
+    else:
+        first, elements = _elements(calibration, samples)
+        if isinstance(first, str):
+            rows = choose.from_texts(elements)
+        elif isinstance(first, Mapping) and _text_column(first):
+            rows = choose.from_texts([_join_rows(elements, samples * length)])
+        elif vocab_size is not None and not isinstance(first, Mapping):
+            rows = (row for element in elements for row in _token_rows(element))
+        elif isinstance(calibration, (Tensor, np.ndarray)):
+            elements = torch.as_tensor(calibration).split(batch_size)
+    batches = [_as_batch(element) for element in elements] if rows is None else _batch_rows(rows, batch_size)
+    if not batches:
+        raise InputError("calibration: it is empty; accepted is at least one input")
+    for index, batch in enumerate(batches):
+        if vocab_size is not None and isinstance(batch, dict):
+            _check_tokens(batch, index, vocab_size, max_positions)
+        _check_values(batch, index)
+    return batches
+
+
+def calibration_batches(
+    calibration: Any, captured: CapturedGraph, training: TrainingConfig, tokenizer: Any, example_inputs: Any = None
+) -> list[Batch]:
+    """What the user gives as calibration, as inputs of the captured graph.
+
+    None stands for a causal language model's own samples, and for the user's `example_inputs` of another model.
+    """
+    decoder = captured.decoder
+    if calibration is None and decoder is None and example_inputs is not None:
+        calibration = [example_inputs]
+
+    def sample(samples: int, length: int, seed: int) -> Tensor:
+        assert decoder is not None
+        return sample_text(
+            captured_step(captured),
+            samples=samples,
+            length=length,
+            seed=seed,
+            # An embedding padded beyond the tokenizer has rows that are no tokens.
+            vocab_size=min(decoder.vocab_size, len(tokenizer) if tokenizer is not None else decoder.vocab_size),
+            bos_token_id=_leading_token(tokenizer),
+            special_ids=getattr(tokenizer, "all_special_ids", ()),
+        )
+
+    return make_batches(
+        calibration,
+        samples=training.samples,
+        length=training.length,
+        batch_size=training.batch_size,
+        seed=training.seed,
+        tokenizer=tokenizer,
+        vocab_size=None if decoder is None else decoder.vocab_size,
+        max_positions=None if decoder is None else decoder.max_positions,
+        sample_fn=None if decoder is None else sample,
+    )
+
+
+def captured_step(captured: CapturedGraph) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
+    """A captured decoder as `(input_ids, past) -> (logits, past)`, without padding."""
+
+    def step(input_ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        args, _ = captured.bind({"input_ids": input_ids.to(captured.device), "past_key_values": past})
+        logits, past = captured.graph_module(*args)
+        return logits, past
+
+    return step
+
+
+def _leading_token(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts before every text, if it does."""
+    if tokenizer is None:
+        return None
+    ids = tokenizer("a")["input_ids"]
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def sample_text(
+    step: StepFn,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    vocab_size: int,
+    bos_token_id: int | None = None,
+    special_ids: Iterable[int] = (),
+    batch_size: int = 64,
+) -> Tensor:
+    """Text [samples, length] int64 written by a causal language model, for calibration without data.
+
+    After the beginning-of-text token, where the model's tokenizer writes one, comes a token drawn uniformly
+    from the vocabulary without `special_ids`, then tokens drawn from the model's distribution at temperature 1.
+    The random token makes the samples differ: from the beginning alone, an instruction-tuned model writes its one
+    system prompt again and again. LLM-QAT (arXiv 2305.17888, section 3.1) takes the next few tokens greedily; on
+    SmolLM2 that repeats one phrase, and this and lower temperatures moved the channels' mean magnitudes away from
+    those on WikiText (rms log ratio 0.127 as here, 0.134 greedily, 0.136 at 0.8, 0.264 for random tokens). A text
+    that ends is followed by another one, as in the packed sequences of pre-training.
+
+    Raises NumericsError where the model's logits are not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    allowed = torch.ones(vocab_size, dtype=torch.bool)
+    allowed[[index for index in special_ids if 0 <= index < vocab_size]] = False
+    starts = allowed.nonzero().squeeze(-1)
+    first = starts[torch.randint(len(starts), (samples, 1), generator=generator)]
+    if bos_token_id is not None:
+        first = torch.cat([torch.full((samples, 1), bos_token_id), first], 1)
+    texts = []
+    with torch.inference_mode(), progress.task("Sampling text", total=samples * length) as work:
+        for written in first[:, :length].split(batch_size):
+            pieces, past = [written], None
+            for _ in range(written.shape[1], length):
+                logits, past = step(pieces[-1], past)
+                pieces.append(_draw(logits[:, -1], generator))
+                work.advance(len(written))
+            texts.append(torch.cat(pieces, 1))
+    return torch.cat(texts).clone()
+
+
+def model_step(model: PreTrainedModel) -> StepFn:
+    """The step function of a Hugging Face causal language model, with its KV cache as the past."""
+
+    def step(input_ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        output = model(input_ids=input_ids.to(model.device), past_key_values=past, use_cache=True)
+        return output.logits, output.past_key_values
+
+    return step
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per row [b, vocab] -> [b, 1]."""
+    logits = logits.float().cpu()
+    if not torch.isfinite(logits.amax(-1)).all():  # the maximum is NaN or infinite where any is; -inf masks a token
+        raise NumericsError("sampling text: the model's logits hold NaN or infinity; accepted are finite ones")
+    # inverse of the distribution function: several times faster here than torch.multinomial, in float64 since
+    # float32 sums over a large vocabulary lose the tail
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    points = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)
+
+
+class _Chooser:
+    """Cuts texts into windows of tokens and chooses some of them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, samples: int, length: int, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._samples = samples
+        self._length = length
+        self._seed = seed
+
+    def from_texts(self, texts: Iterable[str]) -> list[Tensor]:
+        """`samples` windows [length], or shorter where a text is shorter."""
+        if self._tokenizer is None:
+            raise InputError("calibration: it is text, but the model has no tokenizer; accepted are tensors of tokens")
+        windows = []
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"calibration: element {index} is {type(text).__name__}, the first is a string")
+            ids = self._tokenizer(text, verbose=False, return_attention_mask=False)["input_ids"]
+            windows += self._cut(torch.tensor(ids, dtype=torch.int64))
+        chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self._seed))
+        return [windows[index] for index in chosen[: self._samples]]
+
+    def _cut(self, ids: Tensor) -> list[Tensor]:
+        full = len(ids) // self._length
+        return list(ids[: full * self._length].split(self._length)) if full else [ids] * bool(len(ids))
+
+
+def _text_of(source: str | Path, tokens: int) -> str:
+    """The text of a file, or of as many rows of a named data set as give about `tokens` tokens."""
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"calibration file {str(source)!r}: {error}; accepted is text in UTF-8") from error
+    name, *rest = str(source).split(":")
+    if len(rest) not in (1, 2):
+        raise InputError(f"calibration={str(source)!r}: no such file; data sets are NAME:SPLIT or NAME:CONFIG:SPLIT")
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"calibration={str(source)!r}: needs the package datasets; pip install datasets") from error
+    try:
+        # streamed: only what is read is downloaded
+        return _join_rows(datasets.load_dataset(name, *rest[:-1], split=rest[-1], streaming=True), tokens)
+    except InputError:
+        raise
+    except Exception as error:  # the hub's, the file system's and the data set's own errors
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"calibration={str(source)!r}: the data set cannot be loaded: {reason}") from error
+
+
+def _text_column(row: Mapping[str, Any]) -> str | None:
+    """`"text"`, or else the first column that holds a string."""
+    columns = [name for name, value in row.items() if isinstance(value, str)]
+    return "text" if "text" in columns else next(iter(columns), None)
+
+
+def _join_rows(rows: Iterable[Any], tokens: int) -> str:
+    texts: list[str] = []
+    size = 0
+    for row in rows:
+        column = _text_column(row)
+        if column is None:
+            raise InputError(f"calibration: a row of the data set has the columns {list(row)}; accepted is one of text")
+        texts.append(row[column])
+        size += len(row[column])
+        if size > _CHARS_PER_TOKEN * tokens:
+            break
+    return _ROW_SEPARATOR.join(texts)
+
+
+def _elements(calibration: Any, samples: int) -> tuple[Any, Iterable[Any]]:
+    """The first element, and all; a dict or a tensor is an element itself."""
+    if isinstance(calibration, (Tensor, np.ndarray)):
+        return calibration, [calibration]
+    if isinstance(calibration, Mapping):
+        if any(not isinstance(value, (Tensor, np.ndarray, Sequence)) for value in calibration.values()):
+            raise InputError(f"calibration: a dict with the keys {list(calibration)}; its values are to be tensors")
+        return calibration, [calibration]
+    if not isinstance(calibration, Iterable):
+        kind = type(calibration).__name__
+        raise InputError(f"calibration: it is {kind}; accepted are text, tensors, or an iterable of the model's inputs")
+    iterator: Iterator[Any] = iter(calibration)
+    for first in iterator:
+        elements = itertools.chain([first], iterator)
+        return first, elements if isinstance(calibration, Sized) else _until(elements, first, samples)
+    raise InputError("calibration: it is empty; accepted is at least one input")
+
+
+def _until(elements: Iterator[Any], first: Any, samples: int) -> Iterator[Any]:
+    # the rows of a data set are counted by their text, in `_join_rows`
+    rows = isinstance(first, Mapping) and _text_column(first) is not None
+    return elements if rows else itertools.islice(elements, samples)
+
+
+def _token_rows(element: Any) -> Iterable[Tensor]:
+    """Rows [s] int64 of token ids [b, s] or [s]."""
+    try:
+        ids = torch.as_tensor(element)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(element).__name__
+        raise InputError(f"calibration: an element is {kind}; accepted are integer tensors [b, s]") from None
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
+        shape = list(ids.shape)
+        raise InputError(f"calibration: an element is {ids.dtype} {shape}; accepted are integer tensors [b, s]")
+    return list(torch.atleast_2d(ids.to(torch.int64)))
+
+
+def _batch_rows(rows: Iterable[Tensor], batch_size: int) -> list[Batch]:
+    iterator = iter(rows)
+    batches: list[Batch] = []
+    while chunk := list(itertools.islice(iterator, batch_size)):
+        masks = [torch.ones_like(row) for row in chunk]
+        input_ids, attention_mask = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (chunk, masks))
+        batches.append({"input_ids": input_ids, "attention_mask": attention_mask})
+    return batches
+
+
+def _as_batch(element: Any) -> Batch:
+    element = pytree.tree_map(lambda leaf: torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, element)
+    if isinstance(element, Mapping):
+        return dict(element)
+    if isinstance(element, (tuple, list)):
+        return tuple(element)
+    if isinstance(element, Tensor):
+        return (element,)
+    raise InputError(f"calibration: an element is {type(element).__name__}; accepted are dicts, tuples and tensors")
+
+
+def _check_tokens(batch: dict[str, Any], index: int, vocab_size: int, max_positions: int | None) -> None:
+    """Checks `input_ids` and completes `attention_mask`, in place."""
+    if "input_ids" not in batch:
+        raise InputError(f"calibration: batch {index} has the keys {list(batch)}; input_ids is missing")
+    rows = list(_token_rows(batch["input_ids"]))
+    batch["input_ids"] = ids = torch.stack(rows) if rows else torch.empty(0, 0, dtype=torch.int64)
+    mask = torch.atleast_2d(torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids)))).to(torch.int64)
+    batch["attention_mask"] = mask
+    if mask.shape != ids.shape:
+        shapes = f"attention_mask {list(mask.shape)} and input_ids {list(ids.shape)}"
+        raise InputError(f"calibration: batch {index} has {shapes}; accepted are equal shapes")
+    if not ids.numel():
+        raise InputError(f"calibration: input_ids of batch {index} are empty, {list(ids.shape)}")
+    for bad in (int(ids.min()), int(ids.max())):
+        if not 0 <= bad < vocab_size:
+            raise InputError(f"calibration: token id {bad} in batch {index}; accepted are 0 to {vocab_size - 1}")
+    if max_positions is not None and ids.shape[1] > max_positions:
+        raise InputError(f"calibration: batch {index} has {ids.shape[1]} tokens; accepted are up to {max_positions}")
+
+
+def _check_values(batch: Batch, index: int) -> None:
+    for path, leaf in pytree.tree_leaves_with_path(batch):
+        if isinstance(leaf, Tensor):
+            name = pytree.keystr(path)
+            if not leaf.numel():
+                raise InputError(f"calibration: input {name} of batch {index} is empty, {list(leaf.shape)}")
+            if leaf.is_floating_point() and not torch.isfinite(leaf).all():
+                raise NumericsError(f"calibration: input {name} of batch {index} holds NaN or infinity")

@@ -1,0 +1,160 @@
+"""A captured model: its graph, the inputs it was captured with, and how callers bind theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from teq_graph.errors import InputError
+
+DECODER_INPUTS = ["input_ids", "attention_mask", "past_key_values"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Shape of one layer's KV cache: key `[b, key_heads, p, key_dim]`, value `[b, value_heads, p, value_dim]`."""
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderShape:
+    """What a caller must know to drive a captured decoder."""
+
+    layers: tuple[LayerCache, ...]
+    vocab_size: int
+    max_positions: int | None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DecoderShape:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**data, "layers": tuple(LayerCache(**layer) for layer in data["layers"])})
+
+    def empty_past(
+        self, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> list[tuple[Tensor, Tensor]]:
+        """A KV cache of no positions, for prefill."""
+
+        def empty(heads: int, dim: int) -> Tensor:
+            return torch.empty(batch, heads, 0, dim, dtype=dtype, device=device)
+
+        return [(empty(c.key_heads, c.key_dim), empty(c.value_heads, c.value_dim)) for c in self.layers]
+
+
+@dataclasses.dataclass
+class CapturedGraph:
+    """A model as a graph, with the inputs it was captured with.
+
+    `graph_module` takes `example_args` and `example_kwargs` (any sizes where `dynamic_shapes` says so).
+    A decoder's signature is `(input_ids [b, s], attention_mask [b, p+s], past: [(key, value), …])` →
+    `(logits [b, s, vocab], [(key, value), …])`, all integer inputs int64.
+    `lm_head` names the weight that projects onto the vocabulary, where the model says which it is.
+    """
+
+    graph_module: GraphModule
+    example_args: tuple[Any, ...]
+    example_kwargs: dict[str, Any]
+    dynamic_shapes: Any
+    decoder: DecoderShape | None = None
+    lm_head: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of a decoder's KV cache, otherwise of the graph's first tensor that has one."""
+        if self.decoder is not None:
+            _, _, past = self.example_args
+            return past[0][0].dtype  # type: ignore[no-any-return]
+        return float_dtype(self.graph_module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the graph's tensors are."""
+        return next(self.graph_module.buffers()).device
+
+    def bind(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The graph's args and kwargs for what a user gives: a mapping by argument name, a tuple, or one tensor.
+
+        A decoder needs `input_ids`; `attention_mask` (all ones) and `past_key_values` (none) are optional.
+        Arguments that are no tensors keep the values that the graph was captured with.
+        """
+        names = DECODER_INPUTS if self.decoder is not None else list(self.example_kwargs)
+        if isinstance(inputs, Tensor):
+            inputs = (inputs,) if self.example_args and self.decoder is None else {names[0]: inputs}
+        if isinstance(inputs, Mapping):
+            unknown = sorted(set(inputs) - set(names))
+            if unknown:
+                raise InputError(f"inputs {unknown}: accepted are {names}")
+        elif not isinstance(inputs, tuple) or self.decoder is not None or len(inputs) != len(self.example_args):
+            accepted = f"a mapping of {names}" if names else f"a tuple of {len(self.example_args)}"
+            raise InputError(f"inputs={type(inputs).__name__}: accepted is {accepted}")
+        if self.decoder is not None:
+            return _bind_decoder(self, inputs), {}
+        if isinstance(inputs, tuple):
+            return inputs, dict(self.example_kwargs)
+        constants = {name: value for name, value in self.example_kwargs.items() if not isinstance(value, Tensor)}
+        missing = sorted(set(names) - set(inputs) - set(constants))
+        if missing or self.example_args:
+            raise InputError(f"inputs {sorted(inputs)}: missing are {missing or 'the positional arguments'}")
+        return (), {name: inputs.get(name, constants.get(name)) for name in names}
+
+    def move_to(self, device: torch.device) -> None:
+        """Move tensors, example inputs and the device arguments of the graph's own ops."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        self.graph_module.to(device)
+        self.example_args, self.example_kwargs = torch.utils._pytree.tree_map(
+            moved, (self.example_args, self.example_kwargs)
+        )
+        for node in self.graph_module.graph.nodes:
+            swap = lambda value: device if isinstance(value, torch.device) else value  # noqa: E731
+            node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)
+        self.graph_module.recompile()
+
+    def cache_pairs(self) -> dict[Node, Node]:
+        """For a decoder: the placeholder of each cached tensor -> the node that gives its successor."""
+        if self.decoder is None:
+            return {}
+        count = 2 * len(self.decoder.layers)
+        nodes = list(self.graph_module.graph.nodes)
+        placeholders = [node for node in nodes if node.op == "placeholder"][-count:]
+        outputs = torch.utils._pytree.tree_leaves(nodes[-1].args[0])[-count:]
+        return dict(zip(placeholders, outputs, strict=True))
+
+
+def _bind_decoder(captured: CapturedGraph, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    decoder = captured.decoder
+    assert decoder is not None
+    tokens = inputs.get("input_ids")
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise InputError(f"input_ids={shape}: accepted are integers [batch, sequence], at least one")
+    past = inputs.get("past_key_values")
+    if past is None:
+        past = decoder.empty_past(tokens.shape[0], captured.dtype, tokens.device)
+    total = past[0][0].shape[2] + tokens.shape[1]
+    if decoder.max_positions is not None and total > decoder.max_positions:
+        raise InputError(f"sequence of {total} positions: the model has {decoder.max_positions}")
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(tokens.shape[0], total, dtype=torch.long, device=tokens.device)
+    elif tuple(mask.shape) != (tokens.shape[0], total):
+        raise InputError(f"attention_mask={tuple(mask.shape)}: accepted is {(tokens.shape[0], total)}, past included")
+    return tokens.long(), mask.long(), [tuple(layer) for layer in past]
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """Type of the first floating-point parameter, or buffer; float32 where there is none."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32

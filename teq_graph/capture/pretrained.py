@@ -1,0 +1,137 @@
+"""What Hugging Face models tell about their own inputs; the KV cache as arguments and results."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teq_graph.capture.captured import DecoderShape, LayerCache, float_dtype
+from teq_graph.errors import CaptureError
+
+# Sizes of the example inputs. Sizes 0 and 1 would be specialised by torch.export, and equal sizes could be
+# mistaken for one another by a reader of the graph.
+BATCH, PAST, SEQUENCE = 2, 3, 4
+
+
+class DecoderStep(nn.Module):
+    """One step of a causal language model over a KV cache of any length, as one traceable function."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, past: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        positions = {}
+        if self.takes_positions:
+            # Counted over the mask, so that left padding does not shift them.
+            counted = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            positions["position_ids"] = counted[:, -input_ids.shape[1] :]
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=_cache_of(past),
+            use_cache=True,
+            **positions,
+        )
+        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    # A Hugging Face model cannot exist without its library having been imported.
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def _cache_of(past: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """A growing cache that holds `past`, whatever window the model's own cache would keep: the mask decides."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache = DynamicCache()
+    for key, value in past:
+        layer = DynamicLayer()
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value
+        cache.layers.append(layer)
+    return cache
+
+
+def probe_decoder(model: Any) -> DecoderShape | None:
+    """Run two tokens to see which KV cache the model keeps; None if it is no decoder-only language model."""
+    if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        return None
+    tokens = torch.ones(1, 2, dtype=torch.long, device=_device(model))
+    with torch.no_grad():
+        output = model(input_ids=tokens, use_cache=True)
+    layers = getattr(output.get("past_key_values"), "layers", None)
+    if not layers or not all(isinstance(getattr(layer, "values", None), Tensor) for layer in layers):
+        return None
+    shapes = [(*layer.keys.shape[1::2], *layer.values.shape[1::2]) for layer in layers]
+    config = model.config.get_text_config()
+    return DecoderShape(
+        layers=tuple(LayerCache(*shape) for shape in shapes),
+        vocab_size=output.logits.shape[-1],
+        max_positions=getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None),
+    )
+
+
+def decoder_inputs(model: nn.Module, shape: DecoderShape) -> tuple[tuple[Any, ...], Any]:
+    """Example arguments and dynamic shapes of a `DecoderStep`."""
+    device, dtype = _device(model), float_dtype(model)
+    generator = torch.Generator().manual_seed(0)
+    past = []
+    for c in shape.layers:
+        key = torch.randn(BATCH, c.key_heads, PAST, c.key_dim, generator=generator)
+        value = torch.randn(BATCH, c.value_heads, PAST, c.value_dim, generator=generator)
+        past.append((key.to(device, dtype), value.to(device, dtype)))
+    tokens = torch.randint(0, shape.vocab_size, (BATCH, SEQUENCE), generator=generator).to(device)
+    mask = torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.long, device=device)
+    dynamic = torch.export.Dim.DYNAMIC
+    cached = {0: dynamic, 2: dynamic}
+    dynamic_shapes = ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, [(cached, cached)] * len(past))
+    return (tokens, mask, past), dynamic_shapes
+
+
+def inputs_from_config(model: Any) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """Example inputs and dynamic shapes of a Hugging Face model that is no decoder."""
+    config, device, dtype = model.config, _device(model), float_dtype(model)
+    accepted = inspect.signature(model.forward).parameters
+    dynamic = torch.export.Dim.DYNAMIC
+    generator = torch.Generator().manual_seed(0)
+    kwargs: dict[str, Any] = {}
+    shapes: dict[str, Any] = {}
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.randn(BATCH, config.num_channels, height, width, generator=generator)
+        kwargs["pixel_values"], shapes["pixel_values"] = pixels.to(device, dtype), {0: dynamic}
+    elif model.main_input_name == "input_ids":
+        names = ["input_ids", "attention_mask"]
+        if config.is_encoder_decoder:
+            names.append("decoder_input_ids")
+        for name, length in zip(names, (SEQUENCE + 1, SEQUENCE + 1, SEQUENCE), strict=False):
+            if name not in accepted:
+                continue
+            tokens = torch.randint(0, config.get_text_config().vocab_size, (BATCH, length), generator=generator)
+            kwargs[name] = torch.ones_like(tokens) if name == "attention_mask" else tokens
+            kwargs[name] = kwargs[name].to(device)
+            shapes[name] = {0: dynamic, 1: dynamic}
+    else:
+        raise CaptureError(
+            f"example_inputs=None: no inputs are made for {model.main_input_name!r} (made are input_ids and "
+            "pixel_values); accepted is a tuple or dict as for torch.export"
+        )
+    if "use_cache" in accepted:
+        kwargs["use_cache"], shapes["use_cache"] = False, None
+    return (), kwargs, shapes
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

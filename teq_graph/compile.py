@@ -1,0 +1,229 @@
+"""The pipeline: one ordered list from a model to its quantized graph."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassBase
+
+from teq_graph import graph as fx
+from teq_graph.analysis.blocks import find_blocks
+from teq_graph.analysis.equivalence import Equivalence
+from teq_graph.calibration import calibration_batches
+from teq_graph.capture import CapturedGraph, capture
+from teq_graph.compiled import CompiledModel
+from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
+from teq_graph.errors import CaptureError
+from teq_graph.passes.find_equivalences import FindEquivalences, Findings
+from teq_graph.passes.fold_constants import FoldConstants
+from teq_graph.passes.fold_scales import FoldScales
+from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
+from teq_graph.passes.insert_scales import InsertScales
+from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
+from teq_graph.passes.normalize_linears import NormalizeLinears
+from teq_graph.passes.quantize_linears import QuantizeLinears
+from teq_graph.passes.remove_no_ops import RemoveNoOps
+from teq_graph.passes.untie_weights import UntieWeights
+from teq_graph.report import BlockReport, LinearReport, Report
+from teq_graph.training import Trainer
+from teq_graph.write_back import can_write_back, write_back
+
+# In this order: no-op casts hide products and norms; `weight.T` must be a linear's operand before it is
+# folded into a constant; `1 + weight` must be a constant before it is a norm's gain.
+NORMALIZATION: tuple[type[PassBase], ...] = (RemoveNoOps, NormalizeLinears, FoldConstants, FuseRMSNorm)
+
+
+@dataclasses.dataclass
+class Analysis:
+    """A captured, normalised graph and what it proves."""
+
+    captured: CapturedGraph
+    specs: dict[str, WeightSpec]
+    kept_in_float: dict[str, str]
+    """Weight name -> why it is not quantized."""
+    findings: Findings
+    bytes: int
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    quantization: QuantizationConfig = QuantizationConfig(),
+) -> Analysis:
+    """Capture, normalise and analyse `model`; neither trains nor quantizes anything."""
+    captured = capture(model, example_inputs, dynamic_shapes)
+    graph_module = captured.graph_module
+    before = tensor_bytes(graph_module)
+    for step in NORMALIZATION:
+        step()(graph_module)
+    specs, kept = choose_linears(captured, quantization)
+    # Before the analysis: a tied projection of its own can be scaled, a shared one cannot.
+    untie = UntieWeights(specs)
+    untie(graph_module)
+    specs = {untie.renamed.get(name, name): spec for name, spec in specs.items()}
+    finder = FindEquivalences(captured)
+    finder(graph_module)
+    return Analysis(captured, specs, kept, finder.findings, before)
+
+
+def compile(  # noqa: A001  the name is the contract, as torch.compile's is
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    calibration: Any = None,
+    quantization: QuantizationConfig = QuantizationConfig(),
+    training: TrainingConfig | None = TrainingConfig(),
+    tokenizer: Any = None,
+) -> CompiledModel:
+    """Compile `model` into a graph whose linears compute from low-bit weights.
+
+    model: an `nn.Module` in eval mode with float32, float16 or bfloat16 weights; it is not changed.
+    example_inputs, dynamic_shapes: as for `torch.export.export`; made from the config for Hugging Face models.
+    calibration: a text file's path, strings (with `tokenizer`), `[batch, seq]` token tensors, any iterable of
+        the model's inputs, or a `datasets` data set; None lets a language model sample its own text.
+    training: how the scales are learned; None rounds to nearest without any scales.
+    tokenizer: for text calibration, and written beside the exported model.
+
+    Raises ConfigError, CaptureError, InputError or NumericsError, each naming what is wrong.
+    """
+    started = time.monotonic()
+    analysis = analyze(model, example_inputs, dynamic_shapes, quantization)
+    captured, specs = analysis.captured, analysis.specs
+    equivalences, blocks = analysis.findings.equivalences, tuple[BlockReport, ...]()
+    if training is not None and equivalences:
+        batches = calibration_batches(calibration, captured, training, tokenizer, example_inputs)
+        equivalences, blocks = learn_scales(analysis, batches, training)
+    quantizer = QuantizeLinears(specs)
+    originals = {name: fx.get_tensor(captured.graph_module, name) for name in specs}
+    quantizer(captured.graph_module)
+    LowerToMatMulNBits()(captured.graph_module)
+    report = dataclasses.replace(
+        make_report(analysis, blocks, originals, quantizer), seconds=time.monotonic() - started
+    )
+    config = getattr(model, "config", None)
+    return CompiledModel(
+        captured=captured,
+        equivalences=equivalences,
+        report=report,
+        tokenizer=tokenizer,
+        config=copy.deepcopy(config),
+        generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
+    )
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    calibration: Any = None,
+    quantization: QuantizationConfig = QuantizationConfig(),
+    training: TrainingConfig = TrainingConfig(),
+    tokenizer: Any = None,
+) -> nn.Module:
+    """A copy of `model`, of the same class and with the same float output, whose weights are easier to quantize.
+
+    The scales are trained for `quantization` and folded into the copy's parameters; nothing is quantized.
+    The arguments are those of `compile`. The copy is input for any other quantizer.
+    """
+    result = copy.deepcopy(model)
+    analysis = analyze(result, example_inputs, dynamic_shapes, quantization)
+    graph_module = analysis.captured.graph_module
+    found = tuple(e for e in analysis.findings.equivalences if can_write_back(graph_module, e, result))
+    if found:
+        analysis.findings = dataclasses.replace(analysis.findings, equivalences=found)
+        batches = calibration_batches(calibration, analysis.captured, training, tokenizer, example_inputs)
+        learn_scales(analysis, batches, training)
+        write_back(graph_module, found, result)
+    return result
+
+
+def learn_scales(
+    analysis: Analysis, batches: Sequence[Any], training: TrainingConfig
+) -> tuple[tuple[Equivalence, ...], tuple[BlockReport, ...]]:
+    """Train the scales in the graph and fold them; the equivalences with their scales, and each block's error."""
+    captured, found = analysis.captured, analysis.findings.equivalences
+    blocks = find_blocks(captured, found)
+    trainer = Trainer(captured, InsertScales(found, analysis.specs), blocks, batches, training)
+    trainer.run()
+    folder = FoldScales(trainer.inserted)
+    folder(captured.graph_module)
+    learned = tuple(dataclasses.replace(e, scale=s) for e, s in zip(found, folder.learned, strict=True))
+    return learned, tuple(trainer.reports)
+
+
+def choose_linears(
+    captured: CapturedGraph, quantization: QuantizationConfig
+) -> tuple[dict[str, WeightSpec], dict[str, str]]:
+    """The linears to quantize, by weight name, and the reason for each that is left in float."""
+    specs: dict[str, WeightSpec] = {}
+    kept: dict[str, str] = {}
+    for linear in fx.linears(captured.graph_module):
+        name = fx.weight_name(linear)
+        spec = quantization.spec_for(name)
+        if spec is None:
+            kept[name] = "skipped by pattern"
+        elif name == captured.lm_head and not quantization.quantize_lm_head:
+            kept[name] = "vocabulary projection (quantize_lm_head=False)"
+        else:
+            specs[name] = spec
+    if not specs and not kept:
+        raise CaptureError("the graph has no linear layers: there is nothing to quantize")
+    return specs, kept
+
+
+def make_report(
+    analysis: Analysis, blocks: tuple[BlockReport, ...], originals: Mapping[str, Tensor], quantizer: QuantizeLinears
+) -> Report:
+    """Errors and sizes of what was done."""
+    scaled = {name for equivalence in analysis.findings.equivalences for name in equivalence.linears}
+    linears = []
+    for name, spec in analysis.specs.items():
+        weight, quantized = originals[name], quantizer.quantized[name]
+        error = (quantized.dequantize().to(weight.device) - weight.float()).norm() / weight.float().norm().clamp(
+            min=1e-30
+        )
+        linears.append(
+            LinearReport(
+                name=name,
+                shape=(quantized.n, quantized.k),
+                spec=spec,
+                scaled=name in scaled,
+                error=float(error),
+                bytes_before=weight.numel() * weight.element_size(),
+                bytes_after=quantized.nbytes,
+            )
+        )
+    for name, reason in analysis.kept_in_float.items():
+        weight = fx.get_tensor(analysis.captured.graph_module, name)
+        size = weight.numel() * weight.element_size()
+        n, k = weight.shape
+        linears.append(LinearReport(name, (n, k), None, reason, name in scaled, bytes_before=size, bytes_after=size))
+    return Report(
+        linears=tuple(linears),
+        equivalences=len(analysis.findings.equivalences),
+        refusals=analysis.findings.refusals,
+        blocks=blocks,
+        bytes_before=analysis.bytes,
+        bytes_after=tensor_bytes(analysis.captured.graph_module),
+    )
+
+
+def tensor_bytes(graph_module: GraphModule) -> int:
+    """Bytes of all tensors that the graph reads, shared ones counted once."""
+    seen: dict[int, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            tensor = fx.node_tensor(node)
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = max(seen.get(storage.data_ptr(), 0), tensor.numel() * tensor.element_size())
+    return sum(seen.values())
+
+
+__all__ = ["Analysis", "analyze", "choose_linears", "compile", "transform"]

@@ -1,0 +1,211 @@
+"""The result of a compilation: it runs, moves between devices, is saved, loaded and exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from teq_graph import ops as _ops  # noqa: F401  registers the ops a saved graph calls
+from teq_graph.analysis.equivalence import Equivalence, ScaledTensor
+from teq_graph.capture import CapturedGraph, DecoderShape, adopt
+from teq_graph.errors import ModelFileError
+from teq_graph.files import new_directory, one_line, torch_file, write_json
+from teq_graph.passes.remove_no_ops import RemoveNoOps
+from teq_graph.report import Report
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+FORMAT_VERSION = 1
+GRAPH_FILE, EQUIVALENCES_FILE, DESCRIPTION_FILE = "graph.pt2", "equivalences.pt", "compiled.json"
+
+
+@dataclasses.dataclass
+class CompiledModel:
+    """A quantized model.
+
+    `equivalences` are the sites with their learned `scale`; `report` says what was done. `tokenizer`,
+    `config` and `generation_config` are the Hugging Face model's own, where it had them; they travel along.
+    """
+
+    captured: CapturedGraph
+    equivalences: tuple[Equivalence, ...]
+    report: Report
+    tokenizer: Any = None
+    config: Any = None
+    generation_config: Any = None
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The quantized graph: printable, exportable, compilable."""
+        return self.captured.graph_module
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the quantized graph on what the model takes; returns what the model returns.
+
+        A causal language model takes `input_ids` and, optionally, `attention_mask` (over past and present)
+        and `past_key_values` (as returned), and returns an output with `.logits` and `.past_key_values`.
+        """
+        if args and kwargs and self.captured.decoder is None:
+            return self.graph_module(*args, **kwargs)
+        if len(args) == 1 and isinstance(args[0], dict):
+            inputs: Any = args[0]
+        elif self.captured.decoder is not None:
+            inputs = dict(zip(("input_ids", "attention_mask", "past_key_values"), args, strict=False)) | kwargs
+        else:
+            inputs = args or kwargs
+        bound_args, bound_kwargs = self.captured.bind(inputs)
+        result = self.graph_module(*bound_args, **bound_kwargs)
+        if self.captured.decoder is None:
+            return result
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        return CausalLMOutputWithPast(logits=result[0], past_key_values=result[1])
+
+    def to(self, device: str | torch.device) -> CompiledModel:
+        """Move every tensor, and the graph's own device arguments, to `device`; returns self."""
+        device = torch.device(device)
+        self.captured.move_to(device)
+        return self
+
+    def export_onnx(
+        self,
+        directory: str | PathLike[str],
+        dtype: Literal["float32", "float16"] = "float32",
+        accuracy_level: int = 4,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write `directory/model.onnx` and its neighbours for onnxruntime and onnxruntime-genai.
+
+        accuracy_level: MatMulNBits' own: 0 unset, 1 float32, 4 int8 activations. Raises ExportError; nothing
+        is left behind then.
+        """
+        from teq_graph.onnx.export import export_onnx
+
+        return export_onnx(
+            self.captured,
+            directory,
+            dtype=dtype,
+            accuracy_level=accuracy_level,
+            tokenizer=self.tokenizer,
+            config=self.config,
+            generation_config=self.generation_config,
+            overwrite=overwrite,
+        )
+
+    def save(self, directory: str | PathLike[str], overwrite: bool = False) -> Path:
+        """Write the compiled model to `directory`, for `teq_graph.load`; whole or not at all."""
+        target = Path(directory)
+        captured = self.captured
+        with torch.no_grad():
+            program = torch.export.export(
+                captured.graph_module,
+                captured.example_args,
+                captured.example_kwargs,
+                dynamic_shapes=captured.dynamic_shapes,
+            )
+        description = {
+            "format_version": FORMAT_VERSION,
+            "decoder": captured.decoder and dataclasses.asdict(captured.decoder),
+            "lm_head": captured.lm_head,
+            "report": self.report.to_dict(),
+        }
+        equivalences = [
+            {
+                **{field: getattr(e, field) for field in ("producer", "kind", "channels", "scale")},
+                "divided": [(s.name, s.index) for s in e.divided],
+                "multiplied": [(s.name, s.index) for s in e.multiplied],
+            }
+            for e in self.equivalences
+        ]
+        with new_directory(target, overwrite) as staging:
+            with torch_file(staging / GRAPH_FILE) as file:
+                torch.export.save(program, file)
+            with torch_file(staging / EQUIVALENCES_FILE) as file:
+                torch.save(equivalences, file)
+            write_json(staging / DESCRIPTION_FILE, description)
+            for part in (self.config, self.generation_config, self.tokenizer):
+                if part is not None:
+                    part.save_pretrained(staging)
+        return target
+
+
+def load(directory: str | PathLike[str]) -> CompiledModel:
+    """Read what `CompiledModel.save` wrote. Raises ModelFileError where files are missing or damaged."""
+    source = Path(directory)
+    try:
+        description = json.loads((source / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+        version = description.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ModelFileError(f"{source}: format_version={version!r}, accepted is {FORMAT_VERSION}")
+        program = torch.export.load(source / GRAPH_FILE)
+        saved = torch.load(source / EQUIVALENCES_FILE, weights_only=True)
+        decoder = description["decoder"]
+        if decoder is not None:
+            decoder = DecoderShape.from_dict(decoder)
+        report = Report.from_dict(description["report"])
+        equivalences = tuple(
+            Equivalence(
+                **{
+                    **entry,
+                    "divided": tuple(ScaledTensor(*part) for part in entry["divided"]),
+                    "multiplied": tuple(ScaledTensor(*part) for part in entry["multiplied"]),
+                }
+            )
+            for entry in saved
+        )
+    except ModelFileError:
+        raise
+    except FileNotFoundError as error:
+        raise ModelFileError(f"{error.filename} is missing: accepted is a directory written by save()") from None
+    except Exception as error:  # zip, JSON and unpickling errors share no base class
+        raise ModelFileError(f"{source} cannot be read as a compiled model: {one_line(error)}") from error
+    graph_module = program.module(check_guards=False)
+    assert isinstance(graph_module, GraphModule)
+    adopt(graph_module)
+    RemoveNoOps()(graph_module)
+    args, kwargs = program.example_inputs or ((), {})
+    captured = CapturedGraph(
+        graph_module, args, kwargs, _dynamic_shapes(graph_module, args, kwargs), decoder, description["lm_head"]
+    )
+    tokenizer, config, generation_config = _pretrained_parts(source)
+    return CompiledModel(captured, equivalences, report, tokenizer, config, generation_config)
+
+
+def _dynamic_shapes(graph_module: GraphModule, args: Any, kwargs: Any) -> Any:
+    """What `torch.export` needs to keep every dimension dynamic that is a symbol in the graph."""
+    placeholders = iter([node for node in graph_module.graph.nodes if node.op == "placeholder"])
+
+    def dims(value: Any) -> Any:
+        node = next(placeholders)
+        if not isinstance(value, Tensor):
+            return None
+        sizes = node.meta["val"].shape
+        return {d: torch.export.Dim.DYNAMIC for d, size in enumerate(sizes) if not isinstance(size, int)}
+
+    by_args, by_kwargs = torch.utils._pytree.tree_map(dims, (args, kwargs))
+    # By name where everything has one, otherwise in the order of the signature.
+    return (*by_args, *by_kwargs.values()) if args else by_kwargs
+
+
+def _pretrained_parts(directory: Path) -> tuple[Any, Any, Any]:
+    """Tokenizer, config and generation config, where the directory has them."""
+    if not (directory / "config.json").exists():
+        return None, None, None
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    config = AutoConfig.from_pretrained(directory)
+    generation = None
+    if (directory / "generation_config.json").exists():
+        generation = GenerationConfig.from_pretrained(directory)
+    tokenizer = None
+    if (directory / "tokenizer_config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    return tokenizer, config, generation

@@ -1,0 +1,135 @@
+"""Frozen configuration values, validated on construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from teq_graph.errors import ConfigError
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (16, 32, 64, 128, 256, -1)
+
+Objective = Literal["block", "model"]
+Init = Literal["ones", "weight", "activation"]
+
+
+def _require(condition: bool, name: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}={value!r}: accepted are {accepted}")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSpec:
+    """How one weight matrix is quantized.
+
+    `group_size` input channels share a scale (and a zero point if not `symmetric`); -1 is one group per
+    output channel. Symmetric codes use the fixed zero point `2**(bits - 1)`.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        _require(_is_int(self.bits) and self.bits in BITS, "bits", self.bits, f"{BITS}")
+        _require(
+            _is_int(self.group_size) and self.group_size in GROUP_SIZES,
+            "group_size",
+            self.group_size,
+            f"{GROUP_SIZES} (-1: one group per output channel)",
+        )
+        _require(isinstance(self.symmetric, bool), "symmetric", self.symmetric, "True or False")
+
+    def __str__(self) -> str:
+        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
+        return f"W{self.bits}{group}{' sym' if self.symmetric else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+    """Which linears are quantized, and how.
+
+    `skip` and `overrides` take shell patterns (`fnmatch`) over the name of a linear's weight in the model,
+    for example `"*.mlp.*"`; an override is a mapping with any of `bits`, `group_size`, `symmetric`, and
+    the last matching one wins. `quantize_lm_head` includes the projection onto the vocabulary; where it is
+    tied to the embedding, it becomes a separate, quantized copy.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    quantize_lm_head: bool = False
+    skip: tuple[str, ...] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        WeightSpec(self.bits, self.group_size, self.symmetric)
+        _require(isinstance(self.quantize_lm_head, bool), "quantize_lm_head", self.quantize_lm_head, "True or False")
+        patterns: object = self.skip
+        if isinstance(patterns, str):
+            raise ConfigError(f"skip={patterns!r}: accepted is a sequence of patterns, not one string")
+        object.__setattr__(self, "skip", tuple(self.skip))
+        for pattern, override in self.overrides.items():
+            unknown = set(override) - {"bits", "group_size", "symmetric"}
+            _require(not unknown, f"overrides[{pattern!r}]", override, "bits, group_size and symmetric")
+            self._merge(override)
+
+    def _merge(self, override: Mapping[str, Any]) -> WeightSpec:
+        values = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        return WeightSpec(**{**values, **override})
+
+    def spec_for(self, weight_name: str) -> WeightSpec | None:
+        """The spec of the weight called `weight_name`; None if a `skip` pattern leaves it in float."""
+        if any(fnmatch.fnmatchcase(weight_name, pattern) for pattern in self.skip):
+            return None
+        override: Mapping[str, Any] = {}
+        for pattern, candidate in self.overrides.items():
+            if fnmatch.fnmatchcase(weight_name, pattern):
+                override = candidate
+        return self._merge(override)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How the scales are learned.
+
+    `objective`:
+      - `"block"`: each repeating block of the graph in turn learns to give the float block's output, with
+        the already quantized blocks as its input.
+      - `"model"`: the paper's recipe (arXiv 2310.10944, section 3): one loss over the whole model, Adam,
+        linear decay with warm-up. The loss is that of the next token for a causal language model, and the
+        distance to the float model's outputs for any other.
+    `init`: `"ones"`, `"weight"` (1/sqrt of each input channel's largest weight, as in the paper) or
+    `"activation"` (a search over powers of the mean activation magnitude, as AWQ does).
+    `steps` counts optimizer steps (per block for `"block"`); 0 keeps the initial scales.
+    `samples` and `length` shape the calibration set where it is cut from text or sampled.
+    """
+
+    objective: Objective = "block"
+    steps: int = 200
+    learning_rate: float | None = None
+    batch_size: int = 4
+    init: Init = "ones"
+    warmup: float = 0.05
+    samples: int = 64
+    length: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.objective in ("block", "model"), "objective", self.objective, '"block" and "model"')
+        _require(self.init in ("ones", "weight", "activation"), "init", self.init, '"ones", "weight" and "activation"')
+        _require(_is_int(self.steps) and self.steps >= 0, "steps", self.steps, "integers >= 0")
+        for name in ("batch_size", "samples", "length"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 1, name, value, "integers >= 1")
+        rate = self.learning_rate
+        _require(rate is None or 0.0 < rate < 1.0, "learning_rate", rate, "None or numbers between 0 and 1")
+        _require(0.0 <= self.warmup < 1.0, "warmup", self.warmup, "numbers from 0 up to, not including, 1")
+        _require(_is_int(self.seed), "seed", self.seed, "integers")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

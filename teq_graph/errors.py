@@ -1,0 +1,50 @@
+"""The exception tree.
+
+Every refusal names the thing (argument, node, module, file), the value it had and what is accepted.
+
+TeqGraphError
+├── ConfigError        a configuration value outside what is accepted
+├── CaptureError       torch.export refuses the model, or the model is not in a state to be captured
+├── InputError         inputs, calibration data or prompts that the graph cannot take
+├── NumericsError      NaN or infinity where only finite numbers make sense
+├── EquivalenceError   a scale that would not leave the float output unchanged
+├── ExportError        the ONNX directory cannot be written
+├── ModelFileError     a file or directory that cannot be read as a model
+└── KernelError        no kernel for this device, dtype or shape
+"""
+
+
+class TeqGraphError(Exception):
+    """Base of every error that teq_graph raises on purpose."""
+
+
+class ConfigError(TeqGraphError, ValueError):
+    """A configuration value is outside what is accepted."""
+
+
+class CaptureError(TeqGraphError):
+    """The model cannot be captured as a graph."""
+
+
+class InputError(TeqGraphError, ValueError):
+    """Inputs, calibration data or a prompt that the graph cannot take."""
+
+
+class NumericsError(TeqGraphError):
+    """NaN or infinity in weights, calibration data or results."""
+
+
+class EquivalenceError(TeqGraphError):
+    """A scale that would change the float output."""
+
+
+class ExportError(TeqGraphError):
+    """The output directory cannot be written."""
+
+
+class ModelFileError(TeqGraphError):
+    """A file or directory that cannot be read as a model."""
+
+
+class KernelError(TeqGraphError):
+    """No kernel for this device, dtype or shape."""

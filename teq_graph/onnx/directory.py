@@ -1,0 +1,62 @@
+"""The exported directory: its files, and what `teq_graph.json` says about the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from teq_graph.capture import DecoderShape
+from teq_graph.errors import ModelFileError
+from teq_graph.files import one_line, write_json
+
+FORMAT_VERSION = 1
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+METADATA_FILE = "teq_graph.json"
+GENAI_FILE = "genai_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What `teq_graph.json` tells a runtime about the model beside it.
+
+    `dtype` is the floating-point type of inputs and outputs ("float32" or "float16"). `weights` counts the
+    quantized weights by "bits/group_size" as stored in the file; `eos_token_ids` are the stop tokens.
+    """
+
+    dtype: str
+    accuracy_level: int
+    opset: int
+    decoder: DecoderShape | None
+    weights: dict[str, int] = dataclasses.field(default_factory=dict)
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def write(self, directory: Path) -> None:
+        """Write `teq_graph.json` into `directory`."""
+        content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        write_json(directory / METADATA_FILE, content)
+
+    @classmethod
+    def read(cls, directory: Path) -> Metadata:
+        """Read `teq_graph.json`; raises ModelFileError where it is missing, damaged or of another format."""
+        path = directory / METADATA_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelFileError(f"{path} is missing: accepted is a directory written by export_onnx") from None
+        except (OSError, ValueError) as error:
+            raise ModelFileError(f"{path} cannot be read: {one_line(error)}") from None
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise ModelFileError(f"{path}: format_version={version!r}, accepted is {FORMAT_VERSION}")
+        try:
+            del content["format_version"]
+            if content["decoder"] is not None:
+                content["decoder"] = DecoderShape.from_dict(content["decoder"])
+            content["eos_token_ids"] = tuple(content["eos_token_ids"])
+            return cls(**content)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ModelFileError(f"{path} is damaged: {one_line(error)}") from None

@@ -1,0 +1,66 @@
+"""`genai_config.json`: what onnxruntime-genai must know to drive an exported decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from teq_graph.onnx.directory import MODEL_FILE, Metadata
+
+
+def genai_config(metadata: Metadata, bos_token_id: int | None) -> dict[str, Any] | None:
+    """The content of `genai_config.json`; None where the format has no words for the decoder.
+
+    onnxruntime-genai knows one number of KV heads and one head size per model, and needs to know how long a
+    sequence may be. The model type "decoder" is its name for any decoder-only model; the KV cache grows by
+    concatenation, so past and present do not share a buffer.
+    """
+    shape = metadata.decoder
+    if shape is None or len(set(shape.layers)) != 1 or shape.max_positions is None:
+        return None
+    layer = shape.layers[0]
+    if (layer.key_heads, layer.key_dim) != (layer.value_heads, layer.value_dim):
+        return None
+    stops = list(metadata.eos_token_ids)
+    first_stop = stops[0] if stops else 0
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": first_stop if bos_token_id is None else bos_token_id,
+            "eos_token_id": stops,
+            "pad_token_id": first_stop if metadata.pad_token_id is None else metadata.pad_token_id,
+            "context_length": shape.max_positions,
+            "vocab_size": shape.vocab_size,
+            "decoder": {
+                "filename": MODEL_FILE,
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "head_size": layer.key_dim,
+                "num_attention_heads": layer.key_heads,
+                "num_key_value_heads": layer.key_heads,
+                "num_hidden_layers": len(shape.layers),
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "early_stopping": True,
+            "max_length": shape.max_positions,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 50,
+            "top_p": 1.0,
+        },
+    }

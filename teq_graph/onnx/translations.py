@@ -1,0 +1,117 @@
+"""How ops that torch.onnx does not know become ONNX nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import values
+
+import teq_graph.ops  # noqa: F401  (registers the operator)
+from teq_graph.graph import aten
+
+CONTRIB_DOMAIN = "com.microsoft"
+
+_Schema = onnx.defs.OpSchema
+_OPTIONAL = _Schema.FormalParameterOption.Optional
+_INTEGER = _Schema.AttrType.INT
+
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
+_MATMUL_NBITS = values.Op(
+    values.Opset(CONTRIB_DOMAIN, 1),
+    "MatMulNBits",
+    _Schema(
+        "MatMulNBits",
+        CONTRIB_DOMAIN,
+        1,
+        inputs=[
+            _Schema.FormalParameter("A", "T1"),
+            _Schema.FormalParameter("B", "T2"),
+            _Schema.FormalParameter("scales", "T1"),
+            _Schema.FormalParameter("zero_points", "T2", param_option=_OPTIONAL),
+            _Schema.FormalParameter("g_idx", "T3", param_option=_OPTIONAL),
+            _Schema.FormalParameter("bias", "T1", param_option=_OPTIONAL),
+        ],
+        outputs=[_Schema.FormalParameter("Y", "T1")],
+        type_constraints=[
+            ("T1", ["tensor(float)", "tensor(float16)"], ""),
+            ("T2", ["tensor(uint8)"], ""),
+            ("T3", ["tensor(int32)"], ""),
+        ],
+        attributes=[
+            *(_Schema.Attribute(name, _INTEGER, "") for name in ("K", "N", "block_size")),
+            *(_Schema.Attribute(name, _INTEGER, "", required=False) for name in ("bits", "accuracy_level")),
+        ],
+    ),
+)
+
+
+def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Translations for `torch.onnx.export(custom_translation_table=…)`.
+
+    The quantized product becomes com.microsoft::MatMulNBits. Casts and the like are here because a graph in
+    which every op has a translation need not go through torch's decompositions, most of the exporter's time.
+    """
+    op = values.Opset("", opset)
+
+    def matmul_nbits(
+        a: Any, b: Any, scales: Any, zero_points: Any, bias: Any, K: int, N: int, bits: int, block_size: int
+    ) -> Any:
+        inputs = [a, b, scales, zero_points, None, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        return _MATMUL_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=accuracy_level)
+
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        # Attention lets several query heads share a key head; torch also broadcasts a single one.
+        heads, shared = query.shape[1], key.shape[1]
+        if len(query.shape) != 4 or dropout_p or not (heads == shared or enable_gqa or shared == 1):
+            raise ValueError(f"attention of {query.shape} over {key.shape}: accepted are 4-D without dropout")
+        result, *_ = op.Attention(query, key, value, attn_mask, scale=scale, is_causal=is_causal)
+        return result
+
+    def cast(self: Any, dtype: int, *_: Any, **__: Any) -> Any:
+        return op.Cast(self, to=dtype) if self.dtype != ir.DataType(dtype) else op.Identity(self)
+
+    def cast_on_device(self: Any, device: str, dtype: int, *_: Any, **__: Any) -> Any:
+        return cast(self, dtype)
+
+    def cast_layout(self: Any, *, dtype: int | None = None, **_: Any) -> Any:
+        return op.Identity(self) if dtype is None or dtype == -1 else cast(self, dtype)
+
+    def transpose(self: Any) -> Any:
+        return op.Transpose(self)
+
+    def bitwise_and(self: Any, other: Any) -> Any:
+        return op.And(self, other) if self.dtype == ir.DataType.BOOL else op.BitwiseAnd(self, other)
+
+    return {
+        torch.ops.teq_graph.matmul_nbits.default: matmul_nbits,
+        aten.scaled_dot_product_attention.default: attention,
+        aten.to.dtype: cast,
+        aten.to.device: cast_on_device,
+        aten.to.dtype_layout: cast_layout,
+        aten.numpy_T.default: transpose,
+        aten.__and__.Tensor: bitwise_and,
+    }
+
+
+def foreign_operators(model: ir.Model) -> Mapping[str, ir.Node]:
+    """Operators that are neither standard ONNX nor contrib ops of onnxruntime, each with a node that uses it."""
+    return {
+        f"{node.domain}::{node.op_type}": node
+        for node in model.graph.all_nodes()
+        if node.domain not in ("", "ai.onnx", CONTRIB_DOMAIN)
+    }

@@ -1,0 +1,192 @@
+"""The torch operators of the compiled graph, registered here and nowhere else.
+
+    teq_graph::matmul_nbits      a [..., K] times a quantized weight [N, K], plus bias
+    teq_graph::dequantize_nbits  a quantized weight [N, K] as floats
+
+Storage is that of com.microsoft::MatMulNBits (see `teq_graph.quantization.weight.QuantizedWeight`). Both are for
+inference: a backward pass through `matmul_nbits` raises KernelError.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teq_graph.config import BITS
+from teq_graph.errors import InputError, KernelError
+from teq_graph.quantization.grid import SCALE_DTYPES, num_blocks
+from teq_graph.quantization.weight import dequantize_rows
+
+_CHUNK = 2**19
+"""Weights that the CPU dequantizes at once: 2 MiB of float32."""
+
+_CUDA_KERNELS = "teq_graph.kernels.cuda"
+"""Module with `matmul_nbits` and `dequantize_nbits` for CUDA tensors, of these operators' signatures."""
+
+_WEIGHT = "Tensor b, Tensor scales, Tensor? zero_points"
+_SIZES = "int K, int N, int bits, int block_size"
+_SCHEMAS = {
+    "matmul_nbits": f"(Tensor a, {_WEIGHT}, Tensor? bias, {_SIZES}) -> Tensor",
+    "dequantize_nbits": f"({_WEIGHT}, {_SIZES}) -> Tensor",
+}
+
+
+def _check_weight(b: Tensor, scales: Tensor, zero_points: Tensor | None, k: int, n: int, bits: int, block: int) -> None:
+    if bits not in BITS:
+        raise InputError(f"bits={bits}: accepted are {BITS}")
+    if block < 8 or block % 8 or k < 1 or n < 1:
+        raise InputError(f"K={k}, N={n}, block_size={block}: accepted are K, N >= 1 and multiples of 8")
+    blocks = num_blocks(k, block)
+    _check("b", b, (n, blocks, block * bits // 8), (torch.uint8,))
+    _check("scales", scales, (n, blocks), SCALE_DTYPES)
+    if zero_points is not None:
+        _check("zero_points", zero_points, (n, -(-blocks * bits // 8)), (torch.uint8,))
+
+
+def _check_matmul(
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    n: int,
+    bits: int,
+    block: int,
+) -> None:
+    _check_weight(b, scales, zero_points, k, n, bits, block)
+    if a.ndim < 1 or a.shape[-1] != k or a.dtype != scales.dtype:
+        raise InputError(f"a {_describe(a)}: accepted is [..., {k}] of the dtype of scales, {scales.dtype}")
+    if bias is not None:
+        _check("bias", bias, (n,), (a.dtype,))
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype not in dtypes:
+        accepted = " or ".join(str(dtype) for dtype in dtypes)
+        raise InputError(f"{name} {_describe(tensor)}: accepted is {list(shape)} {accepted}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
+
+
+def _matmul_fake(
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    n: int,
+    bits: int,
+    block: int,
+) -> Tensor:
+    _check_matmul(a, b, scales, zero_points, bias, k, n, bits, block)
+    return a.new_empty((*a.shape[:-1], n))
+
+
+def _dequantize_fake(
+    b: Tensor, scales: Tensor, zero_points: Tensor | None, k: int, n: int, bits: int, block: int
+) -> Tensor:
+    _check_weight(b, scales, zero_points, k, n, bits, block)
+    return scales.new_empty((n, k))
+
+
+def _matmul_cpu(
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    n: int,
+    bits: int,
+    block: int,
+) -> Tensor:
+    _check_matmul(a, b, scales, zero_points, bias, k, n, bits, block)
+    rows = a.reshape(-1, k).to(torch.float32)
+    result = a.new_empty((*a.shape[:-1], n))
+    target = result.view(-1, n)
+    # Half precision is accumulated in float32 and rounded once, after the bias.
+    exact = target if target.dtype == torch.float32 else target.new_empty(target.shape, dtype=torch.float32)
+    for start, weight in _dequantized_chunks(b, scales, zero_points, bits):
+        torch.mm(rows, weight[:, :k].t(), out=exact[:, start : start + weight.shape[0]])
+    if bias is not None:
+        exact += bias
+    if exact is not target:
+        target.copy_(exact)
+    return result
+
+
+def _dequantize_cpu(
+    b: Tensor, scales: Tensor, zero_points: Tensor | None, k: int, n: int, bits: int, block: int
+) -> Tensor:
+    _check_weight(b, scales, zero_points, k, n, bits, block)
+    result = scales.new_empty((n, k))
+    for start, weight in _dequantized_chunks(b, scales, zero_points, bits):
+        result[start : start + weight.shape[0]] = weight[:, :k]
+    return result
+
+
+def _dequantized_chunks(
+    b: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Runs of rows as float32 [rows, nb * block_size], each with the index of its first; they share one buffer."""
+    n, blocks, width = b.shape
+    columns = blocks * width * 8 // bits
+    rows = min(n, max(1, _CHUNK // columns))
+    scratch = torch.empty(rows, columns, dtype=torch.float32)
+    for start in range(0, n, rows):
+        of = slice(start, min(start + rows, n))
+        zeros = None if zero_points is None else zero_points[of]
+        yield start, dequantize_rows(b[of], scales[of], zeros, bits, out=scratch[: of.stop - start])
+
+
+def _cuda_kernels(operator: str) -> ModuleType:
+    try:
+        return importlib.import_module(_CUDA_KERNELS)
+    except ImportError as error:
+        raise KernelError(
+            f"teq_graph::{operator} on cuda: no CUDA kernel is built ({error}); move the model and its inputs to the "
+            'CPU with .to("cpu"), or run the exported ONNX model with onnxruntime\'s CUDA provider'
+        ) from error
+
+
+def _matmul_cuda(a: Tensor, *arguments: Any) -> Tensor:
+    result: Tensor = _cuda_kernels("matmul_nbits").matmul_nbits(a, *arguments)
+    return result
+
+
+def _dequantize_cuda(b: Tensor, *arguments: Any) -> Tensor:
+    result: Tensor = _cuda_kernels("dequantize_nbits").dequantize_nbits(b, *arguments)
+    return result
+
+
+def _refuse_backward(ctx: Any, *grads: Tensor) -> None:
+    raise KernelError(
+        "backward through a teq_graph quantized operator: it is for inference; accepted are calls under "
+        "torch.no_grad(), or outputs that are not differentiated"
+    )
+
+
+def _register() -> None:
+    # torch keeps these registrations for as long as the process lives, also when this module is loaded again.
+    for name, schema in _SCHEMAS.items():
+        torch.library.define(f"teq_graph::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_autograd(f"teq_graph::{name}", _refuse_backward)
+    torch.library.register_fake("teq_graph::matmul_nbits", _matmul_fake)
+    torch.library.register_fake("teq_graph::dequantize_nbits", _dequantize_fake)
+    torch.library.impl("teq_graph::matmul_nbits", "cpu", _matmul_cpu)
+    torch.library.impl("teq_graph::dequantize_nbits", "cpu", _dequantize_cpu)
+    torch.library.impl("teq_graph::matmul_nbits", "cuda", _matmul_cuda)
+    torch.library.impl("teq_graph::dequantize_nbits", "cuda", _dequantize_cuda)
+
+
+if not hasattr(torch.ops.teq_graph, "matmul_nbits"):
+    _register()

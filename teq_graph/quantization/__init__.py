@@ -1,0 +1,26 @@
+"""Grids, codes and storage of quantized weights: the reference mathematics of MatMulNBits."""
+
+from teq_graph.quantization.grid import (
+    Grid,
+    dequantize,
+    fake_quantize,
+    find_grid,
+    num_blocks,
+    quantize,
+    resolve_block_size,
+    round_scales,
+)
+from teq_graph.quantization.weight import QuantizedWeight, quantize_weight
+
+__all__ = [
+    "Grid",
+    "QuantizedWeight",
+    "dequantize",
+    "fake_quantize",
+    "find_grid",
+    "num_blocks",
+    "quantize",
+    "quantize_weight",
+    "resolve_block_size",
+    "round_scales",
+]

@@ -1,0 +1,92 @@
+"""What a compilation did: which linears were quantized and how well, which were not and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from teq_graph.analysis.equivalence import Refusal
+from teq_graph.config import WeightSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearReport:
+    """One linear of the graph. `spec` is None where it stays in float, for the `reason` given.
+
+    `error` is ‖dequantized − float‖ / ‖float‖ of the weight as it was quantized, scales included.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    spec: WeightSpec | None
+    reason: str | None = None
+    scaled: bool = False
+    error: float | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """Relative output error of a block with all scales 1 (round-to-nearest) and with the learned ones."""
+
+    linears: tuple[str, ...]
+    before: float
+    after: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The whole compilation. `bytes_before` and `bytes_after` count every tensor of the graph, each once."""
+
+    linears: tuple[LinearReport, ...]
+    equivalences: int
+    refusals: tuple[Refusal, ...] = ()
+    blocks: tuple[BlockReport, ...] = ()
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
+
+    @property
+    def quantized(self) -> tuple[LinearReport, ...]:
+        """The linears that were quantized."""
+        return tuple(linear for linear in self.linears if linear.spec is not None)
+
+    @property
+    def covered(self) -> int:
+        """How many linears have at least one equivalence that scales their columns."""
+        return sum(linear.scaled for linear in self.linears)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The inverse of `to_dict`."""
+        linears = [
+            LinearReport(
+                **{**linear, "shape": tuple(linear["shape"]), "spec": linear["spec"] and WeightSpec(**linear["spec"])}
+            )
+            for linear in data["linears"]
+        ]
+        refusals = [Refusal(**refusal) for refusal in data["refusals"]]
+        blocks = [BlockReport(tuple(b["linears"]), b["before"], b["after"]) for b in data["blocks"]]
+        return cls(**{**data, "linears": tuple(linears), "refusals": tuple(refusals), "blocks": tuple(blocks)})
+
+    def __str__(self) -> str:
+        lines = [
+            f"linears       {len(self.quantized)} of {len(self.linears)} quantized, {self.covered} with scaled columns",
+            f"equivalences  {self.equivalences} found" if self.equivalences else "equivalences  none found",
+        ]
+        if self.blocks:
+            before = sum(block.before for block in self.blocks) / len(self.blocks)
+            after = sum(block.after for block in self.blocks) / len(self.blocks)
+            lines.append(f"block error   {before:.4g} with all scales 1, {after:.4g} with the learned scales (mean)")
+        for reason in dict.fromkeys(linear.reason for linear in self.linears if linear.reason):
+            names = [linear.name for linear in self.linears if linear.reason == reason]
+            lines.append(f"in float      {', '.join(names[:3])}{' …' if len(names) > 3 else ''}: {reason}")
+        ratio = self.bytes_after / max(1, self.bytes_before)
+        lines.append(f"bytes         {self.bytes_before:,} → {self.bytes_after:,} ({ratio:.1%})")
+        lines.append(f"time          {self.seconds:.1f} s")
+        return "\n".join(lines)

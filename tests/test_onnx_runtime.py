@@ -1,0 +1,420 @@
+"""Running exported directories: text, sampling, batches, limits, and damaged or foreign files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from teq_graph.capture import capture
+from teq_graph.config import WeightSpec
+from teq_graph.errors import InputError, ModelFileError, NumericsError
+from teq_graph.graph import linears, weight_name
+from teq_graph.loading import LoadedModel, load_model
+from teq_graph.onnx import runtime
+from teq_graph.onnx.export import export_onnx
+from teq_graph.onnx.runtime import OnnxDecoder, OnnxModel, Sampler, load
+from teq_graph.onnx.text import TextStream
+from teq_graph.passes.fold_constants import FoldConstants
+from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
+from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
+from teq_graph.passes.normalize_linears import NormalizeLinears
+from teq_graph.passes.quantize_linears import QuantizeLinears
+from teq_graph.passes.remove_no_ops import RemoveNoOps
+
+PROMPT = "Once upon a time"
+
+
+def export_language_model(loaded: LoadedModel, directory: Path, bits: int | None, dtype: str) -> torch.fx.GraphModule:
+    captured = capture(loaded.model)
+    module = captured.graph_module
+    for step in (RemoveNoOps(), NormalizeLinears(), FoldConstants(), FuseRMSNorm()):
+        step(module)
+    if bits is not None:
+        names = {weight_name(linear) for linear in linears(module)} - {captured.lm_head}
+        QuantizeLinears(dict.fromkeys(names, WeightSpec(bits, 32)))(module)
+        LowerToMatMulNBits()(module)
+    export_onnx(
+        captured,
+        directory,
+        dtype=dtype,
+        accuracy_level=1,
+        tokenizer=loaded.tokenizer,
+        config=loaded.model.config,
+        generation_config=loaded.model.generation_config,
+    )
+    return module
+
+
+@pytest.fixture(scope="module")
+def stories(data_dir: Path) -> LoadedModel:
+    return load_model(data_dir / "models" / "stories260K")
+
+
+@pytest.fixture(scope="module")
+def stories_dir(stories: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260K as it is, exported in float32; tests copy it before changing it."""
+    directory = tmp_path_factory.mktemp("stories") / "out"
+    export_language_model(stories, directory, bits=None, dtype="float32")
+    return directory
+
+
+@pytest.fixture
+def decoder(stories_dir: Path) -> OnnxDecoder:
+    return OnnxDecoder.load(stories_dir, threads=1)
+
+
+@pytest.fixture(scope="module")
+def classifier_dir(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4)).eval()
+    captured = capture(model, (torch.randn(3, 8),), ({0: torch.export.Dim.DYNAMIC},))
+    return model, export_onnx(captured, tmp_path_factory.mktemp("classifier") / "out")
+
+
+def relative_error(actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    return float(np.abs(actual.astype(np.float64) - expected).max() / np.abs(expected).max())
+
+
+def greedy(stories: LoadedModel, tokens: list[int], count: int) -> list[int]:
+    """What transformers generates."""
+    ids = torch.tensor([tokens])
+    output: Any = stories.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    new: list[int] = output[0, len(tokens) :].tolist()
+    return new
+
+
+def test_greedy_text_is_that_of_transformers(stories: LoadedModel, decoder: OnnxDecoder) -> None:
+    tokens = decoder.encode(PROMPT)
+    expected = greedy(stories, tokens, 60)
+    assert decoder.generate(tokens, 60) == expected
+    text = decoder.generate(PROMPT, 60)
+    assert stories.tokenizer is not None
+    assert stories.tokenizer.decode(tokens + expected, skip_special_tokens=True) == PROMPT + text
+
+
+def test_stream_gives_the_same_text_in_whole_words(decoder: OnnxDecoder) -> None:
+    pieces = list(decoder.stream(PROMPT, 60))
+    assert len(pieces) > 30
+    assert pieces[1] == " there"
+    assert "".join(pieces) == decoder.generate(PROMPT, 60)
+    tokens = decoder.encode(PROMPT)
+    assert list(decoder.stream(tokens, 20)) == decoder.generate(tokens, 20)
+    assert "".join(decoder.stream(tokens, 20, text=True)) == decoder.generate(PROMPT, 20)
+
+
+def test_a_batch_gives_what_its_rows_give(decoder: OnnxDecoder) -> None:
+    prompts = [PROMPT, "Lily and her mom went to the", "Tom"]
+    alone = [decoder.generate(prompt, 25) for prompt in prompts]
+    assert decoder.generate(prompts, 25) == alone
+    tokens = [decoder.encode(prompt) for prompt in prompts]
+    told: list[tuple[int, int]] = []
+    batch = decoder.generate(tokens, 25, callback=lambda row, token: told.append((row, token)))
+    assert batch == [decoder.generate(row, 25) for row in tokens]
+    assert [[token for row, token in told if row == index] for index in range(3)] == batch
+
+
+def test_a_row_that_stops_leaves_the_others_running(decoder: OnnxDecoder) -> None:
+    tokens = [decoder.encode(PROMPT), decoder.encode("Lily and her mom went to the")]
+    free = decoder.generate(tokens, 25, stop_tokens=())
+    stop = next(token for token in free[0][:10] if token not in free[1])
+    first = free[0].index(stop)
+    assert decoder.generate(tokens, 25, stop_tokens=[stop]) == [free[0][:first], free[1]]
+    assert decoder.generate(tokens[0], 25, stop_tokens=[stop]) == free[0][:first]
+
+
+def test_the_model_s_own_stop_tokens(stories_dir: Path, decoder: OnnxDecoder, tmp_path: Path) -> None:
+    free = decoder.generate(decoder.encode(PROMPT), 20)
+    shutil.copytree(stories_dir, tmp_path / "out")
+    description = json.loads((tmp_path / "out" / "teq_graph.json").read_text())
+    assert description["eos_token_ids"] == [2]
+    (tmp_path / "out" / "teq_graph.json").write_text(json.dumps({**description, "eos_token_ids": [free[7]]}))
+    stopped = OnnxDecoder.load(tmp_path / "out", threads=1).generate(decoder.encode(PROMPT), 20)
+    assert stopped == free[: free.index(free[7])]
+
+
+def test_logits_equal_pytorch(stories: LoadedModel, decoder: OnnxDecoder) -> None:
+    ids = torch.randint(0, 512, (2, 30))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = stories.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    actual = decoder.logits(ids, mask)
+    assert actual.dtype == np.float32
+    real = mask.bool()
+    assert relative_error(actual[real.numpy()], expected[real].double().numpy()) <= 1e-5
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_quantized_logits_of_a_trained_model(babyllama: LoadedModel, bits: int, tmp_path: Path) -> None:
+    module = export_language_model(babyllama, tmp_path / "out", bits, "float32")
+    decoder = OnnxDecoder.load(tmp_path / "out", threads=1)
+    ids = torch.randint(0, 105, (2, 20))
+    empty = decoder.shape.empty_past(2, torch.float32)
+    expected, _ = module(ids, torch.ones_like(ids), empty)
+    assert relative_error(decoder.logits(ids), expected.detach().double().numpy()) <= 1e-4
+    (tokens,) = decoder.generate([ids[0].tolist()], 8)
+    replayed = decoder.logits([[*ids[0].tolist(), *tokens]])[0].argmax(-1)
+    assert replayed[19:-1].tolist() == tokens
+
+
+def test_half_precision(stories: LoadedModel, tmp_path: Path) -> None:
+    module = export_language_model(stories, tmp_path / "out", 8, "float16")
+    decoder = OnnxDecoder.load(tmp_path / "out", threads=1)
+    assert {item.type for item in decoder.session.get_inputs()} == {"tensor(int64)", "tensor(float16)"}
+    ids = torch.randint(0, 512, (2, 20))
+    expected, _ = module(ids, torch.ones_like(ids), decoder.shape.empty_past(2, torch.float32))
+    assert relative_error(decoder.logits(ids), expected.detach().double().numpy()) <= 4e-3
+    tokens = decoder.generate(decoder.encode(PROMPT), 20)
+    replayed = decoder.logits([[*decoder.encode(PROMPT), *tokens]])[0].argmax(-1)
+    assert replayed[4:-1].tolist() == tokens
+
+
+def test_prefill_in_parts_changes_nothing(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [PROMPT, "Lily and her mom went to the park to play with the"]
+    expected = decoder.generate(prompts, 12)
+    monkeypatch.setattr(runtime, "PREFILL_TOKENS", 4)
+    assert decoder.generate(prompts, 12) == expected
+
+
+def test_sampling_is_repeatable_and_bounded(decoder: OnnxDecoder) -> None:
+    first = decoder.generate(PROMPT, 30, temperature=1.0, seed=5)
+    assert decoder.generate(PROMPT, 30, temperature=1.0, seed=5) == first
+    assert decoder.generate(PROMPT, 30, temperature=1.0, seed=6) != first
+    assert decoder.generate(PROMPT, 30, temperature=1.0, top_k=1) == decoder.generate(PROMPT, 30)
+    assert decoder.generate(PROMPT, 30, temperature=1.0, top_p=1e-6) == decoder.generate(PROMPT, 30)
+
+
+def test_samples_follow_the_distribution() -> None:
+    logits = np.log([0.5, 0.05, 0.3, 0.15])
+    draws = np.repeat(logits[None], 20000, axis=0)
+    cases: list[tuple[dict[str, Any], list[float]]] = [
+        ({}, [0.5, 0.05, 0.3, 0.15]),
+        ({"top_k": 2}, [0.625, 0.0, 0.375, 0.0]),
+        ({"top_p": 0.9}, [0.5 / 0.95, 0.0, 0.3 / 0.95, 0.15 / 0.95]),
+        ({"top_p": 0.79}, [0.625, 0.0, 0.375, 0.0]),
+    ]
+    for options, expected in cases:
+        counts = np.bincount(Sampler(temperature=1.0, seed=1, **options)(draws), minlength=4) / len(draws)
+        # Five standard deviations of a share.
+        assert np.abs(counts - expected).max() < 5 * 0.5 / len(draws) ** 0.5
+        assert (counts[np.array(expected) == 0] == 0).all()
+    sharp = np.bincount(Sampler(temperature=0.5, seed=1)(draws), minlength=4) / len(draws)
+    squared = np.array([0.5, 0.05, 0.3, 0.15]) ** 2
+    assert np.abs(sharp - squared / squared.sum()).max() < 5 * 0.5 / len(draws) ** 0.5
+
+
+def test_extreme_temperatures_and_logits() -> None:
+    logits = np.array([[1e4, -1e4, np.inf * -1, 3.0]])
+    assert Sampler(temperature=1e-30, seed=0)(logits).tolist() == [0]
+    assert Sampler(temperature=1e30, seed=0)(logits)[0] in (0, 1, 3)
+    with pytest.raises(NumericsError, match="NaN"):
+        Sampler()(np.array([[0.0, np.nan]]))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 2)],
+)
+def test_wrong_sampling_options(option: str, value: Any) -> None:
+    with pytest.raises(InputError, match=option):
+        Sampler(**{option: value})
+
+
+class Bytes:
+    """A tokenizer whose tokens are the bytes of UTF-8."""
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+def test_text_waits_for_whole_characters() -> None:
+    stream = TextStream(Bytes(), list(b"before "))
+    pieces = [stream.push(byte) for byte in "aé€🙂b".encode()]
+    assert pieces == ["a", "", "é", "", "", "€", "", "", "", "🙂", "b"]
+    assert stream.push("é".encode()[0]) == ""
+    assert stream.finish() == "�"
+    assert stream.finish() == ""
+
+
+def test_text_of_random_characters() -> None:
+    generator = np.random.default_rng(torch.randint(0, 2**31, ()).item())
+    text = "".join(chr(code) for code in generator.integers(32, 0x2FFF, 200) if chr(code).isprintable())
+    stream = TextStream(Bytes())
+    assert "".join(stream.push(byte) for byte in text.encode()) + stream.finish() == text
+
+
+def test_the_context_is_a_limit(decoder: OnnxDecoder) -> None:
+    limit = decoder.shape.max_positions
+    assert limit == 512
+    tokens = np.random.default_rng(0).integers(3, 512, limit + 1).tolist()
+    with pytest.raises(InputError, match=r"513 tokens.* 512"):
+        decoder.generate(tokens)
+    with pytest.raises(InputError, match=r"513 tokens.* 512"):
+        decoder.stream(tokens)
+    assert len(decoder.generate(tokens[:512], stop_tokens=())) == 1
+    assert len(decoder.generate(tokens[:510], stop_tokens=())) == 3
+
+
+@pytest.mark.parametrize("prompt", [[], [[1], []], [512], [-1], [1.5, "a"], [[[1]]]], ids=repr)
+def test_wrong_prompts(decoder: OnnxDecoder, prompt: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        decoder.generate(prompt)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_wrong_arguments(decoder: OnnxDecoder) -> None:
+    with pytest.raises(InputError, match="max_new_tokens"):
+        decoder.generate([1], -1)
+    with pytest.raises(InputError, match="single"):
+        decoder.stream([[1], [2]])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="attention_mask"):
+        decoder.logits([[1, 2]], [[1]])
+    with pytest.raises(InputError, match="chat template"):
+        decoder.encode_chat("hello")
+    assert decoder.generate([1], 0) == []
+
+
+def test_chat_prompts(decoder: OnnxDecoder) -> None:
+    decoder.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}reply:"
+    expected = decoder.tokenizer("user: hi\nreply:", add_special_tokens=False)["input_ids"]
+    assert decoder.encode_chat("hi") == decoder.encode_chat([{"role": "user", "content": "hi"}]) == expected
+
+
+def test_unknown_providers_are_named(stories_dir: Path) -> None:
+    for providers in (["NoSuchExecutionProvider"], [("NoSuchExecutionProvider", {"device_id": 0})]):
+        with pytest.raises(InputError, match=r"'NoSuchExecutionProvider'.*CPUExecutionProvider"):
+            OnnxDecoder.load(stories_dir, providers=providers)  # type: ignore[arg-type]
+    for wrong in ("CPUExecutionProvider", ()):
+        with pytest.raises(InputError, match="providers"):
+            OnnxDecoder.load(stories_dir, providers=wrong)
+    with pytest.raises(InputError, match="threads"):
+        OnnxDecoder.load(stories_dir, threads=0)
+
+
+def test_session_options_are_the_user_s(stories_dir: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    decoder = OnnxDecoder.load(stories_dir, ["CPUExecutionProvider"], threads=1, session_options=options)
+    assert decoder.session.get_session_options().graph_optimization_level == options.graph_optimization_level
+    assert decoder.session.get_session_options().intra_op_num_threads == 1
+    assert decoder.generate(PROMPT, 10) == OnnxDecoder.load(stories_dir, threads=1).generate(PROMPT, 10)
+
+
+def remove_everything(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def drop_description(path: Path) -> None:
+    (path / "teq_graph.json").unlink()
+
+
+def scramble_description(path: Path) -> None:
+    (path / "teq_graph.json").write_text("{nonsense")
+
+
+def empty_description(path: Path) -> None:
+    (path / "teq_graph.json").write_text('{"format_version": 1}')
+
+
+def list_description(path: Path) -> None:
+    (path / "teq_graph.json").write_text("[]")
+
+
+def later_description(path: Path) -> None:
+    (path / "teq_graph.json").write_text('{"format_version": 99}')
+
+
+def drop_model(path: Path) -> None:
+    (path / "model.onnx").unlink()
+
+
+def cut_model(path: Path) -> None:
+    content = (path / "model.onnx").read_bytes()
+    (path / "model.onnx").write_bytes(content[: len(content) // 2])
+
+
+def scramble_model(path: Path) -> None:
+    (path / "model.onnx").write_bytes(bytes(range(256)) * 10)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (remove_everything, "out"),
+        (drop_description, "teq_graph.json is missing"),
+        (scramble_description, "teq_graph.json"),
+        (empty_description, "teq_graph.json"),
+        (list_description, "teq_graph.json"),
+        (later_description, "format_version=99"),
+        (drop_model, "model.onnx is missing"),
+        (cut_model, "model.onnx"),
+        (scramble_model, "model.onnx"),
+    ],
+)
+def test_damaged_directories(stories_dir: Path, damage: Any, named: str, tmp_path: Path) -> None:
+    shutil.copytree(stories_dir, tmp_path / "out")
+    damage(tmp_path / "out")
+    for open_directory in (OnnxDecoder.load, load):
+        with pytest.raises(ModelFileError, match=named) as caught:
+            open_directory(tmp_path / "out")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_directory_without_tokenizer(stories_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(stories_dir, tmp_path / "out")
+    for path in (tmp_path / "out").glob("tokenizer*"):
+        path.unlink()
+    decoder = OnnxDecoder.load(tmp_path / "out", threads=1)
+    assert decoder.generate([1, 100], 3)
+    with pytest.raises(ModelFileError, match="no usable tokenizer") as caught:
+        decoder.generate(PROMPT)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_models_run(classifier_dir: tuple[nn.Module, Path]) -> None:
+    model, directory = classifier_dir
+    opened = load(directory)
+    assert isinstance(opened, OnnxModel)
+    (name,) = (item.name for item in opened.session.get_inputs())
+    x = torch.randn(5, 8)
+    (actual,) = opened.run(**{name: x}).values()
+    assert relative_error(actual, model(x).detach().double().numpy()) <= 1e-6
+    with pytest.raises(InputError, match="wrong"):
+        opened.run(wrong=x)
+    with pytest.raises(InputError, match=r"\[5, 7\]") as caught:
+        opened.run(**{name: x[:, :7]})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelFileError, match="decoder"):
+        OnnxDecoder.load(directory)
+
+
+def test_load_tells_decoders_from_others(stories_dir: Path) -> None:
+    assert isinstance(load(stories_dir), OnnxDecoder)
+
+
+def test_onnxruntime_genai_gives_the_same_tokens(stories_dir: Path, decoder: OnnxDecoder) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    model = genai.Model(str(stories_dir))
+    tokens = decoder.encode(PROMPT)
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(tokens) + 40)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(np.array(tokens, dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    expected = decoder.generate(tokens, 40)
+    assert generator.get_sequence(0)[len(tokens) :].tolist() == expected
+    # Its tokenizer leaves the special token in front to the caller.
+    assert [1, *genai.Tokenizer(model).encode(PROMPT).tolist()] == tokens

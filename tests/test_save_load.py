@@ -1,0 +1,190 @@
+"""`save` and `load`: what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.architectures import BY_NAME, Architecture
+from support.compiling import (
+    compile_llama,
+    compile_mlp,
+    compile_with_kwargs,
+    in_one_line,
+    tokens,
+)
+from support.graphs import leaves, relative_error
+
+import teq_graph
+from teq_graph import QuantizationConfig
+from teq_graph.errors import (
+    ExportError,
+    ModelFileError,
+)
+
+
+def check_round_trip(compiled: teq_graph.CompiledModel, directory: Path, inputs: Any) -> teq_graph.CompiledModel:
+    expected = leaves(compiled(**inputs) if isinstance(inputs, dict) else compiled(*inputs))
+    compiled.save(directory)
+    loaded = teq_graph.load(directory)
+    before, after = compiled.graph_module.state_dict(), loaded.graph_module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(
+        torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype for name, tensor in after.items()
+    )
+    actual = leaves(loaded(**inputs) if isinstance(inputs, dict) else loaded(*inputs))
+    assert relative_error(actual, expected) == 0
+    assert loaded.report == compiled.report
+    assert len(loaded.equivalences) == len(compiled.equivalences)
+    for a, b in zip(loaded.equivalences, compiled.equivalences, strict=True):
+        assert (a.producer, a.kind, a.channels, a.linears) == (b.producer, b.kind, b.channels, b.linears)
+        assert (a.scale is None and b.scale is None) or torch.equal(a.scale, b.scale)
+        assert all(torch.equal(x.index, y.index) for x, y in zip(a.multiplied, b.multiplied, strict=True))
+    assert loaded.captured.decoder == compiled.captured.decoder and loaded.captured.lm_head == compiled.captured.lm_head
+    return loaded
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_round_trip_of_codes(bits: int, tmp_path: Path) -> None:
+    compiled = compile_mlp(quantization=QuantizationConfig(bits=bits, group_size=16, symmetric=bits == 3))
+    check_round_trip(compiled, tmp_path / "saved", (torch.randn(7, 20),))
+
+
+@pytest.mark.parametrize("name", ["Llama (GQA)", "Gemma2", "GPT-2"])
+def test_round_trip_of_decoders(name: str, tmp_path: Path) -> None:
+    architecture: Architecture = BY_NAME[name]
+    compiled = compile_llama(architecture.build(), quantization=QuantizationConfig(bits=3, group_size=32))
+    loaded = check_round_trip(compiled, tmp_path / "saved", {"input_ids": tokens(3, 11)})
+    assert loaded.config.to_dict() | {"_name_or_path": ""} == compiled.config.to_dict() | {"_name_or_path": ""}
+    prompt = tokens(2, 6)
+    step = loaded(input_ids=prompt[:, :4])
+    step = loaded(input_ids=prompt[:, 4:], past_key_values=step.past_key_values)
+    assert relative_error(step.logits, compiled(input_ids=prompt).logits[:, 4:]) <= 1e-5
+
+
+def test_round_trip_of_keyword_arguments_and_again(tmp_path: Path) -> None:
+    inputs = {"x": torch.randn(6, 20), "gate": torch.randn(6, 32)}
+    loaded = check_round_trip(compile_with_kwargs(), tmp_path / "saved", inputs)
+    again = check_round_trip(loaded, tmp_path / "again", inputs)
+    again.export_onnx(tmp_path / "onnx")
+
+
+def test_round_trip_of_a_tokenizer(stories260k: Any, tmp_path: Path) -> None:
+    compiled = compile_llama(stories260k.model, tokenizer=stories260k.tokenizer)
+    compiled.save(tmp_path / "saved")
+    loaded = teq_graph.load(tmp_path / "saved")
+    text = "Once upon a time"
+    assert loaded.tokenizer(text)["input_ids"] == stories260k.tokenizer(text)["input_ids"]
+
+
+def test_save_keeps_an_existing_directory_unless_told(tmp_path: Path) -> None:
+    compiled, target = compile_mlp(), tmp_path / "saved"
+    target.mkdir()
+    (target / "precious").write_text("mine")
+    with pytest.raises(ExportError, match="exists") as caught:
+        compiled.save(target)
+    in_one_line(caught)
+    assert [path.name for path in tmp_path.rglob("*")] == ["saved", "precious"]
+    compiled.save(target, overwrite=True)
+    assert not (target / "precious").exists() and [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_save_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="cannot be written") as caught:
+        compile_mlp().save(tmp_path / "file" / "saved")
+    in_one_line(caught)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_save_into_a_protected_directory(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(ExportError, match="cannot be written") as caught:
+        compile_mlp().save(tmp_path / "locked" / "saved")
+    in_one_line(caught)
+
+
+@pytest.mark.parametrize("function", ["torch.export.save", "torch.save"])
+def test_a_full_disk_leaves_nothing_behind(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    compiled = compile_mlp()
+    monkeypatch.setattr(function, fail)
+    with pytest.raises(ExportError, match="No space left on device") as caught:
+        compiled.save(tmp_path / "saved")
+    in_one_line(caught)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_inside_torch_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A file-size limit of the process stands for the full disk: torch's own writer meets the real error."""
+    resource, signal = pytest.importorskip("resource"), pytest.importorskip("signal")
+    compiled = compile_mlp()
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        with pytest.raises(ExportError, match=r"cannot be written: .*too large") as caught:
+            compiled.save(tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    in_one_line(caught)
+    assert not list(tmp_path.iterdir())
+
+
+def damaged(directory: Path, kind: str) -> None:
+    graph, equivalences, description = (
+        directory / "graph.pt2",
+        directory / "equivalences.pt",
+        directory / "compiled.json",
+    )
+    if kind == "truncated graph":
+        graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
+    elif kind == "other graph":
+        graph.write_bytes(b"not a zip file")
+    elif kind == "no graph":
+        graph.unlink()
+    elif kind == "no equivalences":
+        equivalences.unlink()
+    elif kind == "truncated equivalences":
+        equivalences.write_bytes(equivalences.read_bytes()[:100])
+    elif kind == "no description":
+        description.unlink()
+    elif kind == "broken description":
+        description.write_text(description.read_text()[:-20])
+    elif kind == "incomplete description":
+        description.write_text(json.dumps({"format_version": 1}))
+    elif kind == "newer format":
+        description.write_text(description.read_text().replace('"format_version": 1', '"format_version": 99'))
+    elif kind == "flipped bytes":
+        content = bytearray(graph.read_bytes())
+        middle = content.find(b"codes") if b"codes" in content else len(content) // 2
+        content[middle : middle + 64] = os.urandom(64)
+        graph.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["truncated graph", "other graph", "no graph", "no equivalences", "truncated equivalences", "no description",
+     "broken description", "incomplete description", "newer format", "flipped bytes"],
+)  # fmt: skip
+def test_damaged_directories_are_refused(kind: str, tmp_path: Path) -> None:
+    compile_mlp().save(tmp_path / "saved")
+    damaged(tmp_path / "saved", kind)
+    with pytest.raises(ModelFileError, match="saved") as caught:
+        teq_graph.load(tmp_path / "saved")
+    in_one_line(caught)
+
+
+def test_loading_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="missing") as caught:
+        teq_graph.load(tmp_path / "nothing")
+    assert "nothing" in in_one_line(caught)

@@ -1,0 +1,277 @@
+"""Learning the scales: what changes, what does not, and that it helps."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support.architectures import ARCHITECTURES, VOCAB
+from support.graphs import leaves, randomize, relative_error
+from torch import Tensor, nn
+
+import teq_graph
+from teq_graph import graph as fx
+from teq_graph.analysis.blocks import find_blocks
+from teq_graph.compile import Analysis, analyze
+from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
+from teq_graph.errors import NumericsError
+from teq_graph.loading import LoadedModel
+from teq_graph.passes.fold_scales import FoldScales
+from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
+from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
+from teq_graph.passes.quantize_linears import QuantizeLinears
+from teq_graph.quantization import fake_quantize
+from teq_graph.training import Trainer
+from teq_graph.training.initialization import initial_scale
+from teq_graph.training.trainer import decay
+from teq_graph.training.trainer import relative_error as block_loss
+
+W2 = QuantizationConfig(bits=2, group_size=16)
+LLAMA = next(a for a in ARCHITECTURES if a.name == "Llama (GQA)")
+
+
+class Layer(nn.Module):
+    """A residual MLP whose input channels differ a hundredfold, as those of trained models do."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 48), nn.Linear(48, width)
+        self.norm.weight.data = torch.logspace(-1, 1, width)[torch.randperm(width)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.down(self.up(self.norm(x)).relu())
+        return result
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(*(Layer() for _ in range(3)), nn.Linear(32, 8)).eval()
+
+
+EXAMPLE = (torch.zeros(6, 32),)
+DYNAMIC = ({0: torch.export.Dim.DYNAMIC},)
+
+
+def train(model: nn.Module, batches: list[Any], config: TrainingConfig, quantization: Any = W2) -> tuple[Any, Trainer]:
+    pretrained = not isinstance(model, nn.Sequential)
+    analysis = analyze(model, *((None, None) if pretrained else (EXAMPLE, DYNAMIC)), quantization)
+    found = analysis.findings.equivalences
+    blocks = find_blocks(analysis.captured, found)
+    trainer = Trainer(analysis.captured, InsertScales(found, analysis.specs), blocks, batches, config)
+    trainer.run()
+    return analysis, trainer
+
+
+def scales_of(analysis: Analysis, trainer: Trainer) -> list[Tensor]:
+    return [fx.get_tensor(analysis.captured.graph_module, name).detach().clone() for name in trainer.inserted.scales]
+
+
+@pytest.fixture
+def batches() -> list[Any]:
+    return [(torch.randn(16, 32),) for _ in range(4)]
+
+
+@pytest.fixture
+def token_batches() -> list[Any]:
+    return [{"input_ids": torch.randint(3, VOCAB, (2, 12))} for _ in range(3)]
+
+
+@pytest.mark.parametrize("objective", ["block", "model"])
+def test_only_scales_change(objective: Any, token_batches: list[Any]) -> None:
+    model = LLAMA.build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    analysis, trainer = train(model, token_batches, TrainingConfig(objective=objective, steps=3, batch_size=2))
+    scales = scales_of(analysis, trainer)
+    assert any(not torch.equal(scale, torch.ones_like(scale)) for scale in scales)
+    assert all(bool((scale >= SMALLEST_SCALE).all()) for scale in scales)
+    reference = trainer.reference.state_dict()
+    after = analysis.captured.graph_module.state_dict()
+    others = [name for name in after if not name.startswith(("teq_scales", "teq_index"))]
+    assert set(others) == set(reference)
+    assert all(torch.equal(after[name], reference[name]) for name in others)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(not parameter.requires_grad or parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_quantized_graph_computes_what_was_trained(bits: int, token_batches: list[Any]) -> None:
+    quantization = QuantizationConfig(bits=bits, group_size=16)
+    config = TrainingConfig(steps=3, batch_size=2, init="activation")
+    analysis, trainer = train(LLAMA.build(), token_batches, config, quantization)
+    graph_module = analysis.captured.graph_module
+    args, _ = analysis.captured.bind({"input_ids": torch.randint(3, VOCAB, (3, 9))})
+    with torch.no_grad():
+        trained = leaves(graph_module(*args))
+        for step in (FoldScales(trainer.inserted), QuantizeLinears(analysis.specs), LowerToMatMulNBits()):
+            step(graph_module)
+        quantized = leaves(graph_module(*args))
+    assert relative_error(quantized, trained) <= 1e-5
+
+
+@pytest.mark.parametrize("init", ["ones", "weight", "activation"])
+def test_no_block_gets_worse(init: Any, batches: list[Any]) -> None:
+    _, trainer = train(mlp(), batches, TrainingConfig(steps=30, init=init))
+    assert len(trainer.reports) == 3
+    assert all(report.after <= report.before for report in trainer.reports)
+    assert sum(report.after for report in trainer.reports) < 0.9 * sum(report.before for report in trainer.reports)
+
+
+def test_a_block_that_training_would_harm_keeps_ones(batches: list[Any]) -> None:
+    analysis, trainer = train(mlp(), batches, TrainingConfig(steps=3, learning_rate=0.99, warmup=0))
+    for report, scale in zip(trainer.reports, scales_of(analysis, trainer)[::2], strict=False):
+        assert report.after <= report.before
+        assert report.after < report.before or torch.equal(scale, torch.ones_like(scale))
+
+
+def test_the_reported_error_is_the_blocks_own(batches: list[Any]) -> None:
+    """Of the first block, whose input is the float one: recomputed here from the definition."""
+    model = mlp()
+    analysis, trainer = train(model, batches, TrainingConfig(steps=10))
+    first, x = model[0], torch.cat([batch for (batch,) in batches])
+    (site,) = [e for e in analysis.findings.equivalences if e.producer == "0.norm.weight"]
+    (inner,) = [e for e in analysis.findings.equivalences if e.producer == "0.up.weight"]
+    numbers = [analysis.findings.equivalences.index(e) for e in (site, inner)]
+    s, t = (scales_of(analysis, trainer)[number] for number in numbers)
+    spec = WeightSpec(2, 16)
+
+    def error(s: Tensor, t: Tensor) -> float:
+        up = fake_quantize(first.up.weight * s / t[:, None], spec)
+        down = fake_quantize(first.down.weight * t, spec)
+        hidden = nn.functional.linear(first.norm(x) / s, up, first.up.bias / t).relu()
+        output = x + nn.functional.linear(hidden, down, first.down.bias)
+        target = first(x)
+        return float(((output - target).square().mean(-1) / target.square().mean(-1)).mean())
+
+    with torch.no_grad():
+        assert trainer.reports[0].before == pytest.approx(error(torch.ones(32), torch.ones(48)), rel=1e-4)
+        assert trainer.reports[0].after == pytest.approx(error(s, t), rel=1e-4)
+
+
+def test_the_model_objective_reduces_the_distance_to_the_float_outputs(batches: list[Any]) -> None:
+    _, trainer = train(mlp(), batches, TrainingConfig(objective="model", steps=40, learning_rate=1e-2))
+    (report,) = trainer.reports
+    assert report.after < 0.98 * report.before
+
+
+def test_the_model_objective_reduces_a_language_models_loss(stories260k: LoadedModel) -> None:
+    text = stories260k.tokenizer("Once upon a time, there was a little dog. The dog liked to play in the park. " * 12)
+    tokens = torch.tensor(text["input_ids"])[:256].view(4, 64)
+    config = TrainingConfig(objective="model", steps=30, learning_rate=5e-3)
+    quantization = QuantizationConfig(bits=3, group_size=32)
+    _, trainer = train(stories260k.model, [{"input_ids": part} for part in tokens.split(2)], config, quantization)
+    (report,) = trainer.reports
+    with torch.no_grad():
+        logits = stories260k.model(tokens).logits[:, :-1]
+    own = float(nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+    assert own < report.before
+    assert report.after - own < 0.9 * (report.before - own)
+
+
+@pytest.mark.parametrize("objective", ["block", "model"])
+def test_a_seed_makes_a_run_repeatable(objective: Any, batches: list[Any]) -> None:
+    model = mlp()
+    config = TrainingConfig(objective=objective, steps=5, seed=7)
+    first, second = (scales_of(*train(copy.deepcopy(model), batches, config)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    other = scales_of(*train(model, batches, TrainingConfig(objective=objective, steps=5, seed=8)))
+    assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_compile_is_repeatable_on_its_own_samples() -> None:
+    model = LLAMA.build()
+    config = TrainingConfig(steps=2, samples=4, length=12, batch_size=2, seed=3)
+    first, second = (teq_graph.compile(model, quantization=W2, training=config) for _ in range(2))
+    assert all(torch.equal(a.scale, b.scale) for a, b in zip(first.equivalences, second.equivalences, strict=True))
+    tokens = torch.randint(3, VOCAB, (2, 7))
+    assert torch.equal(first(input_ids=tokens).logits, second(input_ids=tokens).logits)
+
+
+# --------------------------------------------------------------------------------------------------- initial values
+
+
+def initial(init: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The scale of a norm that feeds two linears, the linears' weights, and what they read."""
+    model = nn.Sequential(Layer()).eval()
+    analysis = analyze(model, EXAMPLE, DYNAMIC, W2)
+    site = next(e for e in analysis.findings.equivalences if e.kind == "layer_norm")
+    weights = {"0.up.weight": model[0].up.weight.detach()}
+    inputs = model[0].norm(torch.randn(64, 32)).detach()
+    return initial_scale(site, init, weights, {"0.up.weight": inputs}, analysis.specs), weights, inputs
+
+
+def test_initial_ones() -> None:
+    scale, _, _ = initial("ones")
+    assert torch.equal(scale, torch.ones(32))
+
+
+def test_initial_weight_norm() -> None:
+    scale, weights, _ = initial("weight")
+    expected = 1 / weights["0.up.weight"].abs().amax(0).sqrt()
+    expected = expected / expected.log().mean().exp()
+    assert torch.allclose(scale, expected, rtol=1e-5)
+
+
+def test_initial_activation_aware_is_no_worse_than_ones() -> None:
+    scale, weights, inputs = initial("activation")
+    weight, spec = weights["0.up.weight"], WeightSpec(2, 16)
+    rows = inputs / inputs.square().mean(-1, keepdim=True).sqrt()
+
+    def error(s: Tensor) -> float:
+        return float((rows @ (fake_quantize(weight * s, spec) / s - weight).T).square().sum())
+
+    assert error(scale) < error(torch.ones(32))
+    assert float(scale.log().mean().abs()) <= 1e-4
+
+
+def test_zero_steps_keep_the_initial_scales(batches: list[Any]) -> None:
+    analysis, trainer = train(mlp(), batches, TrainingConfig(steps=0, init="ones"))
+    assert all(torch.equal(scale, torch.ones_like(scale)) for scale in scales_of(analysis, trainer))
+
+
+def test_the_schedule_rises_then_falls_to_zero() -> None:
+    rates = [decay(step, 100, 0.1) for step in range(100)]
+    assert rates.index(max(rates)) in (9, 10) and max(rates) == 1.0
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] <= 0.02 and decay(100, 100, 0.1) == 0
+    assert decay(0, 1, 0.05) == 1.0
+
+
+def test_the_block_loss_is_relative_to_each_token() -> None:
+    target = torch.randn(2, 3, 8, dtype=torch.float64)
+    output = target + 0.1 * torch.randn_like(target)
+    large = target * torch.tensor([1.0, 1000.0, 1.0])[:, None], output * torch.tensor([1.0, 1000.0, 1.0])[:, None]
+    expected = ((output - target).square().mean(-1) / target.square().mean(-1)).mean()
+    assert float(block_loss([output], [target])) == pytest.approx(float(expected), rel=1e-5)
+    assert float(block_loss([large[1]], [large[0]])) == pytest.approx(float(expected), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ other types
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_compile(dtype: torch.dtype) -> None:
+    model = LLAMA.build().to(dtype)
+    compiled = teq_graph.compile(
+        model,
+        calibration=torch.randint(3, VOCAB, (4, 12)),
+        quantization=QuantizationConfig(bits=8, group_size=16),
+        training=TrainingConfig(steps=2, batch_size=2),
+    )
+    tokens = torch.randint(3, VOCAB, (2, 9))
+    logits = compiled(input_ids=tokens).logits
+    assert logits.dtype == dtype
+    with torch.no_grad():
+        expected = model.float()(tokens).logits
+    # 8-bit weights and the type's own rounding, over two layers
+    assert float((logits.float() - expected).norm() / expected.norm()) <= 0.02 + 20 * torch.finfo(dtype).eps
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def test_a_calibration_that_overflows_is_named(batches: list[Any]) -> None:
+    model = randomize(mlp(), std=1e19)
+    with pytest.raises(NumericsError, match="calibration batch 0") as caught:
+        train(model, batches, TrainingConfig(steps=1))
+    assert "\n" not in str(caught.value)
