@@ -111,10 +111,13 @@ def test_the_quantized_graph_computes_what_was_trained(bits: int, token_batches:
 
 @pytest.mark.parametrize("init", ["ones", "weight", "activation"])
 def test_no_block_gets_worse(init: Any, batches: list[Any]) -> None:
-    _, trainer = train(mlp(), batches, TrainingConfig(steps=30, init=init))
-    assert len(trainer.reports) == 3
-    assert all(report.after <= report.before for report in trainer.reports)
-    assert sum(report.after for report in trainer.reports) < 0.9 * sum(report.before for report in trainer.reports)
+    reports = [
+        report for _ in range(4) for report in train(mlp(), batches, TrainingConfig(steps=30, init=init))[1].reports
+    ]
+    assert len(reports) == 12
+    assert all(report.after <= report.before for report in reports)
+    # of single networks, 0.78 to 0.97; 0.88 on average
+    assert sum(report.after for report in reports) < 0.96 * sum(report.before for report in reports)
 
 
 def test_a_block_that_training_would_harm_keeps_ones(batches: list[Any]) -> None:
