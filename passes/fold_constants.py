@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,21 +12,34 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from teq_graph import graph as fx
 
+Step: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""An op, and its arguments with None in the place of the value that it is applied to."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a folded constant comes from: `expression` applied to the tensor called `source`."""
+    """What a constant was made from.
 
-    source: str
-    expression: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...]
+    `sources` names all tensors that its value depends on. `steps` were applied to the only source, in order;
+    None where there are several, as the result alone does not tell them apart.
+    """
+
+    sources: tuple[str, ...]
+    steps: tuple[Step, ...] | None = ()
+
+    @classmethod
+    def of(cls, graph_module: GraphModule, name: str) -> Origin:
+        """The origin of the tensor called `name`: itself, where nothing was folded into it."""
+        origin: Origin = graph_module.meta.get("origins", {}).get(name, cls((name,)))
+        return origin
 
 
 class FoldConstants(PassBase):
     """add(weight, 1) → c   becomes   c'
 
     where c' is a new constant. It keeps the name of its first source where nothing else reads that.
-    Results larger than their sources (an expanded mask, say) stay expressions. How each constant was made
-    from a single source is kept in `graph_module.meta["origins"]`, so that a scale can be written back.
+    Results larger than their sources (an expanded mask, say) stay expressions. What each constant was made
+    from is kept in `graph_module.meta["origins"]`, so that a scale can be written back.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -61,18 +74,14 @@ def _fold(graph_module: GraphModule, node: Node) -> bool:
         value = node.target(*args, **kwargs)
     first = sources[0]
     assert isinstance(first.target, str)
-    origins = graph_module.meta.setdefault("origins", {})
-    origin = origins.get(first.target, Origin(first.target, ()))
-    step = (node.target, tuple(None if arg is first else arg for arg in node.args), dict(node.kwargs))
+    origin = _origin(graph_module, node)
     replaces = set(first.users) == {node}
     if replaces:
         name = first.target
         fx.set_tensor(graph_module, name, value)
     else:
         name = fx.add_tensor(graph_module, first.target, value)
-    # Of several sources no single one can be told from the result: a step without operands has no inverse.
-    known = step if len(sources) == 1 else (node.target, (), {})
-    origins[name] = Origin(origin.source, (*origin.expression, known))
+    graph_module.meta.setdefault("origins", {})[name] = origin
     with graph_module.graph.inserting_before(node):
         constant = graph_module.graph.create_node("get_attr", name)
     constant.meta = {**node.meta, "val": value}
@@ -81,3 +90,12 @@ def _fold(graph_module: GraphModule, node: Node) -> bool:
     if replaces:
         graph_module.graph.erase_node(first)
     return True
+
+
+def _origin(graph_module: GraphModule, node: Node) -> Origin:
+    origins = [Origin.of(graph_module, str(source.target)) for source in node.all_input_nodes]
+    names = tuple(dict.fromkeys(name for origin in origins for name in origin.sources))
+    if len(origins) > 1 or origins[0].steps is None:
+        return Origin(names, None)
+    step = (node.target, tuple(None if isinstance(arg, Node) else arg for arg in node.args), dict(node.kwargs))
+    return Origin(names, (*origins[0].steps, step))

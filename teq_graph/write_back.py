@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import collections
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +11,25 @@ from torch.fx import GraphModule
 from teq_graph import graph as fx
 from teq_graph.analysis.equivalence import Equivalence
 from teq_graph.graph import aten
-from teq_graph.passes.fold_constants import Origin
+from teq_graph.passes.fold_constants import Origin, Step
 
 SELF_INVERSE = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.transpose.int)
 CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)
 
 
 def can_write_back(graph_module: GraphModule, equivalence: Equivalence, model: nn.Module) -> bool:
-    """Whether every tensor of the equivalence is a parameter of `model`, or an invertible function of one."""
+    """Whether every tensor of the equivalence is a parameter of `model`, or an invertible function of one.
+
+    The parameter must be in no other constant of the graph: that would change with it.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    read = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
-    sources = [_origin(graph_module, name).source for name in read]
+    read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    uses = collections.Counter(source for name in read for source in Origin.of(graph_module, name).sources)
     for scaled in (*equivalence.divided, *equivalence.multiplied):
-        origin = _origin(graph_module, scaled.name)
-        # A parameter that the graph reads in two forms cannot hold one of them scaled.
-        if origin.source not in parameters or sources.count(origin.source) > 1:
+        source, *others = Origin.of(graph_module, scaled.name).sources
+        if others or source not in parameters or uses[source] > 1:
             return False
-        if any(_inverse(step, torch.zeros(1, 1)) is None for step in origin.expression):
+        if _unfolded(graph_module, scaled.name) is None:
             return False
     return True
 
@@ -37,23 +39,24 @@ def write_back(graph_module: GraphModule, equivalences: tuple[Equivalence, ...],
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = {scaled.name for e in equivalences for scaled in (*e.divided, *e.multiplied)}
     for name in sorted(names):
-        origin = _origin(graph_module, name)
-        value = fx.get_tensor(graph_module, name)
-        for step in reversed(origin.expression):
-            inverted = _inverse(step, value)
-            assert inverted is not None
-            value = inverted
+        (source,) = Origin.of(graph_module, name).sources
+        value = _unfolded(graph_module, name)
+        assert value is not None
         with torch.no_grad():
-            parameters[origin.source].copy_(value)
+            parameters[source].copy_(value)
 
 
-def _origin(graph_module: GraphModule, name: str) -> Origin:
-    origin: Origin = graph_module.meta.get("origins", {}).get(name, Origin(name, ()))
-    return origin
+def _unfolded(graph_module: GraphModule, name: str) -> Tensor | None:
+    """The value of its source that gives the graph's tensor `name`; None where it cannot be told."""
+    steps = Origin.of(graph_module, name).steps
+    value: Tensor | None = fx.get_tensor(graph_module, name)
+    for step in reversed(steps or ()):
+        value = None if value is None else _inverse(step, value)
+    return None if steps is None else value
 
 
-def _inverse(step: tuple[Any, tuple[Any, ...], dict[str, Any]], value: Tensor) -> Tensor | None:
-    """Undo one op of a folded constant; its own operand stands as None among the arguments."""
+def _inverse(step: Step, value: Tensor) -> Tensor | None:
+    """Undo one op of a folded constant; None where that is not possible."""
     target, args, kwargs = step
     result: Tensor
     if target in SELF_INVERSE:
