@@ -326,6 +326,17 @@ def test_a_tied_weight_gets_a_copy_for_its_linear() -> None:
     assert torch.equal(fx.get_tensor(graph_module, "weight"), fx.get_tensor(graph_module, step.renamed["weight"]))
 
 
+def test_the_linears_of_a_tied_weight_share_one_copy() -> None:
+    def twice(s: Small, x: Tensor) -> Any:
+        return *tied(s, x), functional.linear(x.tanh(), s.weight)
+
+    graph_module, inputs = without_no_ops(twice)
+    step = UntieWeights({"weight"})
+    apply_and_check(step, graph_module, inputs, tolerance=0)
+    names = [fx.weight_name(linear) for linear in fx.linears(graph_module)]
+    assert names == [step.renamed["weight"]] * 2
+
+
 @pytest.mark.parametrize(
     ("forward", "names"),
     [
