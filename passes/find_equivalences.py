@@ -60,6 +60,10 @@ class FindEquivalences(PassBase):
         cache_pairs = self.captured.cache_pairs()
         equivalences, refusals = [], []
         for producer in producers(graph_module):
+            if not samples:
+                reason = "the graph runs at the example's sizes alone, which proves nothing about others"
+                refusals.append(Refusal(producer.name, producer.kind, producer.node.name, reason))
+                continue
             trace, *others = (trace_channels(graph_module, producer.node, values, cache_pairs) for values in samples)
             for other in others:
                 trace.require_agreement(other)

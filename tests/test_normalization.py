@@ -67,8 +67,6 @@ NO_OPS: dict[str, Forward] = {
     "dropout": lambda s, x: functional.dropout(x, 0.5, training=False) * 2,
     "slice": lambda s, x: x[:, :] * 2,
     "detach": lambda s, x: x.detach() * 2,
-    "in place": lambda s, x: (x * 2).relu_().add_(1),
-    "in place, read later": lambda s, x: (lambda y: (y.mul_(3), y + x)[1])(x * 2),
 }
 
 
@@ -76,8 +74,7 @@ NO_OPS: dict[str, Forward] = {
 def test_no_ops_go(name: str) -> None:
     graph_module, inputs = small(NO_OPS[name])
     apply_and_check(RemoveNoOps(), graph_module, inputs, tolerance=0)
-    assert {op.split(".")[1].rstrip("_") for op in op_names(graph_module)} <= {"mul", "relu", "add"}
-    assert not any(op.split(".")[1].endswith("_") for op in op_names(graph_module))
+    assert op_names(graph_module) == ["aten.mul.Tensor"]
 
 
 NOT_NO_OPS: dict[str, Forward] = {
@@ -104,33 +101,6 @@ def test_no_op_that_escapes() -> None:
     graph_module, inputs = small(lambda s, x: (x.to(torch.float32), x.to(torch.float32) * 2))
     apply_and_check(RemoveNoOps(), graph_module, inputs, tolerance=0)
     assert op_names(graph_module) == ["aten.mul.Tensor"]
-
-
-ALIASES: dict[str, Forward] = {
-    "an earlier view, read later": lambda s, x: (lambda y: (lambda v: (y.add_(1), v * 2)[1])(y.view(-1)))(x * 2),
-    "a copy that is no view": lambda s, x: (lambda y: (y.to(torch.float32, copy=True).add_(1), y * 3))(x * 2),
-    "a view": lambda s, x: (lambda y: (y[:, 1:].add_(1), y * 3))(x * 2),
-    "a clone": lambda s, x: (lambda y: (y.clone().add_(1), y * 3))(x * 2),
-    "the input": lambda s, x: x.add_(1),
-    "a dropout that is the identity": lambda s, x: (
-        lambda y: (functional.dropout(y, 0.1, training=False).add_(1), y * 3)
-    )(x * 2),
-    "a wider value": lambda s, x: (x.to(torch.float16) * 2).add_(x),
-}
-
-
-@pytest.mark.parametrize("name", ALIASES)
-def test_changes_in_place_are_right_or_refused(name: str) -> None:
-    graph_module, inputs = small(ALIASES[name])
-    expected = run(graph_module, inputs)
-    if name in ("a view", "the input", "a wider value"):
-        with pytest.raises(CaptureError, match="in place") as caught:
-            RemoveNoOps()(graph_module)
-        assert "\n" not in str(caught.value)
-        return
-    RemoveNoOps()(graph_module)
-    assert relative_error(run(graph_module, inputs), expected) == 0
-    assert not any(op.split(".")[1].endswith("_") for op in op_names(graph_module))
 
 
 # ------------------------------------------------------------------------------------------------- NormalizeLinears

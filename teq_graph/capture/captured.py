@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from teq_graph.errors import InputError
 
@@ -83,8 +84,14 @@ class CapturedGraph:
         """The graph's args and kwargs for what a user gives: a mapping by argument name, a tuple, or one tensor.
 
         A decoder needs `input_ids`; `attention_mask` (all ones) and `past_key_values` (none) are optional.
-        Arguments that are no tensors keep the values that the graph was captured with.
+        Arguments that are no tensors keep the values that the graph was captured with. Raises InputError for
+        tensors of another type or shape than the graph takes.
         """
+        args, kwargs = self._bind(inputs)
+        self._check_tensors(pytree.tree_leaves((args, kwargs)))
+        return args, kwargs
+
+    def _bind(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         names = DECODER_INPUTS if self.decoder is not None else list(self.example_kwargs)
         if isinstance(inputs, Tensor):
             inputs = (inputs,) if self.example_args and self.decoder is None else {names[0]: inputs}
@@ -105,6 +112,29 @@ class CapturedGraph:
             raise InputError(f"inputs {sorted(inputs)}: missing are {missing or 'the positional arguments'}")
         return (), {name: inputs.get(name, constants.get(name)) for name in names}
 
+    def _check_tensors(self, leaves: list[Any]) -> None:
+        """Compare with the graph's placeholders: type, rank, and sizes, of which dynamic ones fit together."""
+        placeholders = [node for node in self.graph_module.graph.nodes if node.op == "placeholder"]
+        if len(leaves) != len(placeholders):
+            raise InputError(f"{len(leaves)} inputs: accepted are {len(placeholders)}")
+        sizes: dict[Any, int] = {}
+        for leaf, placeholder in zip(leaves, placeholders, strict=True):
+            declared = placeholder.meta["val"]
+            if not isinstance(declared, Tensor):
+                continue
+            accepted = f"{placeholder.name} {describe(declared)}"
+            if not isinstance(leaf, Tensor):
+                raise InputError(f"{placeholder.name}={type(leaf).__name__}: accepted is {accepted}")
+            if leaf.dtype != declared.dtype or leaf.dim() != declared.dim():
+                raise InputError(f"{placeholder.name} {describe(leaf)}: accepted is {accepted}")
+            for given, size in zip(leaf.shape, declared.shape, strict=True):
+                expected = sizes.setdefault(symbol(size), given) if symbol(size) is not None else fixed(size, sizes)
+                if expected is not None and given != expected:
+                    raise InputError(
+                        f"{placeholder.name} {describe(leaf)}: accepted is {accepted}; "
+                        "other sizes need example_inputs with dynamic_shapes when the model is compiled"
+                    )
+
     def move_to(self, device: torch.device) -> None:
         """Move tensors, example inputs and the device arguments of the graph's own ops."""
 
@@ -112,9 +142,7 @@ class CapturedGraph:
             return value.to(device) if isinstance(value, Tensor) else value
 
         self.graph_module.to(device)
-        self.example_args, self.example_kwargs = torch.utils._pytree.tree_map(
-            moved, (self.example_args, self.example_kwargs)
-        )
+        self.example_args, self.example_kwargs = pytree.tree_map(moved, (self.example_args, self.example_kwargs))
         for node in self.graph_module.graph.nodes:
             swap = lambda value: device if isinstance(value, torch.device) else value  # noqa: E731
             node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)
@@ -127,7 +155,7 @@ class CapturedGraph:
         count = 2 * len(self.decoder.layers)
         nodes = list(self.graph_module.graph.nodes)
         placeholders = [node for node in nodes if node.op == "placeholder"][-count:]
-        outputs = torch.utils._pytree.tree_leaves(nodes[-1].args[0])[-count:]
+        outputs = pytree.tree_leaves(nodes[-1].args[0])[-count:]
         return dict(zip(placeholders, outputs, strict=True))
 
 
@@ -150,6 +178,26 @@ def _bind_decoder(captured: CapturedGraph, inputs: Mapping[str, Any]) -> tuple[A
     elif tuple(mask.shape) != (tokens.shape[0], total):
         raise InputError(f"attention_mask={tuple(mask.shape)}: accepted is {(tokens.shape[0], total)}, past included")
     return tokens.long(), mask.long(), [tuple(layer) for layer in past]
+
+
+def describe(tensor: Tensor) -> str:
+    """Shape and type, as in `[2, any] torch.int64`."""
+    sizes = ("any" if symbol(size) is not None else str(size) for size in tensor.shape)
+    return f"[{', '.join(sizes)}] {tensor.dtype}"
+
+
+def symbol(size: Any) -> Any:
+    """The symbol that a dynamic size consists of; None for a number or an expression."""
+    expression = size.node.expr if isinstance(size, torch.SymInt) else None
+    return expression if expression is not None and expression.is_Symbol else None
+
+
+def fixed(size: Any, sizes: Mapping[Any, int]) -> int | None:
+    """The number that a size is, given those of symbols; None while one of its symbols is not known."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    value = size.node.expr.subs(sizes)
+    return int(value) if value.is_number else None
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import re
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -11,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from teq_graph import graph as fx
 from teq_graph.capture.captured import CapturedGraph
 from teq_graph.capture.pretrained import (
     DecoderStep,
+    counts_positions,
     decoder_inputs,
     inputs_from_config,
     is_pretrained,
@@ -24,6 +29,9 @@ from teq_graph.capture.pretrained import (
 )
 from teq_graph.errors import CaptureError, NumericsError
 from teq_graph.files import one_line
+
+AGREEMENT = collections.defaultdict(float, {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1})
+"""Largest difference between graph and model, over the largest value; other types agree exactly."""
 
 
 def capture(
@@ -94,7 +102,7 @@ def _export_decoder(model: nn.Module) -> CapturedGraph | None:
     if shape is None:
         return None
     args, dynamic_shapes = decoder_inputs(model, shape)
-    captured = _export(DecoderStep(model), args, {}, dynamic_shapes)
+    captured = _export(DecoderStep(model, counts_positions(model, shape)), args, {}, dynamic_shapes)
     _strip_prefix(captured.graph_module, "model.")
     return dataclasses.replace(captured, decoder=shape)
 
@@ -105,12 +113,65 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         # and torch warn about their own internals while tracing; none of it is in the user's hands.
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+            _refuse_subgraphs(program)
+            if any(map(_changes_in_place, program.graph.nodes)):
+                # Only where it is needed: it traces the program once more, and decomposes nothing.
+                program = program.run_decompositions({})
+            _refuse_state(program)
             graph_module = program.module(check_guards=False)
+    except CaptureError:
+        raise
     except Exception as error:  # torch.export raises whatever the model's Python raises
-        raise CaptureError(f"torch.export refuses {type(model).__name__}{_where(error)}: {one_line(error)}") from error
+        raise CaptureError(f"torch.export refuses {type(model).__name__}{_where(error)}: {_reason(error)}") from error
     assert isinstance(graph_module, GraphModule)
     adopt(graph_module)
-    return CapturedGraph(graph_module, args, kwargs, dynamic_shapes)
+    captured = CapturedGraph(graph_module, args, kwargs, dynamic_shapes)
+    _check_agreement(model, captured)
+    return captured
+
+
+def _refuse_subgraphs(program: ExportedProgram) -> None:
+    """Regions that torch.export keeps as submodules: branches, loops, and changes of a global mode."""
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(program.graph_module, node.target, None), GraphModule):
+            (user, *_) = node.users
+            raise CaptureError(
+                f"the model uses {user.target}{_location(user)}: accepted are models without control flow over "
+                "tensors, autocast and changes of the gradient mode"
+            )
+
+
+def _changes_in_place(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _refuse_state(program: ExportedProgram) -> None:
+    """A graph of values cannot write back to the model's buffers or to its caller's tensors."""
+    signature = program.graph_signature
+    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if changed:
+        raise CaptureError(f"the model changes {changed[0]} in place: accepted are models that keep no state")
+
+
+def _check_agreement(model: nn.Module, captured: CapturedGraph) -> None:
+    """What was captured gives what the model gives, on the inputs that it was captured with."""
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        results = [call(*captured.example_args, **captured.example_kwargs) for call in (model, captured.graph_module)]
+    expected, actual = ([x for x in pytree.tree_leaves(r) if isinstance(x, Tensor)] for r in results)
+    for wanted, given in zip(expected, actual, strict=True):
+        if wanted.shape != given.shape or not torch.allclose(
+            given.double(), wanted.double(), rtol=0, atol=AGREEMENT[wanted.dtype] * _magnitude(wanted), equal_nan=True
+        ):
+            raise CaptureError(
+                f"the graph that torch.export made of {type(model).__name__} gives other values than the model: "
+                "accepted are models whose result depends on their inputs alone"
+            )
+
+
+def _magnitude(tensor: Tensor) -> float:
+    finite = tensor.double().abs()
+    finite = finite[finite.isfinite()]
+    return float(finite.max()) if finite.numel() else 0.0
 
 
 def adopt(graph_module: GraphModule) -> None:
@@ -127,6 +188,18 @@ def adopt(graph_module: GraphModule) -> None:
             node.meta["val"] = fx.node_tensor(node).detach()
             fx.set_tensor(graph_module, node.target, node.meta["val"])
     fx.drop_unused(graph_module)
+
+
+def _reason(error: BaseException) -> str:
+    """The lines that say why, where torch names them below a headline, otherwise the first line."""
+    causes = [line.strip(" -") for line in str(error).splitlines() if line.lstrip().startswith("- ")]
+    return causes[0] if causes else one_line(error)
+
+
+def _location(node: Node) -> str:
+    """The line of the model that `node` comes from, where torch noted it."""
+    frames = re.findall(r'File "([^<].+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f" at {Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
 
 
 def _where(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from teq_graph.capture.captured import DecoderShape, LayerCache, float_dtype
 from teq_graph.errors import CaptureError
+from teq_graph.files import one_line
 
 # Sizes of the example inputs. Sizes 0 and 1 would be specialised by torch.export, and equal sizes could be
 # mistaken for one another by a reader of the graph.
@@ -19,18 +20,21 @@ BATCH, PAST, SEQUENCE = 2, 3, 4
 
 
 class DecoderStep(nn.Module):
-    """One step of a causal language model over a KV cache of any length, as one traceable function."""
+    """One step of a causal language model over a KV cache of any length, as one traceable function.
 
-    def __init__(self, model: nn.Module) -> None:
+    With `counts_positions` the model is told each token's position; otherwise it finds them itself.
+    """
+
+    def __init__(self, model: nn.Module, counts_positions: bool) -> None:
         super().__init__()
         self.model = model
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.counts_positions = counts_positions
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, past: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         positions = {}
-        if self.takes_positions:
+        if self.counts_positions:
             # Counted over the mask, so that left padding does not shift them.
             counted = (attention_mask.cumsum(-1) - 1).clamp(min=0)
             positions["position_ids"] = counted[:, -input_ids.shape[1] :]
@@ -68,8 +72,11 @@ def probe_decoder(model: Any) -> DecoderShape | None:
     if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         return None
     tokens = torch.ones(1, 2, dtype=torch.long, device=_device(model))
-    with torch.no_grad():
-        output = model(input_ids=tokens, use_cache=True)
+    try:
+        with torch.no_grad():
+            output = model(input_ids=tokens, use_cache=True)
+    except Exception as error:  # whatever the model's Python raises
+        raise CaptureError(f"{type(model).__name__} fails on two tokens: {one_line(error)}") from error
     layers = getattr(output.get("past_key_values"), "layers", None)
     if not layers or not all(isinstance(getattr(layer, "values", None), Tensor) for layer in layers):
         return None
@@ -80,6 +87,17 @@ def probe_decoder(model: Any) -> DecoderShape | None:
         vocab_size=output.logits.shape[-1],
         max_positions=getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None),
     )
+
+
+def counts_positions(model: Any, shape: DecoderShape) -> bool:
+    """Whether the model takes positions, and counts them from 0 as `DecoderStep` does; some begin elsewhere."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    (tokens, mask, _), _ = decoder_inputs(model, shape)
+    past = shape.empty_past(BATCH, float_dtype(model), _device(model))
+    with torch.no_grad():
+        told, own = (DecoderStep(model, told)(tokens, mask[:, :SEQUENCE], past)[0] for told in (True, False))
+    return torch.allclose(told.float(), own.float(), rtol=0, atol=1e-3 * float(own.abs().max()))
 
 
 def decoder_inputs(model: nn.Module, shape: DecoderShape) -> tuple[tuple[Any, ...], Any]:
@@ -108,9 +126,14 @@ def inputs_from_config(model: Any) -> tuple[tuple[Any, ...], dict[str, Any], dic
     kwargs: dict[str, Any] = {}
     shapes: dict[str, Any] = {}
     if model.main_input_name == "pixel_values":
-        size = config.image_size
+        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+        if size is None or channels is None:
+            raise CaptureError(
+                f"example_inputs=None: the config of {type(model).__name__} has no image_size and num_channels; "
+                "accepted is a tuple or dict as for torch.export"
+            )
         height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.randn(BATCH, config.num_channels, height, width, generator=generator)
+        pixels = torch.randn(BATCH, channels, height, width, generator=generator)
         kwargs["pixel_values"], shapes["pixel_values"] = pixels.to(device, dtype), {0: dynamic}
     elif model.main_input_name == "input_ids":
         names = ["input_ids", "attention_mask"]

@@ -16,6 +16,7 @@ import torch
 from onnx_ir.passes import common
 from onnxscript.optimizer import _constant_folding as constant_folding
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -116,10 +117,7 @@ def lower(
     )
     with torch.no_grad(), _quiet():
         report("tracing")
-        try:
-            program = torch.export.export(graph_module, args, kwargs, dynamic_shapes=_dynamic_shapes(captured))
-        except Exception as error:
-            raise ExportError(f"torch.export refuses the lowered graph: {one_line(error)}") from error
+        program = _trace(captured, graph_module, args, kwargs)
         report("translating")
         model = _translate(program, opset, accuracy_level)
     report("simplifying")
@@ -152,20 +150,27 @@ def _check_options(dtype: str, accuracy_level: int, opset: int) -> None:
         raise ConfigError(f"opset={opset!r}: accepted are {OPSETS}")
 
 
-def _dynamic_shapes(captured: CapturedGraph) -> Any:
-    """The captured dynamic shapes; for a decoder with one symbol for the length of every cached tensor.
+def _trace(captured: CapturedGraph, graph_module: GraphModule, args: Any, kwargs: Any) -> ExportedProgram:
+    """The lowered graph as torch.onnx takes it.
 
-    The exporter then reads each size once, and spends less time on comparing symbols.
+    For a decoder with one symbol for the length of every cached tensor, where the graph takes that: the exporter
+    then reads each size once, and spends less time on comparing symbols.
     """
-    if captured.decoder is None:
-        return captured.dynamic_shapes
-    batch, sequence, past = (torch.export.Dim(name) for name in ("batch_size", "sequence_length", "past_length"))
-    cached = {0: batch, 2: past}
-    total = torch.export.Dim.DYNAMIC
-    return {0: batch, 1: sequence}, {0: batch, 1: total}, [(cached, cached)] * len(captured.decoder.layers)
+    choices = [captured.dynamic_shapes]
+    if captured.decoder is not None:
+        batch, sequence, past = (torch.export.Dim(name) for name in ("batch_size", "sequence_length", "past_length"))
+        cached = {0: batch, 2: past}
+        tokens, mask = {0: batch, 1: sequence}, {0: batch, 1: torch.export.Dim.DYNAMIC}
+        choices.insert(0, (tokens, mask, [(cached, cached)] * len(captured.decoder.layers)))
+    for dynamic_shapes in choices:
+        try:
+            return torch.export.export(graph_module, args, kwargs, dynamic_shapes=dynamic_shapes)
+        except Exception as error:
+            reason = error
+    raise ExportError(f"torch.export refuses the lowered graph: {one_line(reason)}") from reason
 
 
-def _translate(program: torch.export.ExportedProgram, opset: int, accuracy_level: int) -> ir.Model:
+def _translate(program: ExportedProgram, opset: int, accuracy_level: int) -> ir.Model:
     """An ONNX model of `program`, without torch's decompositions where every op has a translation.
 
     Decomposing traces the program once more, several times the cost of the translation itself.
@@ -194,7 +199,7 @@ def _translate(program: torch.export.ExportedProgram, opset: int, accuracy_level
 
 
 @contextlib.contextmanager
-def _without_decompositions(program: torch.export.ExportedProgram) -> Iterator[None]:
+def _without_decompositions(program: ExportedProgram) -> Iterator[None]:
     program.run_decompositions = lambda *args, **kwargs: program
     try:
         yield

@@ -1,0 +1,233 @@
+"""From a module to a graph of values: what changes in place, what keeps state, and inputs of other sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.architectures import GQA, TOKENS
+from support.compiling import DYNAMIC, in_one_line
+from support.graphs import apply_random_scales, capture_small, find, leaves, op_names, randomize, relative_error, run
+from torch import Tensor, nn
+from torch.nn import functional
+
+from teq_graph.capture import CapturedGraph, capture
+from teq_graph.errors import CaptureError, InputError
+from teq_graph.passes.remove_no_ops import RemoveNoOps
+
+Forward = Callable[..., Any]
+WIDTH = 8
+
+
+class Small(nn.Module):
+    """`forward(self, x)` over a norm, a linear and a buffer."""
+
+    def __init__(self, forward: Forward) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("state", torch.zeros(WIDTH))
+        self.function = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def written_slice(s: Small, x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, 1:] = x[:, :-1]
+    return s.linear(s.norm(y))
+
+
+def part_of_a_view(s: Small, x: Tensor) -> Tensor:
+    y = s.linear(x)
+    y[..., :3].mul_(5)
+    return s.norm(y)
+
+
+def cleared_copy(s: Small, x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, 0] = 0
+    return s.linear(y) + x
+
+
+def earlier_view(s: Small, x: Tensor) -> Tensor:
+    y = s.linear(x)
+    view = y.view(-1, WIDTH)
+    y.relu_()
+    return s.norm(view.view(y.shape))
+
+
+def one_of_several_results(s: Small, x: Tensor) -> Tensor:
+    values, _ = s.linear(x).topk(3, -1)
+    values /= values.sum(-1, keepdim=True)
+    return values
+
+
+IN_PLACE: dict[str, Forward] = {
+    "chain": lambda s, x: (x * 2).relu_().add_(1),
+    "read later": lambda s, x: (lambda y: (y.mul_(3), y + x)[1])(x * 2),
+    "flat view, read later": lambda s, x: (lambda y: (lambda v: (y.add_(1), v * 2)[1])(y.view(-1)))(x * 2),
+    "a copy that is no view": lambda s, x: (lambda y: (y.to(torch.float32, copy=True).add_(1), y * 3))(x * 2),
+    "a view": lambda s, x: (lambda y: (y[:, 1:].add_(1), y * 3))(x * 2),
+    "a clone": lambda s, x: (lambda y: (y.clone().add_(1), y * 3))(x * 2),
+    "a wider value": lambda s, x: (x.to(torch.float16) * 2).add_(x),
+    "written slice": written_slice,
+    "part of a view": part_of_a_view,
+    "cleared copy": cleared_copy,
+    "earlier view": earlier_view,
+    "one of several results": one_of_several_results,
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_changes_in_place_become_values(name: str) -> None:
+    model = Small(IN_PLACE[name])
+    captured = capture_small(model, torch.randn(2, 4, WIDTH))
+    RemoveNoOps()(captured.graph_module)
+    assert not any(op.split(".")[1].endswith("_") for op in op_names(captured.graph_module) if op.startswith("aten"))
+    inputs = torch.randn(5, 7, WIDTH)
+    with torch.no_grad():
+        expected = model(inputs.clone())
+    assert relative_error(run(captured.graph_module, (inputs,)), expected) <= 1e-6
+
+
+def with_autocast(s: Small, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return s.linear(x).float()
+
+
+def with_gradient(s: Small, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return s.norm(x) * 2
+
+
+def changed_after_dropout(s: Small, x: Tensor) -> tuple[Tensor, Tensor]:
+    """In eval mode dropout gives back its very input; torch.export takes it for a copy."""
+    y = x * 2
+    return functional.dropout(y, 0.1, training=False).add_(1), y * 3
+
+
+REFUSED: dict[str, tuple[Forward, str]] = {
+    "changed after dropout": (changed_after_dropout, "gives other values than the model"),
+    "the input": (lambda s, x: s.linear(x.add_(1)), "the model changes x in place"),
+    "a buffer": (lambda s, x: (s.state.add_(1), s.linear(x + s.state))[1], "the model changes state in place"),
+    "a branch": (lambda s, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (s.linear(x),)), "the model uses cond"),
+    "autocast": (with_autocast, "the model uses wrap_with_autocast"),
+    "gradient mode": (with_gradient, "the model uses wrap_with_set_grad_enabled"),
+    "random numbers": (lambda s, x: s.linear(x) * torch.randn(WIDTH), "gives other values than the model"),
+    "a fixed size": (lambda s, x: s.linear(x) * torch.ones(x.shape[0], int(x.shape[1]), 1).reshape(-1, 4, 1), "size"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_graph_of_values_holds_is_refused(name: str) -> None:
+    forward, message = REFUSED[name]
+    with pytest.raises(CaptureError, match=message) as caught:
+        capture_small(Small(forward), torch.randn(2, 4, WIDTH))
+    in_one_line(caught)
+
+
+# --------------------------------------------------------------------------------------------------------- sizes
+
+
+class Pair(nn.Module):
+    """The second input is as long as twice the first and one more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        rolled = self.first(x).relu().roll(x.shape[1], -1)
+        return self.second(rolled) + (torch.cat([x, x, x[:, :1]], 1).sum(-1) * y).sum(-1)[:, None, None]
+
+
+def captured_pair() -> CapturedGraph:
+    length = torch.export.Dim("length", min=2, max=100)
+    example = (torch.randn(2, 3, WIDTH), torch.randn(2, 7))
+    return capture(randomize(Pair()), example, ({0: DYNAMIC, 1: length}, {0: DYNAMIC, 1: 2 * length + 1}))
+
+
+def test_a_second_size_keeps_relations_between_sizes() -> None:
+    """Rolled by the length, channels go elsewhere at each length: an analysis at one size would find them."""
+    captured = captured_pair()
+    findings = find(captured)
+    inputs = (torch.randn(3, 5, WIDTH), torch.randn(3, 11))
+    expected = run(captured.graph_module, inputs)
+    apply_random_scales(captured.graph_module, findings.equivalences)
+    assert relative_error(run(captured.graph_module, inputs), expected) <= 1e-6
+    assert any("depends on the inputs' sizes" in refusal.reason for refusal in findings.refusals)
+
+
+def test_nothing_is_proven_where_no_second_size_runs() -> None:
+    def forward(s: Small, x: Tensor) -> Tensor:
+        index = torch.zeros(1, dtype=torch.int64) + 100 * (x.shape[1] - 4) ** 2  # out of range but for length 4
+        return s.linear(s.norm(x)) + s.linear.weight.detach()[index].sum()
+
+    findings = find(capture_small(Small(forward), torch.randn(2, 4, WIDTH)))
+    assert not findings.equivalences
+    assert any("the example's sizes alone" in refusal.reason for refusal in findings.refusals)
+
+
+WRONG_INPUTS: dict[str, tuple[Tensor, str]] = {
+    "rank": (torch.randn(2, WIDTH), r"x \[2, 8\] torch.float32: accepted is x \[any, 4, 8\] torch.float32"),
+    "type": (torch.zeros(2, 4, WIDTH, dtype=torch.int64), r"x \[2, 4, 8\] torch.int64: accepted is x"),
+    "width": (torch.randn(2, 4, WIDTH + 1), r"x \[2, 4, 9\] torch.float32: accepted is x"),
+    "a length that broadcasts": (torch.randn(2, 1, WIDTH), "other sizes need example_inputs with dynamic_shapes"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INPUTS)
+def test_inputs_of_other_types_and_sizes(name: str) -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.linear = nn.Parameter(torch.randn(4, WIDTH)), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x + self.positions[: x.shape[1]])
+
+    captured = capture(Positions().eval(), (torch.randn(2, 4, WIDTH),), ({0: DYNAMIC},))
+    captured.bind((torch.randn(7, 4, WIDTH),))
+    inputs, message = WRONG_INPUTS[name]
+    with pytest.raises(InputError, match=message) as caught:
+        captured.bind((inputs,))
+    in_one_line(caught)
+
+
+def test_sizes_that_do_not_fit_each_other() -> None:
+    captured = captured_pair()
+    captured.bind((torch.randn(3, 5, WIDTH), torch.randn(3, 11)))
+    with pytest.raises(InputError, match=r"y \[3, 10\]"):
+        captured.bind((torch.randn(3, 5, WIDTH), torch.randn(3, 10)))
+
+
+# ---------------------------------------------------------------------------------------------- Hugging Face models
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "llama"])
+def test_positions_are_counted_as_the_model_counts_them(family: str) -> None:
+    """Some families begin at the padding token's number plus one."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(family, **{**GQA, **TOKENS, "is_decoder": True})
+    model = randomize(transformers.AutoModelForCausalLM.from_config(config))
+    captured = capture(model)
+    assert captured.decoder is not None
+    tokens = torch.randint(3, 90, (2, 9))
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        args, _ = captured.bind({"input_ids": tokens})
+        actual = leaves(captured.graph_module(*args))[0]
+    assert relative_error(actual, expected) <= 1e-5
+
+
+def test_an_image_model_without_an_image_size() -> None:
+    import transformers
+
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
+    with pytest.raises(CaptureError, match="no image_size and num_channels; accepted is a tuple or dict") as caught:
+        capture(transformers.ResNetForImageClassification(config).eval())
+    in_one_line(caught)
