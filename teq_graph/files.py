@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -42,12 +43,21 @@ def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-class _PatientFile:
-    """A binary file that keeps the first OSError to itself and takes everything that follows."""
+class _PatientFile(io.RawIOBase):
+    """A binary file that keeps the first OSError of a write to itself and takes everything that follows."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
 
     def write(self, data: Any) -> int:
         if self.error is None:
@@ -56,9 +66,6 @@ class _PatientFile:
             except OSError as error:
                 self.error = error
         return len(data)
-
-    def flush(self) -> None:
-        """Whatever is buffered is written at the end."""
 
 
 @contextlib.contextmanager
@@ -89,16 +96,16 @@ def _replace(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = aside / target.name
     try:
-        target.rename(old / target.name)
-        try:
-            staging.rename(target)
-        except OSError:
-            (old / target.name).rename(target)
-            raise
+        target.rename(old)
+        staging.rename(target)
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        # After any exception, Ctrl-C included. The old content goes only where `target` is there, new or old.
+        if not target.exists():
+            old.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 from pathlib import Path
@@ -26,6 +27,7 @@ from teq_graph.errors import (
     ExportError,
     ModelFileError,
 )
+from teq_graph.files import new_directory
 
 
 def check_round_trip(compiled: teq_graph.CompiledModel, directory: Path, inputs: Any) -> teq_graph.CompiledModel:
@@ -92,6 +94,36 @@ def test_save_keeps_an_existing_directory_unless_told(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["saved", "precious"]
     compiled.save(target, overwrite=True)
     assert not (target / "precious").exists() and [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_ctrl_c_while_a_directory_is_replaced(moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before or after either renaming: the old content is there or the new one, and no third thing is left."""
+    target = tmp_path / "saved"
+    target.mkdir()
+    (target / "content").write_text("old")
+    rename, moments = Path.rename, itertools.count()
+
+    def tick() -> None:
+        if next(moments) == moment:
+            raise KeyboardInterrupt
+
+    def interrupted(self: Path, other: Path) -> Path:
+        tick()
+        result = rename(self, other)
+        tick()
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_directory(target, overwrite=True) as staging:
+        (staging / "content").write_text("new")
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["saved", "saved/content"]
+    assert (target / "content").read_text() == ("new" if moment == 3 else "old")
+
+
+def test_save_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    compile_mlp().save(tmp_path / "saved")
+    assert not caplog.records
 
 
 def test_save_where_nothing_can_be_written(tmp_path: Path) -> None:
