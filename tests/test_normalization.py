@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.graphs import apply_and_check, capture_small, op_names, relative_error, run
+from support.graphs import apply_and_check, capture_small, op_names
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional
 
 from teq_graph import graph as fx
 from teq_graph.capture import capture
-from teq_graph.errors import CaptureError
 from teq_graph.passes.fold_constants import FoldConstants
 from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
 from teq_graph.passes.normalize_linears import NormalizeLinears
