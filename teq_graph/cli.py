@@ -93,7 +93,15 @@ def inspect(model: Model, lm_head: LmHead = False, skip: Skip = None, as_json: J
         )
     ]
     blocks = find_blocks(analysis.captured, found.equivalences)
-    inspection = console.Inspection(loaded.name, tuple(linears), found.equivalences, found.refusals, blocks)
+    inspection = console.Inspection(
+        loaded.name,
+        tuple(linears),
+        found.equivalences,
+        found.refusals,
+        blocks,
+        analysis.other_weights,
+        analysis.notes,
+    )
     if as_json:
         _print_json(inspection.to_dict())
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from torch.fx.passes.infra.pass_base import PassBase
 from teq_graph import graph as fx
 from teq_graph.analysis.blocks import find_blocks
 from teq_graph.analysis.equivalence import Equivalence
+from teq_graph.analysis.products import OtherWeight, find_other_weights
 from teq_graph.calibration import calibration_batches
 from teq_graph.capture import CapturedGraph, capture
+from teq_graph.capture.pretrained import is_pretrained
 from teq_graph.compiled import CompiledModel
 from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
 from teq_graph.errors import CaptureError
@@ -49,6 +51,8 @@ class Analysis:
     """Weight name -> why it is not quantized."""
     findings: Findings
     bytes: int
+    other_weights: tuple[OtherWeight, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def analyze(
@@ -70,7 +74,8 @@ def analyze(
     specs = {untie.renamed.get(name, name): spec for name, spec in specs.items()}
     finder = FindEquivalences(captured)
     finder(graph_module)
-    return Analysis(captured, specs, kept, finder.findings, before)
+    others, notes = find_other_weights(graph_module), tuple(_notes(model, captured))
+    return Analysis(captured, specs, kept, finder.findings, before, others, notes)
 
 
 def compile(  # noqa: A001  the name is the contract, as torch.compile's is
@@ -212,7 +217,14 @@ def make_report(
         blocks=blocks,
         bytes_before=analysis.bytes,
         bytes_after=tensor_bytes(analysis.captured.graph_module),
+        other_weights=analysis.other_weights,
+        notes=analysis.notes,
     )
+
+
+def _notes(model: Any, captured: CapturedGraph) -> Iterator[str]:
+    if captured.decoder is None and is_pretrained(model) and model.can_generate():
+        yield "the graph keeps no KV cache: where the model generates text, each token computes the whole text again"
 
 
 def tensor_bytes(graph_module: GraphModule) -> int:

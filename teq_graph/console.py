@@ -18,6 +18,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from teq_graph.analysis.blocks import Block
     from teq_graph.analysis.equivalence import Equivalence, Refusal
+    from teq_graph.analysis.products import OtherWeight
     from teq_graph.config import TrainingConfig
     from teq_graph.report import LinearReport, Report
 
@@ -33,6 +34,8 @@ class Inspection:
     equivalences: tuple[Equivalence, ...]
     refusals: tuple[Refusal, ...]
     blocks: tuple[Block, ...]
+    other_weights: tuple[OtherWeight, ...]
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything, layer by layer."""
@@ -52,12 +55,15 @@ class Inspection:
             "equivalences": equivalences,
             "refusals": refusals,
             "blocks": blocks,
+            "other_weights": [dataclasses.asdict(weight) for weight in self.other_weights],
+            "notes": self.notes,
         }
 
     def show(self) -> None:
         """Print tables in which the layers of a stack share a row."""
         chosen = [linear for linear in self.linears if linear.reason is None]
         covered = [linear for linear in chosen if linear.scaled]
+        weights: tuple[LinearReport | OtherWeight, ...] = (*self.linears, *self.other_weights)
         show_pairs(
             [
                 ("model", self.model),
@@ -65,6 +71,7 @@ class Inspection:
                 ("covered", f"{len(covered)} of {len(chosen)} have columns that an equivalence scales"),
                 ("equivalences", f"{len(self.equivalences)} found" if self.equivalences else "none found"),
                 *[("blocks", line) for line in _describe_blocks(self.blocks)],
+                *[("note", note) for note in self.notes],
             ]
         )
         _show_table(
@@ -81,8 +88,8 @@ class Inspection:
         )
         _show_table(
             "Left in float",
-            ("linear", "shape", "reason"),
-            _collapse(((line.name,), (_shape(line), line.reason)) for line in self.linears if line.reason is not None),
+            ("weight", "shape", "reason"),
+            _collapse(((weight.name,), (_shape(weight), weight.reason)) for weight in weights if weight.reason),
             lambda names, rest: (names[0], *rest),
         )
         reasons: dict[tuple[str, str], list[tuple[str, int]]] = {}
@@ -127,7 +134,7 @@ def describe_report(report: Report, trained: bool) -> list[tuple[str, str]]:
             f"{scaled} of {len(quantized)} have columns that one of {report.equivalences} equivalences scales",
         ),
     ]
-    kept = (((line.name,), (line.reason,)) for line in report.linears if line.reason is not None)
+    kept = (((weight.name,), (weight.reason,)) for weight in report.in_float)
     lines += [("in float", f"{names[0]}: {reason}") for names, (reason,), _ in _collapse(kept)]
     if report.blocks:
         before, after = (
@@ -136,7 +143,7 @@ def describe_report(report: Report, trained: bool) -> list[tuple[str, str]]:
         )
         where = f"mean of {len(report.blocks)} blocks" if len(report.blocks) > 1 else "whole model"
         lines.append(("block error", f"{before:.4g} rounded to nearest → {after:.4g} with trained scales ({where})"))
-    return lines
+    return [*lines, *(("note", note) for note in report.notes)]
 
 
 def describe_calibration(training: TrainingConfig | None, calibration: str | None) -> str:
@@ -220,8 +227,8 @@ def _shared(parts: Sequence[str], others: Sequence[str]) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False))))
 
 
-def _shape(linear: LinearReport) -> str:
-    return "×".join(map(str, linear.shape))
+def _shape(weight: LinearReport | OtherWeight) -> str:
+    return "×".join(map(str, weight.shape))
 
 
 def _describe_blocks(blocks: Sequence[Block]) -> list[str]:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from teq_graph.analysis.equivalence import Refusal
+from teq_graph.analysis.products import OtherWeight
 from teq_graph.config import WeightSpec
 
 
@@ -37,7 +38,10 @@ class BlockReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The whole compilation. `bytes_before` and `bytes_after` count every tensor of the graph, each once."""
+    """The whole compilation. `bytes_before` and `bytes_after` count every tensor of the graph, each once.
+
+    `other_weights` take part in products that are no linears; `notes` say what else a user should know.
+    """
 
     linears: tuple[LinearReport, ...]
     equivalences: int
@@ -46,11 +50,18 @@ class Report:
     bytes_before: int = 0
     bytes_after: int = 0
     seconds: float = 0.0
+    other_weights: tuple[OtherWeight, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[LinearReport, ...]:
         """The linears that were quantized."""
         return tuple(linear for linear in self.linears if linear.spec is not None)
+
+    @property
+    def in_float(self) -> tuple[LinearReport | OtherWeight, ...]:
+        """What was not quantized, each with its `reason`."""
+        return (*(linear for linear in self.linears if linear.spec is None), *self.other_weights)
 
     @property
     def covered(self) -> int:
@@ -72,7 +83,17 @@ class Report:
         ]
         refusals = [Refusal(**refusal) for refusal in data["refusals"]]
         blocks = [BlockReport(tuple(b["linears"]), b["before"], b["after"]) for b in data["blocks"]]
-        return cls(**{**data, "linears": tuple(linears), "refusals": tuple(refusals), "blocks": tuple(blocks)})
+        others = [OtherWeight(**{**o, "shape": tuple(o["shape"])}) for o in data.get("other_weights", ())]
+        return cls(
+            **{
+                **data,
+                "linears": tuple(linears),
+                "refusals": tuple(refusals),
+                "blocks": tuple(blocks),
+                "other_weights": tuple(others),
+                "notes": tuple(data.get("notes", ())),
+            }
+        )
 
     def __str__(self) -> str:
         lines = [
@@ -83,10 +104,11 @@ class Report:
             before = sum(block.before for block in self.blocks) / len(self.blocks)
             after = sum(block.after for block in self.blocks) / len(self.blocks)
             lines.append(f"block error   {before:.4g} with all scales 1, {after:.4g} with the learned scales (mean)")
-        for reason in dict.fromkeys(linear.reason for linear in self.linears if linear.reason):
-            names = [linear.name for linear in self.linears if linear.reason == reason]
+        for reason in dict.fromkeys(weight.reason for weight in self.in_float):
+            names = [weight.name for weight in self.in_float if weight.reason == reason]
             lines.append(f"in float      {', '.join(names[:3])}{' …' if len(names) > 3 else ''}: {reason}")
         ratio = self.bytes_after / max(1, self.bytes_before)
         lines.append(f"bytes         {self.bytes_before:,} → {self.bytes_after:,} ({ratio:.1%})")
         lines.append(f"time          {self.seconds:.1f} s")
+        lines += [f"note          {note}" for note in self.notes]
         return "\n".join(lines)

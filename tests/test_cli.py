@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.architectures import BY_NAME
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -25,7 +26,7 @@ import teq_graph
 from teq_graph import console
 from teq_graph.cli import run
 from teq_graph.evaluation import builtin_text, perplexity
-from teq_graph.loading import load_model
+from teq_graph.loading import LoadedModel, load_model
 
 ROOT = Path(teq_graph.__file__).resolve().parents[1]
 LAYERS = 2
@@ -208,6 +209,23 @@ def test_inspect_json(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     up = next(e for e in content["equivalences"] if e["producer"] == "model.layers.1.mlp.up_proj.weight")
     assert (up["channels"], up["consumers"]) == (48, ["model.layers.1.mlp.down_proj.weight"])
     assert all(refusal["reason"] and refusal["node"] for refusal in content["refusals"])
+
+
+@pytest.mark.parametrize(("name", "other", "note"), [("ViT", "aten.conv2d", False), ("T5", None, True)])
+def test_inspect_says_what_else_stays_in_float(
+    name: str, other: str | None, note: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = LoadedModel(BY_NAME[name].build(), None, name)
+    monkeypatch.setattr("teq_graph.loading.load_model", lambda source: loaded)
+    assert run(["inspect", name]) == 0
+    printed = capsys.readouterr().out
+    assert other is None or f"read by {other}" in printed
+    assert ("no KV cache" in printed) == note
+    assert run(["inspect", name, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    products = [weight["reason"].split()[2].rstrip(",") for weight in content["other_weights"]]
+    assert products == [other] * (other is not None)
+    assert len(content["notes"]) == note
 
 
 @pytest.mark.parametrize(

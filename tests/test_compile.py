@@ -11,6 +11,7 @@ from support.architectures import BY_NAME
 from support.compiling import (
     DYNAMIC,
     LLAMA,
+    SMALL,
     TRAINING,
     compile_llama,
     compile_mlp,
@@ -157,6 +158,49 @@ def test_the_report_adds_up() -> None:
     assert all(linear.error is not None and 0 < linear.error < 0.3 for linear in report.quantized)
     assert report.bytes_before == sum(p.numel() * 4 for p in mlp().parameters())
     assert report.bytes_after == sum(tensor.nbytes for tensor in compiled.graph_module.state_dict().values())
+    assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+class OtherProducts(nn.Module):
+    """Weights that are no linears' weights, and constants that are no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv = nn.Linear(20, 20), nn.Conv1d(20, 20, 3, padding=1)
+        self.left, self.summed = nn.Parameter(torch.empty(20, 20)), nn.Parameter(torch.empty(3, 20, 20))
+        self.experts, self.chosen = nn.Parameter(torch.empty(5, 20, 20)), nn.Parameter(torch.empty(5, 20, 20))
+        self.added, self.table = nn.Parameter(torch.empty(7, 20)), nn.Embedding(9, 20)
+        self.register_buffer("frequencies", torch.rand(1, 7, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = x.mean((1, 2)).argsort() % 5
+        x = self.linear(x + self.added) + self.table(torch.arange(7)) + self.frequencies @ x[:, :1]
+        x = (self.left @ x.transpose(1, 2)).transpose(1, 2) + self.conv(x.transpose(1, 2)).transpose(1, 2)
+        x = torch.einsum("bsd,edf->bsf", x, self.summed)
+        x = torch.bmm(x, self.experts.transpose(1, 2)[best])
+        result: Tensor = torch.stack([nn.functional.linear(x[0], self.chosen[index]) for index in best[:2]])
+        return result
+
+
+def test_the_report_names_weights_of_other_products() -> None:
+    inputs = (torch.randn(4, 7, 20),)
+    compiled = teq_graph.compile(randomize(OtherProducts()), inputs, quantization=SMALL, training=None)
+    others = {weight.name: weight for weight in compiled.report.other_weights}
+    products = {"left": "matmul", "conv.weight": "conv1d", "summed": "einsum", "experts": "bmm", "chosen": "linear"}
+    assert {name: weight.reason.split()[2].rstrip(",") for name, weight in others.items()} == {
+        name: f"aten.{op}" for name, op in products.items()
+    }
+    assert others["experts"].shape == (5, 20, 20)
+    assert [linear.name for linear in compiled.report.quantized] == ["linear.weight"]
+    assert "left: read by aten.matmul, which is no linear" in str(compiled.report)
+    report = compiled.report
+    assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+@pytest.mark.parametrize(("name", "notes"), [("T5", 1), ("Llama (GQA)", 0), ("BERT (post-LN)", 0)])
+def test_the_report_says_where_a_generator_has_no_cache(name: str, notes: int) -> None:
+    report = teq_graph.compile(BY_NAME[name].build(), quantization=SMALL, training=None).report
+    assert len(report.notes) == notes and all("no KV cache" in note and note in str(report) for note in report.notes)
     assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
