@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.fx import GraphModule
 
+from teq_graph import graph as fx
 from teq_graph import ops as _ops  # noqa: F401  registers the ops a saved graph calls
 from teq_graph.analysis.equivalence import Equivalence, ScaledTensor
 from teq_graph.capture import CapturedGraph, DecoderShape, adopt
@@ -106,7 +110,7 @@ class CompiledModel:
         captured = self.captured
         with torch.no_grad():
             program = torch.export.export(
-                captured.graph_module,
+                _compact(captured.graph_module),
                 captured.example_args,
                 captured.example_kwargs,
                 dynamic_shapes=captured.dynamic_shapes,
@@ -115,6 +119,7 @@ class CompiledModel:
             "format_version": FORMAT_VERSION,
             "decoder": captured.decoder and dataclasses.asdict(captured.decoder),
             "lm_head": captured.lm_head,
+            "modules": _needed_modules(captured.graph_module),
             "report": self.report.to_dict(),
         }
         equivalences = [
@@ -138,13 +143,19 @@ class CompiledModel:
 
 
 def load(directory: str | PathLike[str]) -> CompiledModel:
-    """Read what `CompiledModel.save` wrote. Raises ModelFileError where files are missing or damaged."""
+    """Read what `CompiledModel.save` wrote.
+
+    Raises ModelFileError where files are missing or damaged, or a module outside transformers that defines types
+    or operators of the graph is not imported.
+    """
     source = Path(directory)
     try:
         description = json.loads((source / DESCRIPTION_FILE).read_text(encoding="utf-8"))
         version = description.get("format_version")
         if version != FORMAT_VERSION:
             raise ModelFileError(f"{source}: format_version={version!r}, accepted is {FORMAT_VERSION}")
+        for module in description.get("modules", ()):
+            _import(module, source)
         program = torch.export.load(source / GRAPH_FILE)
         saved = torch.load(source / EQUIVALENCES_FILE, weights_only=True)
         decoder = description["decoder"]
@@ -177,6 +188,43 @@ def load(directory: str | PathLike[str]) -> CompiledModel:
     )
     tokenizer, config, generation_config = _pretrained_parts(source)
     return CompiledModel(captured, equivalences, report, tokenizer, config, generation_config)
+
+
+def _compact(graph_module: GraphModule) -> GraphModule:
+    """The same graph over tensors that are contiguous and fill their storage: of others torch writes the storage."""
+    twin = fx.clone(graph_module)
+    for node in twin.graph.nodes:
+        if node.op == "get_attr":
+            tensor = fx.node_tensor(node)
+            if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
+                fx.set_tensor(twin, node.target, tensor.clone(memory_format=torch.contiguous_format))
+    return twin
+
+
+def _needed_modules(graph_module: GraphModule) -> list[str]:
+    """The modules that define the containers of the graph's inputs and outputs, and its operators."""
+    modules: set[str] = set()
+    info = graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    specs = [info.in_spec, info.out_spec]
+    while specs:
+        spec = specs.pop()
+        specs += spec.children()
+        # Of a named tuple, the context is the class.
+        modules.update(kind.__module__ for kind in (spec.type, spec.context) if isinstance(kind, type))
+    for node in graph_module.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and (definition := OPDEFS.get(node.target._schema.name)):
+            modules.add(definition._init_fn.__module__)
+    return sorted(module for module in modules if module.partition(".")[0] not in ("builtins", "torch", "teq_graph"))
+
+
+def _import(module: str, source: Path) -> None:
+    """Make the types and operators of `module` known. A saved directory cannot run any code that is installed:
+    what is not imported yet must be part of transformers."""
+    if module in sys.modules:
+        return
+    if module.partition(".")[0] != "transformers":
+        raise ModelFileError(f"{source} has types or operators of {module}: import it before loading")
+    importlib.import_module(module)
 
 
 def _dynamic_shapes(graph_module: GraphModule, args: Any, kwargs: Any) -> Any:

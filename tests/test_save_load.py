@@ -6,12 +6,14 @@ import errno
 import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.architectures import BY_NAME, Architecture
+from support.architectures import BY_NAME, GQA, Architecture
 from support.compiling import (
     compile_llama,
     compile_mlp,
@@ -19,7 +21,8 @@ from support.compiling import (
     in_one_line,
     tokens,
 )
-from support.graphs import leaves, relative_error
+from support.graphs import leaves, randomize, relative_error
+from torch import nn
 
 import teq_graph
 from teq_graph import QuantizationConfig
@@ -74,6 +77,58 @@ def test_round_trip_of_keyword_arguments_and_again(tmp_path: Path) -> None:
     loaded = check_round_trip(compile_with_kwargs(), tmp_path / "saved", inputs)
     again = check_round_trip(loaded, tmp_path / "again", inputs)
     again.export_onnx(tmp_path / "onnx")
+
+
+IN_A_FRESH_PROCESS = """
+import sys, torch, teq_graph
+directory, inputs, outputs = sys.argv[1:]
+inputs, expected = torch.load(inputs), torch.load(outputs)
+result = teq_graph.load(directory)(**inputs)
+assert type(result).__name__ == expected["type"]
+assert float((result[0] - expected["value"]).abs().max() / expected["value"].abs().max()) <= 1e-6
+"""
+
+
+@pytest.mark.parametrize("name", ["BERT (post-LN)", "Mixture of experts"])
+def test_loading_in_a_fresh_process(name: str, tmp_path: Path) -> None:
+    """The types of the results, and operators that a library defines, are known only once it is imported."""
+    compiled = compile_llama(mixture_of_experts() if name not in BY_NAME else BY_NAME[name].build())
+    inputs = {"input_ids": tokens(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    result = compiled(**inputs)
+    compiled.save(tmp_path / "saved")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    torch.save({"type": type(result).__name__, "value": result[0]}, tmp_path / "outputs.pt")
+    files = [str(tmp_path / file) for file in ("saved", "inputs.pt", "outputs.pt")]
+    root = Path(teq_graph.__file__).parents[1]
+    process = subprocess.run(
+        [sys.executable, "-c", IN_A_FRESH_PROCESS, *files], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def mixture_of_experts() -> nn.Module:
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    config = MixtralConfig(**GQA, num_local_experts=4, num_experts_per_tok=2)
+    return randomize(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_saved_directory_imports_no_module_of_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_mlp().save(tmp_path / "saved")
+    (tmp_path / "chosen.py").write_text("raise AssertionError")
+    monkeypatch.syspath_prepend(tmp_path)
+    description = tmp_path / "saved" / "compiled.json"
+    content = json.loads(description.read_text())
+    assert content["modules"] == []
+    for modules in (["chosen"], ["transformersx.chosen"], [".chosen"]):
+        description.write_text(json.dumps({**content, "modules": modules}))
+        with pytest.raises(ModelFileError, match=f"{modules[0]}: import it before loading") as caught:
+            teq_graph.load(tmp_path / "saved")
+        in_one_line(caught)
+    description.write_text(json.dumps({**content, "modules": ["transformers.nothing"]}))
+    with pytest.raises(ModelFileError, match=r"transformers\.nothing") as caught:
+        teq_graph.load(tmp_path / "saved")
+    in_one_line(caught)
 
 
 def test_round_trip_of_a_tokenizer(stories260k: Any, tmp_path: Path) -> None:
