@@ -16,7 +16,7 @@ from teq_graph import graph as fx
 from teq_graph.analysis.blocks import find_blocks
 from teq_graph.compile import Analysis, analyze
 from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
-from teq_graph.errors import NumericsError
+from teq_graph.errors import InputError, NumericsError
 from teq_graph.loading import LoadedModel
 from teq_graph.passes.fold_scales import FoldScales
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
@@ -118,6 +118,31 @@ def test_no_block_gets_worse(init: Any, batches: list[Any]) -> None:
     assert all(report.after <= report.before for report in reports)
     # of single networks, 0.78 to 0.97; 0.88 on average
     assert sum(report.after for report in reports) < 0.96 * sum(report.before for report in reports)
+
+
+class Classes(nn.Module):
+    """Ends in numbers that have no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp()[:-1]
+
+    def forward(self, x: Tensor) -> Any:
+        scores = self.layers(x)
+        return scores.argmax(-1), scores.max(-1).indices > 3
+
+
+@pytest.mark.parametrize("objective", ["block", "model"])
+def test_a_model_without_float_outputs_learns_its_last_float_values(objective: Any, batches: list[Any]) -> None:
+    model = Classes().eval()
+    options = dict(calibration=batches, quantization=W2)
+    config = TrainingConfig(objective=objective, steps=20, learning_rate=1e-2)
+    last, same = (
+        teq_graph.compile(part, EXAMPLE, DYNAMIC, training=config, **options).report.blocks[-1]
+        for part in (model, model.layers)
+    )
+    assert last.after < last.before
+    assert (last.before, last.after) == pytest.approx((same.before, same.after), rel=1e-4)
 
 
 def test_a_block_that_training_would_harm_keeps_ones(batches: list[Any]) -> None:
@@ -227,9 +252,16 @@ def test_initial_activation_aware_is_no_worse_than_ones() -> None:
     assert float(scale.log().mean().abs()) <= 1e-4
 
 
-def test_zero_steps_keep_the_initial_scales(batches: list[Any]) -> None:
-    analysis, trainer = train(mlp(), batches, TrainingConfig(steps=0, init="ones"))
-    assert all(torch.equal(scale, torch.ones_like(scale)) for scale in scales_of(analysis, trainer))
+@pytest.mark.parametrize("objective", ["block", "model"])
+def test_zero_steps_keep_the_initial_scales(
+    objective: Any, batches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even those that make things worse."""
+    initial = {n: torch.logspace(-2, 2, n)[torch.randperm(n)] for n in (32, 48)}
+    monkeypatch.setattr("teq_graph.training.trainer.initial_scale", lambda site, *_: initial[site.channels])
+    analysis, trainer = train(mlp(), batches, TrainingConfig(objective=objective, steps=0, init="weight"))
+    assert any(report.after > report.before for report in trainer.reports)
+    assert all(torch.equal(scale, initial[len(scale)]) for scale in scales_of(analysis, trainer))
 
 
 def test_the_schedule_rises_then_falls_to_zero() -> None:
@@ -271,6 +303,46 @@ def test_half_precision_models_compile(dtype: torch.dtype) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(("objective", "init"), [("block", "ones"), ("model", "ones"), ("model", "activation")])
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": torch.zeros(2, 40, dtype=torch.long)}, "size"),
+        ({"input_ids": torch.full((2, 8), VOCAB)}, "index out of range"),
+        ({"input_ids": torch.zeros(2, 8)}, "input_ids"),
+        ({"tokens": torch.zeros(2, 8, dtype=torch.long)}, "tokens"),
+    ],
+    ids=["too long", "outside the vocabulary", "floats", "other name"],
+)
+def test_a_batch_that_the_model_cannot_take_is_named(objective: Any, init: Any, batch: Any, message: str) -> None:
+    from transformers import BertConfig, BertModel
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    model = randomize(BertModel(BertConfig(vocab_size=VOCAB, max_position_embeddings=32, **sizes)))
+    mask = torch.ones(2, next(iter(batch.values())).shape[1], dtype=torch.long)
+    fine = {"input_ids": torch.randint(0, VOCAB, mask.shape)[:, :32], "attention_mask": mask[:, :32]}
+    config = TrainingConfig(objective=objective, init=init, steps=1)
+    with pytest.raises(InputError, match=f"calibration batch 1: .*{message}") as caught:
+        train(model, [fine, {**batch, "attention_mask": mask}], config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"input_ids": torch.ones(2, 1, dtype=torch.long)},
+        {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 0, 0]] * 2)},
+    ],
+    ids=["one token", "padding"],
+)
+def test_rows_of_one_token_have_no_next_one(batch: Any, token_batches: list[Any]) -> None:
+    model = LLAMA.build()
+    with pytest.raises(InputError, match=r"calibration batch 3: .*at least two tokens") as caught:
+        train(model, [*token_batches, batch], TrainingConfig(objective="model", steps=1))
+    assert "\n" not in str(caught.value)
+    train(model, [*token_batches, batch], TrainingConfig(steps=0))  # a block's outputs are there for one token, too
 
 
 def test_a_calibration_that_overflows_is_named(batches: list[Any]) -> None:

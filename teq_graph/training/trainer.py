@@ -7,6 +7,7 @@ activations are alive, and each activation is computed once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from teq_graph import graph as fx
 from teq_graph.analysis.blocks import Block
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import TrainingConfig, WeightSpec
-from teq_graph.errors import NumericsError
+from teq_graph.errors import InputError, NumericsError
+from teq_graph.files import one_line
 from teq_graph.graph import aten
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
 from teq_graph.progress import Task, task
@@ -39,6 +41,7 @@ LOSS_BATCHES = 4
 BLOCK_LEARNING_RATE = 2e-2
 MODEL_LEARNING_RATE = 1e-3  # arXiv 2310.10944, section 4.1, as are the betas
 BETAS = (0.9, 0.9)
+NO_TOKEN = -100
 
 
 @dataclasses.dataclass
@@ -54,7 +57,8 @@ class Trainer:
     reports: list[BlockReport] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # Both are taken before the scales go in.
+        # All are taken before the scales go in.
+        self.blocks = [_with_outputs(block) for block in self.blocks]
         self.block_of = {name: index for index, block in enumerate(self.blocks) for name in _read_tensors(block)}
         self.reference = fx.clone(self.captured.graph_module)
         self.twin = {node.name: node for node in self.reference.graph.nodes}
@@ -75,7 +79,7 @@ class Trainer:
 
     def _train_blocks(self) -> None:
         """Each block in turn, with the quantized blocks before it as its input."""
-        values = [input_values(self.captured, batch) for batch in self.batches]
+        values = [self._inputs(number) for number in range(len(self.batches))]
         kept = needed_after([block.nodes for block in self.blocks])
         trained = [index for index in range(len(self.blocks)) if self._scales_of(index)]
         with task("training scales", len(trained) * self.config.steps or None) as bar:
@@ -92,7 +96,7 @@ class Trainer:
                     loss_of = functools.partial(_block_error, nodes, block.outputs, values, target_of)
                     self._optimize(learned, loss_of, BLOCK_LEARNING_RATE, (0.9, 0.999), bar)
                     after = self._mean_loss(block, weight_nodes, values, target_of)
-                    if after > before:
+                    if self.config.steps and after > before:
                         for parameter in learned:
                             parameter.data.fill_(1)
                         after = before
@@ -111,16 +115,22 @@ class Trainer:
         weight_nodes = constant_ancestors(nodes)
         outputs = self.blocks[-1].outputs
         float_nodes = [self.twin[node.name] for node in nodes]
+        if self.captured.decoder is not None:
+            for number, batch in enumerate(self.batches):
+                if not bool((next_tokens(batch) >= 0).any()):
+                    raise InputError(
+                        f"calibration batch {number}: no token follows another in its {list(batch['input_ids'].shape)} "
+                        'input_ids; objective="model" needs rows of at least two tokens'
+                    )
 
         def loss_of(number: int) -> Tensor:
-            batch = self.batches[number]
-            env = input_values(self.captured, batch)
-            run([*weight_nodes, *nodes], env)
+            env = self._inputs(number)
             if self.captured.decoder is not None:
-                return next_token_loss(env[outputs[0]], batch)
-            with torch.no_grad():
-                target = input_values(self.captured, batch, self.reference)
-                run(float_nodes, target)
+                run([*weight_nodes, *nodes], env)
+                return next_token_loss(env[outputs[0]], self.batches[number])
+            target = self._inputs(number, self.reference)
+            _run_float(float_nodes, target, number)
+            run([*weight_nodes, *nodes], env)
             return relative_error([env[n] for n in outputs], [target[self.twin[n.name]] for n in outputs])
 
         def mean_loss() -> float:
@@ -151,6 +161,10 @@ class Trainer:
     def _parameter(self, number: int) -> Tensor:
         return fx.get_tensor(self.captured.graph_module, self.inserted.scales[number])
 
+    def _inputs(self, number: int, graph_module: GraphModule | None = None) -> Values:
+        with _batch_named(number):
+            return input_values(self.captured, self.batches[number], graph_module)
+
     def _initialize(self, scales: Iterable[int], samples: Mapping[str, Tensor]) -> None:
         for number in scales:
             equivalence = self.inserted.equivalences[number]
@@ -163,7 +177,7 @@ class Trainer:
 
         The last block's outputs (logits) are far larger than its inputs, and computed again when asked for.
         """
-        values = [input_values(self.captured, batch, self.reference) for batch in self.batches]
+        values = [self._inputs(number, self.reference) for number in range(len(self.batches))]
         stretches = [[self.twin[node.name] for node in block.nodes] for block in self.blocks]
         kept = needed_after(stretches)
         rows = -(-ROWS // len(self.batches))
@@ -174,8 +188,7 @@ class Trainer:
             is_last = index == len(stretches) - 1
             inputs = [dict(env) for env in values] if is_last else []
             for number, env in enumerate(values):
-                with torch.no_grad():
-                    run(nodes, env)
+                _run_float(nodes, env, number)
                 for node in nodes:
                     if fx.is_call(node, aten.linear.default) and fx.is_tensor_constant(node.args[1]):
                         read = env[fx.operand(node)]
@@ -255,11 +268,50 @@ def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tens
 
 def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of each next token in nats, padding left out; logits [b, s, vocab]."""
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), next_tokens(batch).flatten(), ignore_index=NO_TOKEN
+    )
+
+
+def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """What follows each token but the last [b, s - 1]; NO_TOKEN where that is padding."""
     labels = batch["input_ids"][:, 1:]
     mask = batch.get("attention_mask")
-    if mask is not None:
-        labels = labels.masked_fill(mask[:, 1:] == 0, -100)
-    return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten())
+    return labels if mask is None else labels.masked_fill(mask[:, 1:] == 0, NO_TOKEN)
+
+
+@contextlib.contextmanager
+def _batch_named(number: int) -> Iterator[None]:
+    """Errors of the block, as those of the calibration batch that the model cannot take."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except InputError as error:
+        raise InputError(f"calibration batch {number}: {error}") from error
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:  # what torch's operators raise
+        raise InputError(f"calibration batch {number}: the model cannot take it: {one_line(error)}") from error
+
+
+def _run_float(nodes: Sequence[Node], values: Values, number: int) -> None:
+    """Compute `nodes` of the float graph for the calibration batch `number`."""
+    with torch.no_grad(), _batch_named(number):
+        run(nodes, values)
+
+
+def _with_outputs(block: Block) -> Block:
+    """`block` with floating-point outputs; where none leaves it (the model ends in an argmax), those inside from
+    which no other derives."""
+    if block.outputs:
+        return block
+    floats = [node for node in block.nodes if _is_float(node)]
+    read = {source for node in floats for source in node.all_input_nodes}
+    return dataclasses.replace(block, outputs=tuple(node for node in floats if node not in read))
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _block_error(
