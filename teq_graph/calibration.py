@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
 from teq_graph import progress
@@ -20,14 +22,36 @@ from teq_graph.errors import InputError, NumericsError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Batch: TypeAlias = dict[str, Any] | tuple[Any, ...]
-"""Keyword or positional arguments of one call of the model."""
+Batch: TypeAlias = dict[str, Any] | tuple[Any, ...] | Tensor
+"""Keyword arguments, positional arguments or the only argument of one call of the model."""
 
 SampleFn: TypeAlias = Callable[[int, int, int], Tensor]
 """`(samples, length, seed) -> [samples, length]` int64: text of the model's own."""
 
 StepFn: TypeAlias = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """`(input_ids [b, s], past) -> (logits [b, s, vocab], past)`; a past of None is the empty one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenInputs:
+    """How a model takes tokens: as `input_ids` [b, s] of the type `ids`, and as `attention_mask` [b, s] of the type
+    `mask`, 1 where there is a token, unless that is None. Sizes that are not known are not checked here."""
+
+    vocab_size: int | None = None
+    max_positions: int | None = None
+    ids: torch.dtype = torch.int64
+    mask: torch.dtype | None = torch.int64
+
+    @classmethod
+    def of(cls, captured: CapturedGraph) -> TokenInputs | None:
+        """Those of a decoder, or of a graph with `input_ids` among its keyword arguments."""
+        if captured.decoder is not None:
+            return cls(captured.decoder.vocab_size, captured.decoder.max_positions)
+        ids, mask = (captured.example_kwargs.get(name) for name in ("input_ids", "attention_mask"))
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
+            return None
+        return cls(ids=ids.dtype, mask=mask.dtype if isinstance(mask, Tensor) and mask.shape == ids.shape else None)
+
 
 _ROW_SEPARATOR = "\n\n"  # joins the rows of a data set; gives the standard string for WikiText
 _CHARS_PER_TOKEN = 32  # rows are read up to this many characters per wanted token: some eight times what is used
@@ -41,14 +65,14 @@ def make_batches(
     batch_size: int,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    vocab_size: int | None = None,
-    max_positions: int | None = None,
+    tokens: TokenInputs | None = None,
     sample_fn: SampleFn | None = None,
 ) -> list[Batch]:
     """Turns what the user gives as calibration data into inputs of the model.
 
-    For a model over tokens (`vocab_size` given) each batch is `{"input_ids": [b, s] int64, "attention_mask":
-    [b, s] int64}`, b <= `batch_size`, padded on the right where lengths differ, the padding masked. `calibration`:
+    For a model over `tokens` each batch is `{"input_ids": [b, s], "attention_mask": [b, s]}`, b <= `batch_size`,
+    padded on the right where lengths differ, the padding masked; rows of a model without a mask are in one batch
+    only with others as long. `calibration`:
 
       - None: text that the model writes, from `sample_fn`;
       - the path of a text file: tokenized whole, cut into windows of `length` that do not overlap, `samples` of
@@ -63,11 +87,11 @@ def make_batches(
     a batch of keyword arguments, each tuple or list one of positional arguments, each tensor the only argument.
     Of an iterator without a length, `samples` elements are read.
 
-    `length` is reduced to `max_positions` where the text is cut or sampled here; inputs that come cut and are
+    `length` is reduced to the model's positions where the text is cut or sampled here; inputs that come cut and are
     longer are refused. Raises InputError for no data, data of another kind, token ids outside the vocabulary,
     sequences that are too long; NumericsError for NaN or infinity.
     """
-    length = min(length, max_positions or length)
+    length = min(length, (tokens and tokens.max_positions) or length)
     choose = _Chooser(tokenizer, samples, length, seed)
     rows: Iterable[Tensor] | None = None
     if calibration is None:
@@ -82,16 +106,19 @@ def make_batches(
             rows = choose.from_texts(elements)
         elif isinstance(first, Mapping) and _text_column(first):
             rows = choose.from_texts([_join_rows(elements, samples * length)])
-        elif vocab_size is not None and not isinstance(first, Mapping):
+        elif tokens is not None and not isinstance(first, Mapping):
             rows = (row for element in elements for row in _token_rows(element))
         elif isinstance(calibration, (Tensor, np.ndarray)):
             elements = torch.as_tensor(calibration).split(batch_size)
-    batches = [_as_batch(element) for element in elements] if rows is None else _batch_rows(rows, batch_size)
+    if rows is None:
+        batches = [_as_batch(element) for element in elements]
+    else:
+        batches = _batch_rows(rows, batch_size, masked=tokens is None or tokens.mask is not None)
     if not batches:
         raise InputError("calibration: it is empty; accepted is at least one input")
     for index, batch in enumerate(batches):
-        if vocab_size is not None and isinstance(batch, dict):
-            _check_tokens(batch, index, vocab_size, max_positions)
+        if tokens is not None and isinstance(batch, dict):
+            _check_tokens(batch, index, tokens)
         _check_values(batch, index)
     return batches
 
@@ -127,8 +154,7 @@ def calibration_batches(
         batch_size=training.batch_size,
         seed=training.seed,
         tokenizer=tokenizer,
-        vocab_size=None if decoder is None else decoder.vocab_size,
-        max_positions=None if decoder is None else decoder.max_positions,
+        tokens=TokenInputs.of(captured),
         sample_fn=None if decoder is None else sample,
     )
 
@@ -325,13 +351,14 @@ def _token_rows(element: Any) -> Iterable[Tensor]:
     return list(torch.atleast_2d(ids.to(torch.int64)))
 
 
-def _batch_rows(rows: Iterable[Tensor], batch_size: int) -> list[Batch]:
-    iterator = iter(rows)
+def _batch_rows(rows: Iterable[Tensor], batch_size: int, masked: bool) -> list[Batch]:
     batches: list[Batch] = []
-    while chunk := list(itertools.islice(iterator, batch_size)):
-        masks = [torch.ones_like(row) for row in chunk]
-        input_ids, attention_mask = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (chunk, masks))
-        batches.append({"input_ids": input_ids, "attention_mask": attention_mask})
+    for _, group in itertools.groupby(rows, lambda row: masked or len(row)):
+        while chunk := list(itertools.islice(group, batch_size)):
+            batch = {"input_ids": pad_sequence(chunk, batch_first=True)}
+            if masked:
+                batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in chunk], batch_first=True)
+            batches.append(batch)
     return batches
 
 
@@ -342,28 +369,31 @@ def _as_batch(element: Any) -> Batch:
     if isinstance(element, (tuple, list)):
         return tuple(element)
     if isinstance(element, Tensor):
-        return (element,)
+        return element
     raise InputError(f"calibration: an element is {type(element).__name__}; accepted are dicts, tuples and tensors")
 
 
-def _check_tokens(batch: dict[str, Any], index: int, vocab_size: int, max_positions: int | None) -> None:
+def _check_tokens(batch: dict[str, Any], index: int, tokens: TokenInputs) -> None:
     """Checks `input_ids` and completes `attention_mask`, in place."""
     if "input_ids" not in batch:
         raise InputError(f"calibration: batch {index} has the keys {list(batch)}; input_ids is missing")
     rows = list(_token_rows(batch["input_ids"]))
-    batch["input_ids"] = ids = torch.stack(rows) if rows else torch.empty(0, 0, dtype=torch.int64)
-    mask = torch.atleast_2d(torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids)))).to(torch.int64)
-    batch["attention_mask"] = mask
-    if mask.shape != ids.shape:
-        shapes = f"attention_mask {list(mask.shape)} and input_ids {list(ids.shape)}"
-        raise InputError(f"calibration: batch {index} has {shapes}; accepted are equal shapes")
+    ids = torch.stack(rows) if rows else torch.empty(0, 0, dtype=torch.int64)
+    batch["input_ids"] = ids.to(tokens.ids)
+    if tokens.mask is not None:
+        mask = torch.atleast_2d(torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids)))).to(tokens.mask)
+        batch["attention_mask"] = mask
+        if mask.shape != ids.shape:
+            shapes = f"attention_mask {list(mask.shape)} and input_ids {list(ids.shape)}"
+            raise InputError(f"calibration: batch {index} has {shapes}; accepted are equal shapes")
     if not ids.numel():
         raise InputError(f"calibration: input_ids of batch {index} are empty, {list(ids.shape)}")
+    size, positions = tokens.vocab_size, tokens.max_positions
     for bad in (int(ids.min()), int(ids.max())):
-        if not 0 <= bad < vocab_size:
-            raise InputError(f"calibration: token id {bad} in batch {index}; accepted are 0 to {vocab_size - 1}")
-    if max_positions is not None and ids.shape[1] > max_positions:
-        raise InputError(f"calibration: batch {index} has {ids.shape[1]} tokens; accepted are up to {max_positions}")
+        if size is not None and not 0 <= bad < size:
+            raise InputError(f"calibration: token id {bad} in batch {index}; accepted are 0 to {size - 1}")
+    if positions is not None and ids.shape[1] > positions:
+        raise InputError(f"calibration: batch {index} has {ids.shape[1]} tokens; accepted are up to {positions}")
 
 
 def _check_values(batch: Batch, index: int) -> None:

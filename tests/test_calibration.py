@@ -11,13 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from support.architectures import BY_NAME
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from teq_graph.calibration import make_batches, model_step, sample_text
+from teq_graph.calibration import TokenInputs, calibration_batches, make_batches, model_step, sample_text
+from teq_graph.capture import capture
+from teq_graph.config import TrainingConfig
 from teq_graph.errors import InputError, NumericsError
 from teq_graph.loading import LoadedModel
 
 VOCAB = 50
+DYNAMIC = torch.export.Dim.DYNAMIC
 
 
 class Words:
@@ -28,7 +33,8 @@ class Words:
 
 
 def batches_of(calibration: Any, **options: Any) -> list[Any]:
-    defaults = dict(samples=8, length=6, batch_size=3, seed=1, tokenizer=Words(), vocab_size=VOCAB, max_positions=20)
+    tokens = TokenInputs(vocab_size=VOCAB, max_positions=20)
+    defaults = dict(samples=8, length=6, batch_size=3, seed=1, tokenizer=Words(), tokens=tokens)
     return make_batches(calibration, **{**defaults, **options})
 
 
@@ -155,10 +161,10 @@ def test_dicts_are_passed_through() -> None:
 
 def test_inputs_of_other_models() -> None:
     x, y = torch.randn(7, 4), torch.randn(7, 2)
-    other = dict(vocab_size=None, max_positions=None, tokenizer=None)
+    other = dict(tokens=None, tokenizer=None)
     split = batches_of(x, **other)
-    assert [len(batch) for batch in split] == [1, 1, 1]
-    assert torch.equal(torch.cat([part for (part,) in split]), x)
+    assert [len(batch) for batch in split] == [3, 3, 1]
+    assert torch.equal(torch.cat(split), x)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
     batches = batches_of(loader, **other)
     assert all(isinstance(batch, tuple) for batch in batches)
@@ -166,6 +172,66 @@ def test_inputs_of_other_models() -> None:
     (named,) = batches_of([{"pixel_values": x.numpy(), "flag": True}], **other)
     assert torch.equal(named["pixel_values"], x)
     assert named["flag"] is True
+
+
+def test_rows_without_a_mask_are_not_padded() -> None:
+    rows = [torch.arange(length) for length in (4, 4, 4, 4, 2, 4)]
+    batches = batches_of(rows, tokens=TokenInputs(vocab_size=VOCAB, mask=None))
+    assert [list(batch) for batch in batches] == [["input_ids"]] * 4
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(3, 4), (1, 4), (1, 2), (1, 4)]
+
+
+class Encoder(nn.Module):
+    """Takes a mask of bools."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(VOCAB, 16), nn.Linear(16, 16)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        result: Tensor = self.linear(self.embedding(input_ids).masked_fill(~attention_mask[..., None], 0))
+        return result
+
+
+CONFIG = BertConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+LLAMA = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+IDS = torch.randint(VOCAB, (2, 5))
+MODELS: dict[str, tuple[Callable[[], nn.Module], Any, torch.dtype | None]] = {
+    "encoder": (lambda: BertModel(CONFIG), None, torch.int64),
+    "decoder with inputs of its user's": (
+        lambda: LlamaForCausalLM(LLAMA),
+        {"input_ids": IDS, "use_cache": False},
+        None,
+    ),
+    "mask of bools": (Encoder, {"input_ids": IDS, "attention_mask": torch.ones(2, 5, dtype=torch.bool)}, torch.bool),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_of_models_that_take_them_by_name(name: str) -> None:
+    make, example, mask = MODELS[name]
+    shapes = example and {
+        key: {0: DYNAMIC, 1: DYNAMIC} if isinstance(x, Tensor) else None for key, x in example.items()
+    }
+    captured = capture(make().eval(), example, shapes)
+    assert captured.decoder is None
+    ids = torch.randint(VOCAB, (4, 7))
+    for given in (ids, ids.numpy(), [ids[:3], ids[3:]], [{"input_ids": ids[:3]}, {"input_ids": ids[3:]}]):
+        batches = calibration_batches(given, captured, TrainingConfig(batch_size=3), None, example)
+        assert [len(batch["input_ids"]) for batch in batches] == [3, 1]
+        assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), ids)
+        for batch in batches:
+            assert ("attention_mask" in batch) == (mask is not None)
+            assert mask is None or (batch["attention_mask"].dtype == mask and bool(batch["attention_mask"].all()))
+            captured.bind(batch)
+
+
+def test_a_tensor_of_a_model_that_takes_it_by_name() -> None:
+    captured = capture(BY_NAME["ViT"].build())
+    images = torch.randn(5, 3, 16, 16)
+    batches = calibration_batches(images, captured, TrainingConfig(batch_size=3), None)
+    bound = [captured.bind(batch)[1]["pixel_values"] for batch in batches]
+    assert [len(x) for x in bound] == [3, 2] and torch.equal(torch.cat(bound), images)
 
 
 def test_own_samples() -> None:
@@ -225,12 +291,12 @@ def test_not_finite(bad: float) -> None:
     y = x.clone()
     y[1, 2] = bad
     with pytest.raises(NumericsError, match=r"input \['pixels'\] of batch 1 holds NaN or infinity"):
-        batches_of([{"pixels": x}, {"pixels": y}], vocab_size=None)
+        batches_of([{"pixels": x}, {"pixels": y}], tokens=None)
 
 
 def test_numpy_scalars_of_other_types_are_kept() -> None:
     x = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (4, 2)))
-    (batch,) = batches_of([(x, 3)], vocab_size=None)
+    (batch,) = batches_of([(x, 3)], tokens=None)
     assert torch.equal(batch[0], x)
     assert batch[1] == 3
 
@@ -305,7 +371,9 @@ def test_real_tokenizer_and_text(stories260k: LoadedModel, wikitext_validation: 
         length=128,
         batch_size=4,
         tokenizer=stories260k.tokenizer,
-        vocab_size=stories260k.model.config.vocab_size,
-        max_positions=stories260k.model.config.max_position_embeddings,
+        tokens=TokenInputs(
+            vocab_size=stories260k.model.config.vocab_size,
+            max_positions=stories260k.model.config.max_position_embeddings,
+        ),
     )
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 128), (2, 128)]  # type: ignore[call-overload]
