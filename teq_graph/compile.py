@@ -21,7 +21,7 @@ from teq_graph.capture import CapturedGraph, capture
 from teq_graph.capture.pretrained import is_pretrained
 from teq_graph.compiled import CompiledModel
 from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
-from teq_graph.errors import CaptureError
+from teq_graph.errors import CaptureError, ConfigError
 from teq_graph.passes.find_equivalences import FindEquivalences, Findings
 from teq_graph.passes.fold_constants import FoldConstants
 from teq_graph.passes.fold_scales import FoldScales
@@ -99,6 +99,8 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     Raises ConfigError, CaptureError, InputError or NumericsError, each naming what is wrong.
     """
     started = time.monotonic()
+    if not (training is None or isinstance(training, TrainingConfig)):
+        raise ConfigError(f"training={training!r}: accepted are a TrainingConfig and None")
     analysis = analyze(model, example_inputs, dynamic_shapes, quantization)
     captured, specs = analysis.captured, analysis.specs
     equivalences, blocks = analysis.findings.equivalences, tuple[BlockReport, ...]()
@@ -137,6 +139,10 @@ def transform(
     The scales are trained for `quantization` and folded into the copy's parameters; nothing is quantized.
     The arguments are those of `compile`. The copy is input for any other quantizer.
     """
+    if not isinstance(training, TrainingConfig):
+        raise ConfigError(
+            f"training={training!r}: accepted is a TrainingConfig, as trained scales are all that changes"
+        )
     result = copy.deepcopy(model)
     analysis = analyze(result, example_inputs, dynamic_shapes, quantization)
     graph_module = analysis.captured.graph_module

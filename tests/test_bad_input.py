@@ -66,6 +66,17 @@ def test_wrong_training_options(option: str, value: Any) -> None:
     assert repr(value) in in_one_line(caught)
 
 
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [(teq_graph.transform, None), (teq_graph.transform, "block"), (teq_graph.compile, {"steps": 5})],
+    ids=["none", "name", "dict"],
+)
+def test_other_training(function: Any, value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"training=.*accepted .* a TrainingConfig") as caught:
+        function(mlp(), (torch.randn(5, 20),), training=value)
+    assert repr(value) in in_one_line(caught)
+
+
 def test_train_mode() -> None:
     model = mlp()
     model[2].train()
