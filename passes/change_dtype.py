@@ -61,6 +61,9 @@ class ChangeDtype(PassBase):
     Finite bounds beyond the new type's range (`finfo(float32).min` in a mask) become half of its largest value:
     the same to softmax, and still finite after a score is added.
 
+    What a graph of another type computes in bfloat16 (the ALiBi of some) is computed in float32, unless bfloat16 is
+    asked for: onnxruntime has no bfloat16 on the CPU, and float32 holds every bfloat16 value.
+
     Run `RemoveNoOps` first: a cast to the type that a value already has is taken to mean the new type. Raises
     NumericsError for a weight that the new type cannot hold.
     """
@@ -71,10 +74,12 @@ class ChangeDtype(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         old = _graph_dtype(graph_module)
-        if old is None or old == self.dtype:
+        if old is None:
             return PassResult(graph_module, False)
-        _Conversion(graph_module, old, self.dtype).run()
-        return PassResult(graph_module, True)
+        widened = torch.bfloat16 not in (old, self.dtype) and _widen(graph_module)
+        if old != self.dtype:
+            _Conversion(graph_module, old, self.dtype).run()
+        return PassResult(graph_module, widened or old != self.dtype)
 
 
 class _Conversion:
@@ -120,7 +125,7 @@ class _Conversion:
     def _position(self, node: Node) -> None:
         """Position values stay float32; those of another old type follow it."""
         if self.old != torch.float32:
-            self._rename_dtype(node)
+            _rename_dtype(node, self.old, self.new)
             for source in node.all_input_nodes:
                 if self.was.get(source) == self.old:
                     node.replace_input_with(source, self._cast(source, self.new))
@@ -131,7 +136,7 @@ class _Conversion:
 
     def _activation(self, node: Node) -> None:
         if node.target in CASTS:
-            self._rename_dtype(node)
+            _rename_dtype(node, self.old, self.new)
             if node in self.was:
                 self._set(node, self.new if self.was[node] == self.old else self.was[node])
                 self._note_beyond(node)
@@ -144,7 +149,7 @@ class _Conversion:
         if operands == self.new:
             node.args, node.kwargs = self._bounded(node.args), self._bounded(node.kwargs)
         if self.old != torch.float32:
-            self._rename_dtype(node)
+            _rename_dtype(node, self.old, self.new)
         if node in self.was:
             self._set(node, _named_dtype(node) or operands)
             self._note_beyond(node)
@@ -204,17 +209,7 @@ class _Conversion:
 
     def _set(self, node: Node, dtype: torch.dtype) -> None:
         self.now[node] = dtype
-        value = node.meta["val"]
-        node.meta["val"] = (
-            value.to(dtype)
-            if isinstance(value, Tensor)
-            else type(value)(v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in value)
-        )
-
-    def _rename_dtype(self, node: Node) -> None:
-        """Let type arguments that name the old type name the new one."""
-        node.args = tuple(self.new if value == self.old else value for value in node.args)
-        node.kwargs = {name: self.new if value == self.old else value for name, value in node.kwargs.items()}
+        node.meta["val"] = _cast_value(node.meta["val"], dtype)
 
     def _note_beyond(self, node: Node) -> None:
         """Remember float32 values that are, or derive from, bounds which the new type cannot hold."""
@@ -237,6 +232,32 @@ class _Conversion:
                 fx.set_tensor(self.graph_module, str(source.target), fx.node_tensor(node))
                 node.target = source.target
         fx.drop_unused(self.graph_module)
+
+
+def _widen(graph_module: GraphModule) -> bool:
+    """Let float32 take the place of bfloat16 everywhere; whether there was any."""
+    narrow = [node for node in graph_module.graph.nodes if _float_dtype(node) == torch.bfloat16]
+    for node in narrow:
+        if node.op == "get_attr":
+            fx.set_tensor(graph_module, str(node.target), fx.node_tensor(node).detach().float())
+        _rename_dtype(node, torch.bfloat16, torch.float32)
+        node.meta["val"] = _cast_value(node.meta["val"], torch.float32)
+    if narrow:
+        graph_module.recompile()
+    return bool(narrow)
+
+
+def _rename_dtype(node: Node, old: torch.dtype, new: torch.dtype) -> None:
+    """Let type arguments that name the old type name the new one."""
+    node.args = tuple(new if value == old else value for value in node.args)
+    node.kwargs = {name: new if value == old else value for name, value in node.kwargs.items()}
+
+
+def _cast_value(value: Any, dtype: torch.dtype) -> Any:
+    """What a node's metadata says of its value, in another floating-point type."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    return type(value)(v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in value)
 
 
 def _graph_dtype(graph_module: GraphModule) -> torch.dtype | None:
