@@ -1,406 +1,83 @@
-"""The command line: inspect, quantize, generate, evaluate."""
+"""The process of `teq-graph`: signals, streams and exit codes; the commands themselves are in `commands`.
+
+Nothing else is imported before `main` runs, so that an early Ctrl-C finds it prepared.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
+import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import typer
+from teq_graph import interruption
+from teq_graph.errors import TeqGraphError
 
-import teq_graph
-from teq_graph import console, options, progress
-from teq_graph.config import BITS, GROUP_SIZES, QuantizationConfig, TrainingConfig
-from teq_graph.errors import ModelFileError, TeqGraphError
-
-# torch, transformers and onnxruntime take seconds to import: only inside the commands.
-if TYPE_CHECKING:
-    from teq_graph.evaluation import LogitsFn
-    from teq_graph.onnx.runtime import OnnxDecoder
-
-TOKENS = 8192
-COMPILED_DIRECTORY = "compiled"
-# click's base of all errors of usage; typer has it under different names from version to version
-_UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]
-
-app = typer.Typer(
-    name="teq-graph",
-    add_completion=False,
-    rich_markup_mode=None,
-    help=teq_graph.__doc__,
-    context_settings={"max_content_width": 100},
-)
+_PIPE_CLOSED = 128 + signal.SIGPIPE  # nobody reads on, as after `| head`
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, Hugging Face directory, .gguf file, or smollm2.")]
-TextFile = Annotated[
-    Path | None, typer.Option("--text", metavar="FILE", help="Text for perplexity.  [default: Python's reference]")
-]
-Tokens = Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens of the text to measure perplexity on.")]
-Skip = Annotated[
-    list[str] | None, typer.Option("--skip", metavar="PATTERN", help="Weights to leave in float; repeatable.")
-]
-LmHead = Annotated[bool, typer.Option("--lm-head", help="Quantize the projection onto the vocabulary, too.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", metavar="N", help="CPU threads of onnxruntime.  [default: its own choice]")
-]
-Provider = Annotated[
-    str, typer.Option("--provider", metavar="NAME", help="Execution provider of onnxruntime: cpu, cuda, …")
-]
-
-
-def _default(name: str) -> str:
-    """What the help says of an option whose default is TrainingConfig's."""
-    return f"[default: {getattr(TrainingConfig, name)}]"
-
-
-@app.callback(invoke_without_command=True)
-def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        typer.echo(f"teq-graph {teq_graph.__version__}")
-        raise typer.Exit
-
-
-@app.command()
-def inspect(model: Model, lm_head: LmHead = False, skip: Skip = None, as_json: Json = False) -> None:
-    """Show equivalences, coverage, and what is left out.
-
-    Analyses the model's graph and trains nothing. Layers that are alike share a row; --json has every one.
-    """
-    quantization = QuantizationConfig(quantize_lm_head=lm_head, skip=tuple(skip or ()))
-    from teq_graph.analysis.blocks import find_blocks
-    from teq_graph.compile import analyze
-    from teq_graph.graph import get_tensor
-    from teq_graph.loading import load_model
-    from teq_graph.report import LinearReport
-
-    loaded = load_model(model)
-    with progress.task("Analysing"):
-        analysis = analyze(loaded.model, quantization=quantization)
-    found = analysis.findings
-    covered = {name for equivalence in found.equivalences for name in equivalence.linears}
-    linears = [
-        LinearReport(name, _shape(get_tensor(analysis.captured.graph_module, name)), spec, reason, name in covered)
-        for name, spec, reason in (
-            *((name, spec, None) for name, spec in analysis.specs.items()),
-            *((name, None, reason) for name, reason in analysis.kept_in_float.items()),
-        )
-    ]
-    blocks = find_blocks(analysis.captured, found.equivalences)
-    inspection = console.Inspection(
-        loaded.name,
-        tuple(linears),
-        found.equivalences,
-        found.refusals,
-        blocks,
-        analysis.other_weights,
-        analysis.notes,
-    )
-    if as_json:
-        _print_json(inspection.to_dict())
-    else:
-        inspection.show()
-
-
-@app.command()
-def quantize(
-    model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write.")],
-    bits: Annotated[int, typer.Option(metavar="N", help=f"Bits of a weight: {BITS}.")] = QuantizationConfig.bits,
-    group_size: Annotated[
-        int, typer.Option(metavar="N", help=f"Input channels that share a scale: {GROUP_SIZES}; -1 is all of them.")
-    ] = QuantizationConfig.group_size,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="Without zero points.")] = False,
-    lm_head: LmHead = False,
-    skip: Skip = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN:…", help="As in '*.mlp.*:bits=8,group_size=32'; repeatable, the last match wins."
-        ),
-    ] = None,
-    method: Annotated[
-        str, typer.Option(metavar="NAME", help="teq trains scales, then rounds to nearest; rtn only rounds.")
-    ] = options.METHODS[0],
-    objective: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"block or model.  {_default('objective')}")
-    ] = None,
-    init: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"ones, weight or activation.  {_default('init')}")
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", help=f"Training steps; of each block with --objective block.  {_default('steps')}"),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Text file or data set NAME[:CONFIG]:SPLIT.  [default: the model's own samples]"
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Calibration sequences.  {_default('samples')}")
-    ] = None,
-    length: Annotated[int | None, typer.Option(metavar="N", help=f"Tokens of each.  {_default('length')}")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Sequences per step.  {_default('batch_size')}")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Seed of sampling and training.  {_default('seed')}")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(metavar="NAME", help="float32 or float16, of activations and weights that stay in float.")
-    ] = options.DTYPES[0],
-    accuracy_level: Annotated[
-        int, typer.Option(metavar="0-4", help="MatMulNBits computes in int8 at 4, in float32 at 1.")
-    ] = 4,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if quantize wrote it before.")] = False,
-    save_compiled: Annotated[
-        bool, typer.Option("--save-compiled", help=f"Also write OUT/{COMPILED_DIRECTORY}, for teq_graph.load.")
-    ] = False,
-    evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after.")] = True,
-    text: TextFile = None,
-    tokens: Tokens = TOKENS,
-) -> None:
-    """Quantize a model and write it as ONNX.
-
-    Trains scales that make the weights easier to round, and leaves float results as they were; rounds; writes what
-    onnxruntime and onnxruntime-genai load. Prints sizes, and perplexity before and after on a text that was not
-    used for calibration.
-    """
-    quantization = QuantizationConfig(
-        bits, group_size, symmetric, lm_head, tuple(skip or ()), options.overrides(override)
-    )
-    trained = {
-        "objective": objective,
-        "init": init,
-        "steps": steps,
-        "samples": samples,
-        "length": length,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    options.check_choice("dtype", dtype, options.DTYPES)
-    options.check_choice("accuracy-level", accuracy_level, options.ACCURACY_LEVELS)
-    training = options.training(method, {"calibration": calibration, **trained})
-    options.check_output(output, overwrite)
-    options.check_calibration(calibration, text)
-    measured = options.read_text(text) if evaluate else None
-    watch = console.Stopwatch()
-    from teq_graph.loading import load_model
-
-    loaded = load_model(model)
-    token_ids = (
-        None if measured is None or loaded.tokenizer is None else options.tokenize(loaded.tokenizer, measured, tokens)
-    )
-    watch.lap("load")
-    with progress.task("Quantizing"):
-        compiled = teq_graph.compile(
-            loaded.model,
-            calibration=calibration,
-            quantization=quantization,
-            training=training,
-            tokenizer=loaded.tokenizer,
-        )
-    watch.lap("quantize")
-    with progress.task("Exporting to ONNX"):
-        compiled.export_onnx(output, dtype=cast(Any, dtype), accuracy_level=accuracy_level, overwrite=overwrite)
-    size = sum(file.stat().st_size for file in output.iterdir())
-    watch.lap("export")
-    lines = [("model", f"{loaded.name} → {output}"), *console.describe_report(compiled.report, training is not None)]
-    lines.append(("calibration", console.describe_calibration(training, calibration)))
-    lines.append(("size", console.describe_sizes(compiled.report.bytes_before, size, loaded.model.dtype)))
-    decoder = compiled.captured.decoder
-    if measured is not None and decoder is not None and token_ids is not None:
-        from teq_graph.evaluation import perplexity
-        from teq_graph.onnx.runtime import OnnxDecoder
-
-        context = options.context_of(None, decoder.max_positions)
-        before = perplexity(_torch_logits(loaded.model), token_ids, context=context)
-        after = perplexity(_onnx_logits(OnnxDecoder.load(output)), token_ids, context=context)
-        lines.append(("perplexity", f"{before.value:.2f} float in PyTorch → {after.value:.2f} in onnxruntime"))
-        lines.append(("", f"on {after.tokens:,} tokens of {measured.name}, not calibrated on; context {context}"))
-        watch.lap("evaluate")
-    elif measured is not None:
-        lines.append(("perplexity", "not measured: it needs a causal language model with a tokenizer"))
-    if save_compiled:
-        with progress.task("Saving the compiled model"):
-            compiled.save(output / COMPILED_DIRECTORY)
-        lines.append(("compiled", f"{output / COMPILED_DIRECTORY}, for teq_graph.load"))
-        watch.lap("save")
-    console.show_pairs([*lines, ("time", str(watch))])
-
-
-@app.command()
-def generate(
-    directory: Annotated[Path, typer.Argument(metavar="OUT", help="Directory that quantize wrote.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to answer or to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(metavar="N", help="0 always takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(metavar="N", help="Sample among the k most likely tokens; 0: among all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(metavar="N", help="Sample among the most likely tokens of this joint probability.")
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Repeatable sampling.  [default: random]")] = None,
-    threads: Threads = None,
-    provider: Provider = "cpu",
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="Use the chat template.  [default: where there is one]")
-    ] = None,
-) -> None:
-    """Generate text with onnxruntime.
-
-    Answers the prompt where the model has a chat template, and continues it otherwise.
-    """
-    decoder = _open_decoder(directory, threads, provider)
-    from teq_graph.onnx.text import TextStream
-
-    chat = bool(decoder.tokenizer.chat_template) if chat is None else chat
-    ids = decoder.encode_chat(prompt) if chat else decoder.encode(prompt)
-    stream = TextStream(decoder.tokenizer, ids)
-    started = time.perf_counter()
-    first, count = started, 0
-    for token in decoder.stream(ids, max_new_tokens, temperature, top_k, top_p, seed, text=False):
-        count += 1
-        if count == 1:
-            first = time.perf_counter()
-        typer.echo(stream.push(token), nl=False)
-    typer.echo(stream.finish())
-    speed = f", {(count - 1) / (time.perf_counter() - first):.1f} tokens/s" if count > 1 else ""
-    typer.echo(f"{count} tokens{speed}; prompt of {len(ids)} tokens in {first - started:.2f} s", err=True)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_OUT", help="As for inspect, or what quantize wrote.")],
-    text: TextFile = None,
-    context: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Tokens of a window.  [default: {options.CONTEXT}, or what fits]")
-    ] = None,
-    tokens: Tokens = TOKENS,
-    stride: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens between windows.  [default: the context]")
-    ] = None,
-    threads: Threads = None,
-    provider: Provider = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Measure perplexity on a text.
-
-    In PyTorch; for a directory that quantize wrote, in onnxruntime.
-    """
-    measured = options.read_text(text)
-    runtime, logits_fn, tokenizer, limit = _open_for_evaluation(model, threads, provider)
-    from teq_graph.evaluation import perplexity
-
-    context = options.context_of(context, limit)
-    result = perplexity(logits_fn, options.tokenize(tokenizer, measured, tokens), context=context, stride=stride)
-    if as_json:
-        content = {
-            "model": model,
-            "runtime": runtime,
-            "text": measured.name,
-            "context": context,
-            "stride": stride or context,
-            "tokens": result.tokens,
-            "perplexity": result.value,
-            "seconds": result.seconds,
-        }
-        _print_json(content)
-        return
-    lines = [
-        ("model", f"{model}, in {runtime}"),
-        ("text", f"{result.tokens:,} tokens of {measured.name}; context {context}"),
-        ("perplexity", f"{result.value:.3f}"),
-        ("time", f"{result.seconds:.1f} s"),
-    ]
-    console.show_pairs(lines)
-
-
-# -------------------------------------------------------------------------------------------------------- models
-
-
-def _open_decoder(directory: Path, threads: int | None, provider: str) -> OnnxDecoder:
-    suffix = "ExecutionProvider"
-    if not provider.endswith(suffix):
-        provider = f"{provider.upper()}{suffix}"
-    providers = tuple(dict.fromkeys((provider, f"CPU{suffix}")))
-    with progress.task(f"Loading {directory}"):
-        from teq_graph.onnx.runtime import OnnxDecoder
-
-        return OnnxDecoder.load(directory, providers, threads)
-
-
-def _open_for_evaluation(source: str, threads: int | None, provider: str) -> tuple[str, LogitsFn, Any, int | None]:
-    """Runtime, logits, tokenizer and greatest context of a float model or of what quantize wrote."""
-    from teq_graph.onnx.directory import METADATA_FILE, MODEL_FILE
-
-    directory = Path(source).expanduser()
-    if any((directory / name).exists() for name in (METADATA_FILE, MODEL_FILE)):
-        decoder = _open_decoder(directory, threads, provider)
-        return "onnxruntime", _onnx_logits(decoder), decoder.tokenizer, decoder.shape.max_positions
-    from teq_graph.loading import load_model
-
-    loaded = load_model(source)
-    model = loaded.model
-    if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
-        raise ModelFileError(f"model {source!r} is a {type(model).__name__}: accepted are causal language models")
-    if loaded.tokenizer is None:
-        raise ModelFileError(f"model {source!r} has no tokenizer: perplexity on a text needs one")
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    return "PyTorch", _torch_logits(model), loaded.tokenizer, limit
-
-
-def _torch_logits(model: Any) -> LogitsFn:
-    return lambda input_ids: model(input_ids=input_ids, use_cache=False).logits
-
-
-def _onnx_logits(decoder: OnnxDecoder) -> LogitsFn:
-    return lambda input_ids: decoder.logits(input_ids.numpy())
-
-
-def _shape(tensor: Any) -> tuple[int, int]:
-    rows, columns = tensor.shape
-    return rows, columns
-
-
-def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
-
-
-# ---------------------------------------------------------------------------------------------------------- main
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Runs one command; returns the exit code: 0, 2 for what is refused, 130 after Ctrl-C."""
+def run(arguments: Sequence[str], show_progress: bool = False) -> int:
+    """Runs one command; returns the exit code: 0, 2 for what is refused, 128 + number after a signal."""
     try:
-        result = app(args=list(arguments) or ["--help"], prog_name="teq-graph", standalone_mode=False)
-    except TeqGraphError as error:
-        return _fail(str(error))
-    except _UsageError as error:
-        return _fail(error.format_message())
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
-    return result if isinstance(result, int) else 0
+        code = _invoke(arguments, show_progress)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BaseException:
+        # A library that is interrupted raises whatever it likes.
+        if interruption.received() is None:
+            raise
+        code = 1
+    number = interruption.received()
+    return code if number is None else 128 + number
 
 
 def main() -> None:
     """The entry point of `teq-graph`."""
-    progress.enable()
+    interruption.install()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # what torch and others say to their callers is not for the user
-    # As Ctrl-C does, so that no half-written directory stays behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    sys.exit(run(sys.argv[1:]))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without × and → is no reason to fail
+    code = run(sys.argv[1:], show_progress=True)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # `run` has told of it. The interpreter would try again at its end, and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def _invoke(arguments: Sequence[str], show_progress: bool) -> int:
+    from teq_graph import commands, progress
+
+    if show_progress:
+        progress.enable()
+    try:
+        code = commands.invoke(arguments)
+        sys.stdout.flush()
+        return code
+    except TeqGraphError as error:
+        return _fail(str(error))
+    except commands.UsageError as error:
+        return _fail(error.format_message())
+    except BrokenPipeError:
+        return _PIPE_CLOSED
+    except SystemExit as error:  # rich's answer to it
+        if isinstance(error.__context__, BrokenPipeError):
+            return _PIPE_CLOSED
+        raise
+    except OSError as error:
+        # A write, of which only those to files by name tell it.
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
 
 
 def _fail(message: str) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    if interruption.received() is None:  # otherwise the message tells of what the signal broke
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return 2

@@ -11,13 +11,23 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from teq_graph import interruption
+
 SHOW_AFTER = 2.0
 """Seconds that a piece of work must last before anything is shown."""
 LINE_EVERY = 15.0
 """Seconds between two lines where stderr is not a terminal."""
 
+
+class _Console(Console):
+    """Standard error; where nobody reads it any more, the work goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 _enabled = False
-_console = Console(stderr=True)  # one for all: rich stacks the bars of nested work within a console
+_console = _Console(stderr=True)  # one for all: rich stacks the bars of nested work within a console
 
 T = TypeVar("T")
 
@@ -56,6 +66,7 @@ class Task:
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         """Counts `amount` more of the total as done."""
+        interruption.check()
         self._done += amount
         self._note = note or self._note
         self._bar.update(self._id, completed=self._done, note=self._note)
@@ -75,7 +86,10 @@ class Task:
         seconds = f"{self._last_line - self._start:.0f} s"
         note = f" {self._note}" if self._note else ""
         line = f"{self._description}{count} [{seconds}]{note}{ending}"
-        _console.print(line, markup=False, highlight=False, soft_wrap=True)
+        try:
+            _console.print(line, markup=False, highlight=False, soft_wrap=True)
+        except OSError:  # a full disk, where standard error is a file
+            _console.quiet = True
 
     def close(self, ending: str) -> None:
         """Ends the display; what was shown leaves one line behind."""
@@ -90,10 +104,15 @@ class Task:
 
 @contextlib.contextmanager
 def task(description: str, total: float | None = None) -> Iterator[Task]:
-    """`with task("Training", total=200) as work: ... work.advance()`; without `total` only the time is shown."""
+    """`with task("Training", total=200) as work: ... work.advance()`; without `total` only the time is shown.
+
+    Where a task begins, advances or ends, a signal takes effect that a library swallowed before.
+    """
+    interruption.check()
     work = Task(description, total)
     try:
         yield work
+        interruption.check()
     except BaseException:
         work.close("stopped")
         raise

@@ -8,10 +8,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from support.architectures import BY_NAME
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from support.command_line import LAYERS, POSITIONS, QUICK, ROOT, save_tiny_llama, start
+from transformers import BertConfig, BertModel
 
 import teq_graph
 from teq_graph import console
@@ -28,43 +26,13 @@ from teq_graph.cli import run
 from teq_graph.evaluation import builtin_text, perplexity
 from teq_graph.loading import LoadedModel, load_model
 
-ROOT = Path(teq_graph.__file__).resolve().parents[1]
-LAYERS = 2
-POSITIONS = 64
-QUICK = ["--group-size", "16", "--steps", "2", "--samples", "4", "--length", "16", "--tokens", "300"]
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
-
-
-def save_tokenizer(directory: Path) -> int:
-    """A tokenizer over bytes, without merges; returns the size of its vocabulary."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(directory)
-    return len(vocabulary)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a tokenizer."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=save_tokenizer(directory),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).eval().save_pretrained(directory)
-    return directory
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +74,6 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return errors.removeprefix("error: ").rstrip("\n")
 
     return check
-
-
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """A fresh interpreter, warnings not errors, that imports the package under test."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 # -------------------------------------------------------------------------------------------------------- startup
@@ -521,50 +481,3 @@ def test_a_bug_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teq_graph.loading.load_model", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run(["inspect", "anything"])
-
-
-# -------------------------------------------------------------------------------------------------- interruption
-
-
-def test_interrupted_export_leaves_things_as_they_were(
-    tiny: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt(model: object, directory: Path) -> None:
-        (directory / "model.onnx").touch()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("teq_graph.onnx.export.save_model", interrupt)
-
-    def state() -> dict[Path, tuple[int, int]]:
-        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.parent.rglob("*")}
-
-    before = state()
-    for target in (out, out.parent / "new"):
-        assert run(["quantize", str(tiny), "-o", str(target), "--method", "rtn", "--overwrite"]) == 130
-        assert state() == before
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals(sent: signal.Signals, code: int, tiny: Path, tmp_path: Path) -> None:
-    # a shell starts background jobs with SIGINT ignored, which children inherit
-    script = """
-import signal
-from teq_graph import cli, progress
-signal.signal(signal.SIGINT, signal.default_int_handler)
-progress.SHOW_AFTER = progress.LINE_EVERY = 0.0
-cli.main()
-"""
-    process = start(script, "quantize", tiny, "-o", tmp_path / "out", *QUICK, "--steps", "1000000")
-    assert process.stderr is not None
-    lines = []
-    while not (lines and lines[-1].startswith("training scales")):
-        lines.append(process.stderr.readline())
-        assert lines[-1], "".join(lines)
-    time.sleep(0.2)
-    process.send_signal(sent)
-    printed, errors = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert printed == ""
-    assert "Traceback" not in errors
-    assert not any(tmp_path.iterdir())
