@@ -6,21 +6,17 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
 import teq_graph
-from teq_graph import console, options, progress
+from teq_graph import console, opening, options, progress
 from teq_graph.config import BITS, GROUP_SIZES, QuantizationConfig, TrainingConfig
-from teq_graph.errors import ModelFileError
+from teq_graph.errors import ExportError
 
 # torch, transformers and onnxruntime take seconds to import: only inside the commands.
-if TYPE_CHECKING:
-    from teq_graph.evaluation import LogitsFn
-    from teq_graph.onnx.runtime import OnnxDecoder
 
-TOKENS = 8192
 COMPILED_DIRECTORY = "compiled"
 # click's base of all errors of usage; typer has it under different names from version to version
 UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -38,7 +34,10 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, Hugging Fac
 TextFile = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="Text for perplexity.  [default: Python's reference]")
 ]
-Tokens = Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens of the text to measure perplexity on.")]
+Tokens = Annotated[
+    int | None,
+    typer.Option("--tokens", metavar="N", help=f"Tokens of it to measure perplexity on.  [default: {options.TOKENS}]"),
+]
 Skip = Annotated[
     list[str] | None, typer.Option("--skip", metavar="PATTERN", help="Weights to leave in float; repeatable.")
 ]
@@ -48,7 +47,8 @@ Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", help="CPU threads of onnxruntime.  [default: its own choice]")
 ]
 Provider = Annotated[
-    str, typer.Option("--provider", metavar="NAME", help="Execution provider of onnxruntime: cpu, cuda, …")
+    str | None,
+    typer.Option("--provider", metavar="NAME", help="Execution provider of onnxruntime: cpu, cuda, …  [default: cpu]"),
 ]
 
 
@@ -163,7 +163,7 @@ def quantize(
     ] = False,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after.")] = True,
     text: TextFile = None,
-    tokens: Tokens = TOKENS,
+    tokens: Tokens = None,
 ) -> None:
     """Quantize a model and write it as ONNX.
 
@@ -186,16 +186,18 @@ def quantize(
     options.check_choice("dtype", dtype, options.DTYPES)
     options.check_choice("accuracy-level", accuracy_level, options.ACCURACY_LEVELS)
     training = options.training(method, {"calibration": calibration, **trained})
-    options.check_output(output, overwrite)
+    output = options.output_directory(output, overwrite)
     options.check_calibration(calibration, text)
-    measured = options.read_text(text) if evaluate else None
+    if not evaluate:
+        options.check_no_text(text, tokens)
+    measured = options.text(text, tokens) if evaluate else None
     watch = console.Stopwatch()
     from teq_graph.loading import load_model
 
     loaded = load_model(model)
-    token_ids = (
-        None if measured is None or loaded.tokenizer is None else options.tokenize(loaded.tokenizer, measured, tokens)
-    )
+    if training is not None:
+        options.check_trainable(loaded, calibration)
+    token_ids = None if measured is None or loaded.tokenizer is None else options.tokenize(loaded.tokenizer, measured)
     watch.lap("load")
     with progress.task("Quantizing"):
         compiled = teq_graph.compile(
@@ -213,25 +215,31 @@ def quantize(
     lines = [("model", f"{loaded.name} → {output}"), *console.describe_report(compiled.report, training is not None)]
     lines.append(("calibration", console.describe_calibration(training, calibration)))
     lines.append(("size", console.describe_sizes(compiled.report.bytes_before, size, loaded.model.dtype)))
-    decoder = compiled.captured.decoder
-    if measured is not None and decoder is not None and token_ids is not None:
-        from teq_graph.evaluation import perplexity
-        from teq_graph.onnx.runtime import OnnxDecoder
+    try:
+        decoder = compiled.captured.decoder
+        if measured is not None and decoder is not None and token_ids is not None:
+            from teq_graph.evaluation import perplexity
+            from teq_graph.onnx.runtime import OnnxDecoder
 
-        context = options.context_of(None, decoder.max_positions)
-        before = perplexity(_torch_logits(loaded.model), token_ids, context=context)
-        after = perplexity(_onnx_logits(OnnxDecoder.load(output)), token_ids, context=context)
-        lines.append(("perplexity", f"{before.value:.2f} float in PyTorch → {after.value:.2f} in onnxruntime"))
-        lines.append(("", f"on {after.tokens:,} tokens of {measured.name}, not calibrated on; context {context}"))
-        watch.lap("evaluate")
-    elif measured is not None:
-        lines.append(("perplexity", "not measured: it needs a causal language model with a tokenizer"))
-    if save_compiled:
-        with progress.task("Saving the compiled model"):
-            compiled.save(output / COMPILED_DIRECTORY)
-        lines.append(("compiled", f"{output / COMPILED_DIRECTORY}, for teq_graph.load"))
-        watch.lap("save")
-    console.show_pairs([*lines, ("time", str(watch))])
+            context = options.context_of(None, decoder.max_positions)
+            before = perplexity(opening.torch_logits(loaded.model), token_ids, context=context)
+            after = perplexity(opening.onnx_logits(OnnxDecoder.load(output)), token_ids, context=context)
+            lines.append(("perplexity", f"{before.value:.2f} float in PyTorch → {after.value:.2f} in onnxruntime"))
+            lines.append(("", f"on {after.tokens:,} tokens of {measured.name}, not calibrated on; context {context}"))
+            watch.lap("evaluate")
+        elif measured is not None:
+            lines.append(("perplexity", "not measured: it needs a causal language model with a tokenizer"))
+        if save_compiled:
+            try:
+                with progress.task("Saving the compiled model"):
+                    compiled.save(output / COMPILED_DIRECTORY)
+            except ExportError as error:
+                raise ExportError(f"{output} is complete, but without {COMPILED_DIRECTORY}: {error}") from error
+            lines.append(("compiled", f"{output / COMPILED_DIRECTORY}, for teq_graph.load"))
+            watch.lap("save")
+    finally:
+        # OUT is complete from the export on, whatever becomes of the rest.
+        console.show_pairs([*lines, ("time", str(watch))])
 
 
 @app.command()
@@ -246,7 +254,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Repeatable sampling.  [default: random]")] = None,
     threads: Threads = None,
-    provider: Provider = "cpu",
+    provider: Provider = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the chat template.  [default: where there is one]")
     ] = None,
@@ -255,7 +263,8 @@ def generate(
 
     Answers the prompt where the model has a chat template, and continues it otherwise.
     """
-    decoder = _open_decoder(directory, threads, provider)
+    options.check_seed(seed)
+    decoder = opening.open_decoder(directory, threads, provider)
     from teq_graph.onnx.text import TextStream
 
     chat = bool(decoder.tokenizer.chat_template) if chat is None else chat
@@ -280,28 +289,29 @@ def evaluate(
     context: Annotated[
         int | None, typer.Option(metavar="N", help=f"Tokens of a window.  [default: {options.CONTEXT}, or what fits]")
     ] = None,
-    tokens: Tokens = TOKENS,
+    tokens: Tokens = None,
     stride: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens between windows.  [default: the context]")
     ] = None,
     threads: Threads = None,
-    provider: Provider = "cpu",
+    provider: Provider = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text.
 
     In PyTorch; for a directory that quantize wrote, in onnxruntime.
     """
-    measured = options.read_text(text)
-    runtime, logits_fn, tokenizer, limit = _open_for_evaluation(model, threads, provider)
+    measured = options.text(text, tokens)
+    opened = opening.open_language_model(model, threads, provider)
     from teq_graph.evaluation import perplexity
 
-    context = options.context_of(context, limit)
-    result = perplexity(logits_fn, options.tokenize(tokenizer, measured, tokens), context=context, stride=stride)
+    context = options.context_of(context, opened.max_positions)
+    ids = options.tokenize(opened.tokenizer, measured)
+    result = perplexity(opened.logits_fn, ids, context=context, stride=stride)
     if as_json:
         content = {
             "model": model,
-            "runtime": runtime,
+            "runtime": opened.runtime,
             "text": measured.name,
             "context": context,
             "stride": stride or context,
@@ -312,55 +322,12 @@ def evaluate(
         _print_json(content)
         return
     lines = [
-        ("model", f"{model}, in {runtime}"),
+        ("model", f"{model}, in {opened.runtime}"),
         ("text", f"{result.tokens:,} tokens of {measured.name}; context {context}"),
         ("perplexity", f"{result.value:.3f}"),
         ("time", f"{result.seconds:.1f} s"),
     ]
     console.show_pairs(lines)
-
-
-# -------------------------------------------------------------------------------------------------------- models
-
-
-def _open_decoder(directory: Path, threads: int | None, provider: str) -> OnnxDecoder:
-    suffix = "ExecutionProvider"
-    if not provider.endswith(suffix):
-        provider = f"{provider.upper()}{suffix}"
-    providers = tuple(dict.fromkeys((provider, f"CPU{suffix}")))
-    with progress.task(f"Loading {directory}"):
-        from teq_graph.onnx.runtime import OnnxDecoder
-
-        return OnnxDecoder.load(directory, providers, threads)
-
-
-def _open_for_evaluation(source: str, threads: int | None, provider: str) -> tuple[str, LogitsFn, Any, int | None]:
-    """Runtime, logits, tokenizer and greatest context of a float model or of what quantize wrote."""
-    from teq_graph.onnx.directory import METADATA_FILE, MODEL_FILE
-
-    directory = Path(source).expanduser()
-    if any((directory / name).exists() for name in (METADATA_FILE, MODEL_FILE)):
-        decoder = _open_decoder(directory, threads, provider)
-        return "onnxruntime", _onnx_logits(decoder), decoder.tokenizer, decoder.shape.max_positions
-    from teq_graph.loading import load_model
-
-    loaded = load_model(source)
-    model = loaded.model
-    if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
-        raise ModelFileError(f"model {source!r} is a {type(model).__name__}: accepted are causal language models")
-    if loaded.tokenizer is None:
-        raise ModelFileError(f"model {source!r} has no tokenizer: perplexity on a text needs one")
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    return "PyTorch", _torch_logits(model), loaded.tokenizer, limit
-
-
-def _torch_logits(model: Any) -> LogitsFn:
-    return lambda input_ids: model(input_ids=input_ids, use_cache=False).logits
-
-
-def _onnx_logits(decoder: OnnxDecoder) -> LogitsFn:
-    return lambda input_ids: decoder.logits(input_ids.numpy())
 
 
 def _shape(tensor: Any) -> tuple[int, int]:

@@ -38,6 +38,14 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase | None
     name: str
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is a causal language model of one stack, which continues a text."""
+        model = self.model
+        return bool(
+            model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
+        )
+
 
 def load_model(source: str | Path, dtype: str = "float32") -> LoadedModel:
     """Loads a float model.

@@ -9,25 +9,34 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teq_graph.config import TrainingConfig
 from teq_graph.errors import ConfigError, ExportError, InputError
 from teq_graph.files import one_line
 
+if TYPE_CHECKING:
+    from teq_graph.loading import LoadedModel
+
 CONTEXT = 512
+TOKENS = 8192
 METHODS = ("teq", "rtn")
 DTYPES = ("float32", "float16")
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 METADATA_FILE = "teq_graph.json"  # as teq_graph.onnx has it, which takes seconds to import
 
 
+_MOST = 2**31 - 1  # of anything that is counted
+_LAST_SEED = 2**63 - 1  # torch's generators take no larger one
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text to measure perplexity on, and what to call it."""
+    """A text to measure perplexity on, what to call it, and how many of its tokens to take."""
 
     content: str
     name: str
+    tokens: int
 
 
 def overrides(options: Sequence[str] | None) -> dict[str, dict[str, Any]]:
@@ -55,6 +64,17 @@ def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
         raise ConfigError(f"--{name} {value}: accepted are {', '.join(map(str, accepted))}")
 
 
+def check_range(name: str, value: int | None, least: int, most: int = _MOST) -> None:
+    """Raises ConfigError where `value` is given and outside the range."""
+    if value is not None and not least <= value <= most:
+        raise ConfigError(f"--{name} {value}: accepted are {least} to {most}")
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises ConfigError for a seed that some random generator does not take."""
+    check_range("seed", seed, 0, _LAST_SEED)
+
+
 def training(method: str, options: dict[str, Any]) -> TrainingConfig | None:
     """The configuration of a method that trains, from the options that were given; None for one that does not."""
     check_choice("method", method, METHODS)
@@ -66,22 +86,33 @@ def training(method: str, options: dict[str, Any]) -> TrainingConfig | None:
             )
         return None
     given.pop("calibration", None)
+    check_seed(given.get("seed"))
+    for name in ("samples", "length", "batch_size"):
+        check_range(name.replace("_", "-"), given.get(name), 1)
     return TrainingConfig(**given)
 
 
-def check_output(target: Path, overwrite: bool) -> None:
-    """Refuse now what writing would refuse after minutes of work, and to delete what is not ours."""
-    if target.exists() and not target.is_dir():
-        raise ExportError(f"{target} is a file: accepted is a directory")
-    if target.exists() and not overwrite:
-        raise ExportError(f"{target} exists: accepted is a new directory, or --overwrite")
+def output_directory(target: Path, overwrite: bool) -> Path:
+    """Where to write, without links and `..`, which mean something else once missing folders are made.
+
+    Refuses now what writing would refuse after minutes of work, and to delete what is not ours.
+    """
+    given = Path(os.path.abspath(target))
+    resolved = Path(os.path.realpath(target))
     try:
-        if target.exists() and any(target.iterdir()) and not (target / METADATA_FILE).is_file():
+        if given.is_symlink() and not given.exists():
+            raise ExportError(f"{target} is a link to nothing: accepted is a directory")
+        if resolved.exists() and not resolved.is_dir():
+            raise ExportError(f"{target} is a file: accepted is a directory")
+        if resolved.exists() and not overwrite:
+            raise ExportError(f"{target} exists: accepted is a new directory, or --overwrite")
+        if resolved.exists() and any(resolved.iterdir()) and not (resolved / METADATA_FILE).is_file():
             raise ExportError(f"{target} holds other files: --overwrite accepts a directory that quantize wrote")
-        parent = next(folder for folder in target.absolute().parents if folder.exists())
-        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+        parent = next(folder for folder in resolved.parents if folder.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=f".{resolved.name}.", dir=parent))
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {_reason(error)}") from error
+    return resolved
 
 
 def check_calibration(calibration: str | None, text: Path | None) -> None:
@@ -90,34 +121,49 @@ def check_calibration(calibration: str | None, text: Path | None) -> None:
         return
     path = Path(calibration).expanduser()
     if path.exists():
-        read_text(path, "calibration")
-        if text is not None and text.exists() and path.samefile(text):
+        _read(path, "calibration")
+        if text is not None and text.expanduser().exists() and path.samefile(text.expanduser()):
             raise InputError(f"--text {str(text)!r}: it is the calibration file; accepted is a text not calibrated on")
     elif ":" not in calibration:
         raise InputError(f"--calibration {calibration!r}: no such file; data sets are NAME:SPLIT or NAME:CONFIG:SPLIT")
 
 
-def read_text(path: Path | None, option: str = "text") -> Text:
-    """The text of a file, or the built-in one; raises InputError where there is none."""
-    if path is None:
-        from teq_graph.evaluation import builtin_text
-
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        return Text(builtin_text(), f"Python {version}'s language reference (built in)")
-    try:
-        content = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--{option} {str(path)!r}: {_reason(error)}; accepted is a text file in UTF-8") from error
-    if not content.strip():
-        raise InputError(f"--{option} {str(path)!r}: it is empty; accepted is a text file in UTF-8")
-    return Text(content, path.name)
+def check_trainable(loaded: LoadedModel, calibration: str | None) -> None:
+    """Refuse a model that has no text to train scales on."""
+    if calibration is None and not loaded.is_causal:
+        kind = type(loaded.model).__name__
+        reason = f"is a {kind}, and only a causal language model writes the text that scales are trained on"
+    elif calibration is not None and loaded.tokenizer is None:
+        reason = "has no tokenizer to read --calibration with"
+    else:
+        return
+    accepted = "--method rtn" if loaded.tokenizer is None else "--calibration FILE and --method rtn"
+    raise ConfigError(f"model {loaded.name!r} {reason}; on the command line, accepted for it: {accepted}")
 
 
-def tokenize(tokenizer: Any, text: Text, tokens: int) -> list[int]:
-    """The first `tokens` tokens of the text."""
-    ids: list[int] = tokenizer(text.content, verbose=False)["input_ids"][:tokens]
+def text(path: Path | None, tokens: int | None) -> Text:
+    """The text of a file, or the built-in one, to measure perplexity on; raises InputError where there is none."""
+    check_range("tokens", tokens, 2)
+    if path is not None:
+        return Text(_read(path, "text"), path.name, tokens or TOKENS)
+    from teq_graph.evaluation import builtin_text
+
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return Text(builtin_text(), f"Python {version}'s language reference (built in)", tokens or TOKENS)
+
+
+def check_no_text(path: Path | None, tokens: int | None) -> None:
+    """Refuse to be told what to measure perplexity on where none is measured."""
+    for name, value in (("text", path), ("tokens", tokens)):
+        if value is not None:
+            raise ConfigError(f"--{name}: no effect with --no-evaluate")
+
+
+def tokenize(tokenizer: Any, text: Text) -> list[int]:
+    """The tokens of the text to take."""
+    ids: list[int] = tokenizer(text.content, verbose=False)["input_ids"][: text.tokens]
     if len(ids) < 2:
-        raise InputError(f"text {text.name!r} with --tokens {tokens}: it gives {len(ids)}; accepted are two or more")
+        raise InputError(f"text {text.name!r}: it gives {len(ids)} tokens; accepted are two or more")
     return ids
 
 
@@ -128,6 +174,16 @@ def context_of(context: int | None, limit: int | None) -> int:
     if limit is not None and context > limit:
         raise InputError(f"--context {context}: accepted are up to the model's {limit} positions")
     return context
+
+
+def _read(path: Path, option: str) -> str:
+    try:
+        content = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--{option} {str(path)!r}: {_reason(error)}; accepted is a text file in UTF-8") from error
+    if not content.strip():
+        raise InputError(f"--{option} {str(path)!r}: it is empty; accepted is a text file in UTF-8")
+    return content
 
 
 def _reason(error: OSError | UnicodeDecodeError) -> str:

@@ -21,8 +21,10 @@ from support.command_line import LAYERS, POSITIONS, QUICK, ROOT, save_tiny_llama
 from transformers import BertConfig, BertModel
 
 import teq_graph
-from teq_graph import console
+from teq_graph import console, evaluation
 from teq_graph.cli import run
+from teq_graph.compiled import CompiledModel
+from teq_graph.errors import ExportError, NumericsError
 from teq_graph.evaluation import builtin_text, perplexity
 from teq_graph.loading import LoadedModel, load_model
 
@@ -288,13 +290,54 @@ def test_overwrite_rtn_float16_overrides_and_the_compiled_model(
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
+def test_links_and_missing_folders_on_the_way_to_the_output(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner, target = tmp_path / "inner", tmp_path / "target"
+    inner.mkdir()
+    target.mkdir()
+    (inner / "link").symlink_to(target)
+    given = [inner / "link" / "out", inner / "link" / ".." / "beside", tmp_path / "nope" / ".." / "made"]
+    options = ["--method", "rtn", "--group-size", "16"]
+    for path, written in zip(given, (target / "out", tmp_path / "beside", tmp_path / "made"), strict=True):
+        assert run(["quantize", str(bert), "-o", str(path), *options]) == 0
+        assert f" → {written}\n" in capsys.readouterr().out
+        assert (written / "model.onnx").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "inner", "made", "target"]
+
+
+@pytest.mark.parametrize("failing", ["save", "perplexity"])
+def test_what_fails_after_the_export_takes_nothing_away(
+    failing: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **named: object) -> None:
+        raise {"save": ExportError, "perplexity": NumericsError}[failing]("no space left")
+
+    monkeypatch.setattr({"save": CompiledModel, "perplexity": evaluation}[failing], failing, fail)
+    options = ["--method", "rtn", "--group-size", "16", "--tokens", "100", "--save-compiled"]
+    assert run(["quantize", str(tiny), "-o", str(tmp_path / "out"), *options]) == 2
+    printed, errors = capsys.readouterr()
+    assert f"tiny → {tmp_path / 'out'}\n" in printed and "\nsize " in printed
+    assert ("perplexity " in printed) == (failing == "save")
+    complete = f"{tmp_path / 'out'} is complete, but without compiled: " if failing == "save" else ""
+    assert errors == f"error: {complete}no space left\n"
+    assert run(["generate", str(tmp_path / "out"), "-p", "x", "--max-new-tokens", "2"]) == 0
+
+
 def test_an_encoder_is_quantized_without_perplexity(
     bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
     assert run(["quantize", str(bert), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "16"]) == 0
     assert "not measured: it needs a causal language model" in capsys.readouterr().out
     assert "decoder=None" in refused("generate", tmp_path / "out", "-p", "x")
-    assert "only a causal language model writes its own" in refused("quantize", bert, "-o", tmp_path / "other")
+    before_the_work = "BertModel, and only a causal language model writes the text that scales are trained on"
+    only_rtn = "; on the command line, accepted for it: --method rtn"
+    refusal = refused("quantize", bert, "-o", tmp_path / "other")
+    assert before_the_work in refusal and refusal.endswith(only_rtn)
+    text = tmp_path / "text.txt"
+    text.write_text("some text", encoding="utf-8")
+    refusal = refused("quantize", bert, "-o", tmp_path / "other", "--calibration", text)
+    assert "has no tokenizer to read --calibration with" in refusal and refusal.endswith(only_rtn)
     assert "BertModel: accepted are causal language models" in refused("evaluate", bert)
 
 
@@ -363,7 +406,7 @@ MISSING = "no/such/model"  # the options are looked at before the model, or its 
         (["--bits", "many"], "'--bits'"),
         (["--group-size", "100"], "group_size=100: accepted are (16, 32"),
         (["--steps", "-1"], "steps=-1: accepted are integers >= 0"),
-        (["--batch-size", "0"], "batch_size=0: accepted are integers >= 1"),
+        (["--batch-size", "0"], "--batch-size 0: accepted are 1 to"),
         (["--objective", "layer"], 'objective=\'layer\': accepted are "block" and "model"'),
         (["--init", "zeros"], "init='zeros': accepted are"),
         (["--method", "teq+gptq"], "--method teq+gptq: accepted are teq, rtn"),
@@ -374,6 +417,14 @@ MISSING = "no/such/model"  # the options are looked at before the model, or its 
         (["--override", "*:bits"], "--override '*:bits': accepted is PATTERN:"),
         (["--override", "*:bits=5"], "bits=5: accepted are"),
         (["--override", "*:size=32"], "overrides['*']={'size': 32}: accepted are bits"),
+        (["--seed", "-1"], f"--seed -1: accepted are 0 to {2**63 - 1}"),
+        (["--seed", str(2**63)], f"--seed {2**63}: accepted are 0 to {2**63 - 1}"),
+        (["--samples", str(2**31)], f"--samples {2**31}: accepted are 1 to {2**31 - 1}"),
+        (["--length", "0"], f"--length 0: accepted are 1 to {2**31 - 1}"),
+        (["--tokens", "1"], f"--tokens 1: accepted are 2 to {2**31 - 1}"),
+        (["--tokens", "-5"], f"--tokens -5: accepted are 2 to {2**31 - 1}"),
+        (["--no-evaluate", "--text", "nothing.txt"], "--text: no effect with --no-evaluate"),
+        (["--no-evaluate", "--tokens", "100"], "--tokens: no effect with --no-evaluate"),
         (["--calibration", "nothing.txt"], "--calibration 'nothing.txt': no such file"),
         (["--text", "nothing.txt"], "--text 'nothing.txt': No such file or directory"),
         (["--unknown"], "No such option: --unknown"),
@@ -404,8 +455,8 @@ def test_bad_texts(tmp_path: Path, tiny: Path, refused: Callable[..., str]) -> N
         assert "codec can't decode" in refused(*command, option, binary)
     assert "Is a directory" in refused(*command, "--text", tmp_path)
     assert "it is the calibration file" in refused(*command, "--text", short, "--calibration", short)
-    assert "it gives 1; accepted are two or more" in refused("evaluate", tiny, "--text", short)
-    assert "it gives 1; accepted" in refused("quantize", tiny, "-o", tmp_path / "out", "--text", short)
+    assert "it gives 1 tokens; accepted are two or more" in refused("evaluate", tiny, "--text", short)
+    assert "it gives 1 tokens; accepted" in refused("quantize", tiny, "-o", tmp_path / "out", "--text", short)
     assert not (tmp_path / "out").exists()
 
 
@@ -419,7 +470,16 @@ def test_bad_output_directories(tmp_path: Path, refused: Callable[..., str]) -> 
     assert f"{full} exists: accepted is a new directory, or --overwrite" in refused(*command, full)
     assert f"{full} holds other files" in refused(*command, full, "--overwrite")
     assert f"{file / 'out'} cannot be written: Not a directory" in refused(*command, file / "out")
+    # what the missing folder and the link lead to is there once the folder is made
+    assert "file is a file" in refused(*command, tmp_path / "nope" / ".." / "file", "--overwrite")
+    assert "full holds other files" in refused(*command, tmp_path / "nope" / ".." / "full", "--overwrite")
+    broken = tmp_path / "broken"
+    broken.symlink_to(tmp_path / "nothing")
+    for link in (broken, tmp_path / "nope" / ".." / "broken"):
+        assert "broken is a link to nothing" in refused(*command, link)
+    broken.unlink()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "precious"]
+    assert "File name too long" in refused(*command, tmp_path / ("x" * 300))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -471,7 +531,14 @@ def test_bad_evaluation(quantized: tuple[Path, str], refused: Callable[..., str]
     assert f"--context {POSITIONS + 1}: accepted are up to the model's" in refused(*command, "--context", POSITIONS + 1)
     assert "context=1, stride=1: accepted are" in refused(*command, "--context", "1")
     assert "stride=65: accepted are" in refused(*command, "--stride", "65")
-    assert "accepted are two or more" in refused(*command, "--tokens", "1")
+    # before anything is loaded
+    for few in ("1", "0", "-5"):
+        assert f"--tokens {few}: accepted are 2 to" in refused("evaluate", MISSING, "--tokens", few)
+
+
+def test_options_that_pytorch_does_not_have(tiny: Path, refused: Callable[..., str]) -> None:
+    for option, value in (("--threads", "1"), ("--provider", "cpu")):
+        assert f"{option}: no effect in PyTorch" in refused("evaluate", tiny, option, value)
 
 
 def test_a_bug_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
