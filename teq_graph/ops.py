@@ -2,6 +2,7 @@
 
     teq_graph::matmul_nbits      a [..., K] times a quantized weight [N, K], plus bias
     teq_graph::dequantize_nbits  a quantized weight [N, K] as floats
+    teq_graph::group_query_attention  causal attention over a KV cache, see `teq_graph.attention`
 
 Storage is that of com.microsoft::MatMulNBits (see `teq_graph.quantization.weight.QuantizedWeight`). Both are for
 inference: a backward pass through `matmul_nbits` raises KernelError.
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teq_graph.attention import group_query_attention
 from teq_graph.config import BITS
 from teq_graph.errors import InputError, KernelError
 from teq_graph.quantization.grid import SCALE_DTYPES, num_blocks
@@ -33,6 +35,11 @@ _SIZES = "int K, int N, int bits, int block_size"
 _SCHEMAS = {
     "matmul_nbits": f"(Tensor a, {_WEIGHT}, Tensor? bias, {_SIZES}) -> Tensor",
     "dequantize_nbits": f"({_WEIGHT}, {_SIZES}) -> Tensor",
+    "group_query_attention": (
+        "(Tensor query, Tensor? key, Tensor? value, Tensor past_key, Tensor past_value, Tensor bias, Tensor? cos, "
+        "Tensor? sin, int num_heads, int kv_num_heads, float scale, float softcap, int window, bool interleaved) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
 }
 
 
@@ -96,6 +103,24 @@ def _dequantize_fake(
 ) -> Tensor:
     _check_weight(b, scales, zero_points, k, n, bits, block)
     return scales.new_empty((n, k))
+
+
+def _attention_fake(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    past_key: Tensor,
+    past_value: Tensor,
+    bias: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, past, width = past_key.shape
+    length = query.shape[1]
+    present = past_key.new_empty((batch, heads, past + length, width))
+    return query.new_empty((batch, length, num_heads * width)), present, torch.empty_like(present)
 
 
 def _matmul_cpu(
@@ -182,8 +207,10 @@ def _register() -> None:
         torch.library.register_autograd(f"teq_graph::{name}", _refuse_backward)
     torch.library.register_fake("teq_graph::matmul_nbits", _matmul_fake)
     torch.library.register_fake("teq_graph::dequantize_nbits", _dequantize_fake)
+    torch.library.register_fake("teq_graph::group_query_attention", _attention_fake)
     torch.library.impl("teq_graph::matmul_nbits", "cpu", _matmul_cpu)
     torch.library.impl("teq_graph::dequantize_nbits", "cpu", _dequantize_cpu)
+    torch.library.impl("teq_graph::group_query_attention", "CompositeExplicitAutograd", group_query_attention)
     torch.library.impl("teq_graph::matmul_nbits", "cuda", _matmul_cuda)
     torch.library.impl("teq_graph::dequantize_nbits", "cuda", _dequantize_cuda)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,16 +23,17 @@ def input_values(captured: CapturedGraph, batch: Any, graph_module: GraphModule 
     return dict(zip(placeholders, leaves, strict=True))
 
 
-def run(nodes: Iterable[Node], values: Values) -> None:
-    """Compute `nodes`, in order, from `values` and the graph's tensors, into `values`."""
+def run(nodes: Iterable[Node], values: Values, replaced: Mapping[Any, Any] | None = None) -> None:
+    """Compute `nodes`, in order, from `values` and the graph's tensors, into `values`; `replaced` ops by others."""
 
     def value_of(node: Node) -> Any:
         return fx.node_tensor(node) if node.op == "get_attr" and node not in values else values[node]
 
     for node in nodes:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
-        assert callable(node.target)
-        values[node] = node.target(*args, **kwargs)
+        target = (replaced or {}).get(node.target, node.target)
+        assert callable(target)
+        values[node] = target(*args, **kwargs)
 
 
 def keep_only(values: Values, needed: set[Node]) -> Values:

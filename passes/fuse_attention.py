@@ -1,0 +1,212 @@
+"""Let one op do a layer's attention: rotation, cache, mask and the sharing of heads."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.utils import _pytree as pytree
+
+from teq_graph import graph as fx
+from teq_graph import ops as _ops  # noqa: F401  registers the op
+from teq_graph.analysis.attention import Attention, Heads, Rotation, find_attentions
+from teq_graph.capture import CapturedGraph
+from teq_graph.graph import aten
+
+PRODUCTS = (torch.ops.teq_graph.matmul_nbits.default, aten.linear.default)
+ROWS = {"b", "scales", "zero_points", "weight", "bias"}
+"""Arguments of a product with one entry, or line of entries, for each of its rows."""
+HEAD_SIZES = 8
+"""onnxruntime's kernel takes heads of a multiple of this size, …"""
+ROTATED_HEAD_SIZES = 16
+"""… rotates them if it is a multiple of this, …"""
+ROTATED_CHANNELS = 8
+"""… and this many channels of each, or a multiple."""
+
+
+class FuseAttention(PassBase):
+    """sdpa(rotate(q), repeat(cat(past_k, rotate(k))), repeat(cat(past_v, v)), mask) → transpose → reshape
+
+    becomes   group_query_attention(q, k, v, past_k, past_v, bias, cos, sin, …)
+
+    where `find_attentions` proves it. The bias [b, 1, s, p + s] hides padding; what is ahead, and the window, the op
+    knows itself. Positions are those in the cache: with rotations only distances matter, so that left padding is
+    right. `cos` and `sin` are tables over all positions. Without a proven rotation q and k are the graph's own.
+    """
+
+    def __init__(self, captured: CapturedGraph) -> None:
+        self.captured = captured
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        sites = [site for site in find_attentions(self.captured) if site.query.meta["val"].shape[-1] % HEAD_SIZES == 0]
+        if sites:
+            bias = _padding_bias(graph_module, self.captured)
+            tables: dict[int, tuple[Node, Node]] = {}
+            for site in sites:
+                _fuse(graph_module, site, bias, tables)
+            fx.drop_unused(graph_module)
+        return PassResult(graph_module, bool(sites))
+
+
+def _padding_bias(graph_module: GraphModule, captured: CapturedGraph) -> Node:
+    """[b, 1, s, p + s] of the activations' type: 0 where the mask has 1, and the smallest number elsewhere."""
+    graph = graph_module.graph
+    tokens, mask, *_ = [node for node in graph.nodes if node.op == "placeholder"]
+    build = _Builder(graph, next(node for node in graph.nodes if node.op == "call_function"))
+    hidden = build(aten.rsub.Scalar, build(aten.to.dtype, mask, captured.dtype), 1.0)
+    bias = build(aten.mul.Tensor, hidden, torch.finfo(captured.dtype).min)
+    rows = build(aten.unsqueeze.default, build(aten.unsqueeze.default, bias, 1), 2)
+    length = build(aten.sym_size.int, tokens, 1)
+    return build(aten.expand.default, rows, [-1, -1, length, -1])
+
+
+def _fuse(graph_module: GraphModule, site: Attention, bias: Node, tables: dict[int, tuple[Node, Node]]) -> None:
+    build = _Builder(graph_module.graph, site.output)
+    plan = _plan(site)
+    rotation = plan.rotation
+    operands: Sequence[Node | None]
+    if plan.packed:
+        operands = (_pack(graph_module, build, plan.heads), None, None)
+    else:
+        nodes = (site.query, site.key, site.value)
+        operands = [_flat(build, node, heads) for node, heads in zip(nodes, plan.heads, strict=True)]
+    query = plan.heads[0]
+    result = build(
+        torch.ops.teq_graph.group_query_attention.default,
+        *operands,
+        *site.past,
+        bias,
+        *((None, None) if rotation is None else _table_nodes(graph_module, rotation, tables)),
+        site.query.meta["val"].shape[1],
+        site.key.meta["val"].shape[1],
+        site.scale * (1.0 if query is None else query.factor),
+        0.0,
+        site.window,
+        rotation is not None and rotation.interleaved,
+    )
+    for index, replaced in enumerate((site.output, *site.present)):
+        item = build(operator.getitem, result, index)
+        item.meta = dict(replaced.meta)
+        replaced.replace_all_uses_with(item)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What the op is given: the rotation that it does, and each part's projection, or None for the part itself."""
+
+    rotation: Rotation | None
+    heads: tuple[Heads | None, ...]
+    packed: bool
+
+
+def _plan(site: Attention) -> _Plan:
+    for rotation in (_common_rotation(site), None):
+        wanted = (rotation, rotation, None)
+        heads = tuple(
+            part if part is not None and part.rotation is turned and (index == 0 or part.factor == 1) else None
+            for index, (part, turned) in enumerate(zip(site.heads, wanted, strict=True))
+        )
+        if _can_pack(heads):
+            return _Plan(rotation, heads, True)
+        in_order = tuple(part if part is not None and _is_in_order(part) else None for part in heads)
+        if rotation is None or None not in in_order[:2]:
+            break
+    return _Plan(rotation, in_order, False)
+
+
+def _common_rotation(site: Attention) -> Rotation | None:
+    """The rotation of queries and keys alike, where onnxruntime's kernel does it."""
+    query, key, _ = site.heads
+    if query is None or key is None or query.rotation is None or query.rotation is not key.rotation:
+        return None
+    width, channels = query.channels.shape[1], 2 * query.rotation.cos.shape[1]
+    return None if width % ROTATED_HEAD_SIZES or channels % ROTATED_CHANNELS else query.rotation
+
+
+def _is_in_order(heads: Heads) -> bool:
+    flat = heads.channels.flatten()
+    size = math.prod(size for size in heads.source.meta["val"].shape[1:] if isinstance(size, int))
+    return len(flat) == size and torch.equal(flat, torch.arange(size))
+
+
+def _can_pack(heads: Sequence[Heads | None]) -> bool:
+    """Whether all three are rows of products of one value, alike in everything but their rows."""
+    products = [part.source for part in heads if part is not None and fx.is_call(part.source, *PRODUCTS)]
+    if len(products) < len(heads):
+        return False
+    arguments = [fx.arguments(product) for product in products]
+    return all(product.target is products[0].target for product in products) and all(
+        _alike(name, values[name], arguments[0][name]) for values in arguments for name in values
+    )
+
+
+def _alike(name: str, value: Any, other: Any) -> bool:
+    if name == "N":
+        return True
+    if name in ROWS:
+        return (value is None) == (other is None) and (value is None or fx.is_tensor_constant(value))
+    return bool(value == other)
+
+
+def _pack(graph_module: GraphModule, build: _Builder, heads: Sequence[Heads | None]) -> Node:
+    """One product for queries, keys and values: rows of the projections in the order of heads."""
+    parts = [part for part in heads if part is not None]
+    values = fx.arguments(parts[0].source)
+    for name in ROWS.intersection(values):
+        if values[name] is not None:
+            sources = [fx.arguments(part.source)[name] for part in parts]
+            rows = [
+                fx.node_tensor(source)[part.channels.flatten().to(fx.node_tensor(source).device)]
+                for source, part in zip(sources, parts, strict=True)
+            ]
+            stored = fx.add_tensor(graph_module, f"{sources[0].target}_packed", torch.cat(rows))
+            values[name] = fx.get_attr_node(graph_module, stored)
+    if "N" in values:
+        values["N"] = sum(part.channels.numel() for part in parts)
+    assert callable(parts[0].source.target)
+    return build(parts[0].source.target, *values.values())
+
+
+def _flat(build: _Builder, node: Node, heads: Heads | None) -> Node:
+    """[b, s, heads * d]: a projection whose channels are in order, or else the part that became of it."""
+    if heads is None:
+        return build(aten.flatten.using_ints, build(aten.transpose.int, node, 1, 2), 2)
+    source = build(aten.transpose.int, heads.source, 1, 2) if heads.by_head else heads.source
+    return source if fx.ndim(source) == 3 else build(aten.flatten.using_ints, source, 2)
+
+
+def _table_nodes(
+    graph_module: GraphModule, rotation: Rotation, tables: dict[int, tuple[Node, Node]]
+) -> tuple[Node, Node]:
+    if id(rotation) not in tables:
+        cos, sin = (
+            fx.get_attr_node(graph_module, fx.add_tensor(graph_module, f"rotary.{name}", table))
+            for name, table in (("cos", rotation.cos), ("sin", rotation.sin))
+        )
+        tables[id(rotation)] = cos, sin
+    return tables[id(rotation)]
+
+
+class _Builder:
+    """Adds calls before one node, with their values' shapes."""
+
+    def __init__(self, graph: torch.fx.Graph, before: Node) -> None:
+        self.graph = graph
+        self.before = before
+
+    def __call__(self, target: Any, *args: Any) -> Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args)
+        values = torch.fx.node.map_arg(args, lambda source: source.meta["val"])
+        mode = next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), nullcontext())
+        with mode:
+            node.meta["val"] = target(*values)
+        return node

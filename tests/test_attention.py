@@ -1,0 +1,199 @@
+"""Attention as one op: the reference against torch, what is proven on real architectures, and near misses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from support.architectures import GQA, TOKENS
+from support.graphs import randomize, relative_error
+from torch import Tensor
+from torch.nn import functional
+
+import teq_graph
+from teq_graph import graph as fx
+from teq_graph.analysis.attention import find_attentions
+from teq_graph.attention import group_query_attention, rotate
+from teq_graph.capture import CapturedGraph
+from teq_graph.passes.fuse_attention import FuseAttention
+
+WIDE = {**GQA, "hidden_size": 64}
+"""Four heads of 16 channels, the least that onnxruntime rotates."""
+
+
+# ------------------------------------------------------------------------------------------------------ reference
+
+
+def test_rotation_is_that_of_complex_numbers() -> None:
+    x = torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    angles = torch.randn(5, 4, dtype=torch.float64)
+    turn = torch.polar(torch.ones_like(angles), angles)
+    for interleaved in (False, True):
+        turned = x[..., :8]
+        pairs = turned.unflatten(-1, (4, 2)) if interleaved else turned.unflatten(-1, (2, 4)).transpose(-1, -2)
+        result = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+        expected = torch.cat([(result if interleaved else result.transpose(-1, -2)).flatten(-2), x[..., 8:]], -1)
+        torch.testing.assert_close(rotate(x, angles.cos(), angles.sin(), interleaved), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [-1, 3])
+def test_the_reference_is_torchs_attention(packed: bool, window: int) -> None:
+    batch, length, past, heads, kv, width = 2, 4, 3, 4, 2, 8
+    q, k, v = (torch.randn(batch, length, n * width, dtype=torch.float64) for n in (heads, kv, kv))
+    past_key, past_value = (torch.randn(batch, kv, past, width, dtype=torch.float64) for _ in range(2))
+    bias = torch.randn(batch, 1, length, past + length, dtype=torch.float64)
+    operands = (torch.cat([q, k, v], -1), None, None) if packed else (q, k, v)
+    output, keys, values = group_query_attention(
+        *operands, past_key, past_value, bias, None, None, heads, kv, 0.3, 0.0, window, False
+    )
+    ahead = torch.arange(past + length) - torch.arange(past, past + length)[:, None]
+    mask = bias.masked_fill((ahead > 0) | (ahead <= -window if window > 0 else ahead > 99), -torch.inf)
+    split = [x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k, v)]
+    torch.testing.assert_close(keys, torch.cat([past_key, split[1]], 2))
+    torch.testing.assert_close(values, torch.cat([past_value, split[2]], 2))
+    expected = functional.scaled_dot_product_attention(split[0], keys, values, mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(output, expected.transpose(1, 2).flatten(2))
+
+
+# ---------------------------------------------------------------------------------------------------- architectures
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What becomes of a layer: whether one product gives q, k and v, and the op rotates."""
+
+    packed: bool
+    rotated: bool
+    window: int = -1
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any], Expected]] = {
+    "MHA": ("llama", {**WIDE, "num_key_value_heads": 4}, Expected(True, True)),
+    "GQA": ("llama", WIDE, Expected(True, True)),
+    "window": ("mistral", {**WIDE, "sliding_window": 6}, Expected(True, True, 6)),
+    "biases": ("qwen2", WIDE, Expected(True, True)),
+    "norms of heads": ("qwen3", {**WIDE, "head_dim": 16}, Expected(False, True)),
+    "norms of moved heads": ("gemma3_text", {**WIDE, "head_dim": 16, "sliding_window": 6}, Expected(False, True, 6)),
+    "no rotation, scaled queries": ("opt", {**WIDE, "ffn_dim": 64, "word_embed_proj_dim": 64}, Expected(True, False)),
+    "fused, heads interleaved": ("gpt_neox", {**WIDE, "rotary_pct": 0.5}, Expected(True, True)),
+    "fused, one shared head": ("falcon", WIDE, Expected(True, True)),
+    "fused, in groups": (
+        "falcon",
+        {**WIDE, "num_kv_heads": 2, "new_decoder_architecture": True},
+        Expected(True, True),
+    ),
+    "half of the channels": ("phi", {**WIDE, "partial_rotary_factor": 0.5}, Expected(True, True)),
+    "fused, grouped": ("phi3", WIDE, Expected(True, True)),
+    "interleaved pairs": ("cohere", WIDE, Expected(True, True)),
+    "norms over all heads": ("olmo2", WIDE, Expected(False, True)),
+    "heads too small to rotate": ("llama", GQA, Expected(False, False)),
+}
+
+
+def compiled_decoder(family: str, **config: Any) -> CapturedGraph:
+    import transformers
+
+    settings = transformers.AutoConfig.for_model(family, **{**TOKENS, **config})
+    model = randomize(transformers.AutoModelForCausalLM.from_config(settings))
+    quantization = teq_graph.QuantizationConfig(bits=4, group_size=16)
+    return teq_graph.compile(model, quantization=quantization, training=None).captured
+
+
+def fused(captured: CapturedGraph) -> CapturedGraph:
+    result = dataclasses.replace(captured, graph_module=fx.clone(captured.graph_module))
+    assert FuseAttention(result)(result.graph_module).modified
+    assert not FuseAttention(result)(result.graph_module).modified
+    return result
+
+
+def attentions(captured: CapturedGraph) -> list[dict[str, Any]]:
+    op = torch.ops.teq_graph.group_query_attention.default
+    return [fx.arguments(node) for node in captured.graph_module.graph.nodes if fx.is_call(node, op)]
+
+
+@torch.no_grad()
+def same_logits(captured: CapturedGraph, other: CapturedGraph, mask: Tensor) -> float:
+    """Largest difference over a prefill and two steps of decoding, where there is no padding."""
+    tokens = torch.randint(3, 90, (mask.shape[0], mask.shape[1] + 2))
+    pasts: list[Any] = [None, None]
+    worst = 0.0
+    for start, end in ((0, mask.shape[1]), *((n, n + 1) for n in range(mask.shape[1], tokens.shape[1]))):
+        seen = functional.pad(mask, (0, end - mask.shape[1]), value=1)
+        logits = []
+        for number, graph in enumerate((captured, other)):
+            inputs = {"input_ids": tokens[:, start:end], "attention_mask": seen, "past_key_values": pasts[number]}
+            args, _ = graph.bind(inputs)
+            result, pasts[number] = graph.graph_module(*args)
+            logits.append(result[seen[:, start:end].bool()])
+        worst = max(worst, relative_error(logits[1], logits[0]))
+    return worst
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_layer_becomes_one_op(name: str) -> None:
+    family, config, expected = FAMILIES[name]
+    captured = compiled_decoder(family, **config)
+    result = fused(captured)
+    found = attentions(result)
+    assert len(found) == 2
+    for values in found:
+        assert (values["key"] is None, values["cos"] is not None) == (expected.packed, expected.rotated)
+    assert expected.window in [values["window"] for values in found]
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    assert same_logits(captured, result, mask) <= 1e-5
+    mask[0, :3] = 0
+    assert same_logits(captured, result, mask) <= 1e-5
+
+
+def test_layers_with_one_kind_of_rotation_share_its_table() -> None:
+    assert len({values["cos"] for values in attentions(fused(compiled_decoder("llama", **WIDE)))}) == 1
+
+
+def test_nothing_of_masks_and_positions_is_left() -> None:
+    graph = fused(compiled_decoder("llama", **WIDE)).graph_module.graph
+    ops = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    assert not {op for op in ops if any(part in op for part in ("arange", "cumsum", "le.", "index", "cos", "cat"))}
+
+
+# ------------------------------------------------------------------------------------------------------ near misses
+
+
+MISSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "biases that depend on the distance": ("bloom", dict(hidden_size=32, n_layer=2, n_head=4)),
+    "heads of four channels": ("llama", {**GQA, "head_dim": 4}),
+}
+
+
+@pytest.mark.parametrize("name", MISSES)
+def test_what_is_not_proven_stays(name: str) -> None:
+    family, config = MISSES[name]
+    captured = compiled_decoder(family, **config)
+    code = captured.graph_module.code
+    assert not FuseAttention(captured)(captured.graph_module).modified
+    assert captured.graph_module.code == code
+
+
+def test_angles_that_depend_on_the_length_stay_in_the_graph() -> None:
+    """Rotated by the last position's angle times its own, say: no table holds that."""
+    captured = compiled_decoder("llama", **WIDE)
+    graph = captured.graph_module.graph
+    (cos,) = [node for node in graph.nodes if fx.is_call(node, fx.aten.cos.default)]
+    with graph.inserting_before(cos):
+        length = graph.call_function(fx.aten.sym_size.int, (fx.operand(cos), 1))
+        wrong = graph.call_function(fx.aten.mul.Tensor, (fx.operand(cos), length))
+    wrong.meta["val"] = cos.meta["val"]
+    cos.args = (wrong,)
+    captured.graph_module.recompile()
+    assert all(part is None or part.rotation is None for site in find_attentions(captured) for part in site.heads)
+
+
+def test_a_mask_of_another_kind_stays() -> None:
+    captured = compiled_decoder("llama", **WIDE)
+    graph = captured.graph_module.graph
+    (later,) = [node for node in graph.nodes if fx.is_call(node, fx.aten.le.Tensor)]
+    later.target = fx.aten.lt.Tensor
+    captured.graph_module.recompile()
+    assert not find_attentions(captured)
