@@ -329,7 +329,7 @@ def test_an_encoder_is_quantized_without_perplexity(
 ) -> None:
     assert run(["quantize", str(bert), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "16"]) == 0
     assert "not measured: it needs a causal language model" in capsys.readouterr().out
-    assert "decoder=None" in refused("generate", tmp_path / "out", "-p", "x")
+    assert "it is not a causal language model" in refused("generate", tmp_path / "out", "-p", "x")
     before_the_work = "BertModel, and only a causal language model writes the text that scales are trained on"
     only_rtn = "; on the command line, accepted for it: --method rtn"
     refusal = refused("quantize", bert, "-o", tmp_path / "other")
@@ -497,8 +497,9 @@ def test_bad_models(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "it has no config.json" in refused("inspect", tmp_path / "empty")
     assert "accepted files are .gguf" in refused("inspect", tmp_path / "file.bin")
     assert "it does not exist" in refused("evaluate", tmp_path / "no.gguf")
-    assert "teq_graph.json is missing" in refused("generate", tmp_path / "empty", "-p", "x")
-    assert "is no directory" in refused("generate", tmp_path / "nothing", "-p", "x")
+    written = "accepted is a directory that export_onnx or teq-graph quantize wrote"
+    assert f"teq_graph.json is missing: {written}" in refused("generate", tmp_path / "empty", "-p", "x")
+    assert f"is no directory: {written}" in refused("generate", tmp_path / "nothing", "-p", "x")
 
 
 def test_damaged_output(out: Path, refused: Callable[..., str]) -> None:
@@ -523,6 +524,12 @@ def test_bad_generation(quantized: tuple[Path, str], refused: Callable[..., str]
     assert "top_p=0.0" in refused(*command, "x", "--top-p", "0")
     assert "max_new_tokens=-1" in refused(*command, "x", "--max-new-tokens", "-1")
     assert "threads=0" in refused(*command, "x", "--threads", "0")
+    assert "threads=99999999999: accepted are None and integers from 1 to" in refused(
+        *command, "x", "--threads", "99999999999"
+    )
+    assert "--seed -1: accepted are 0 to" in refused(*command, "x", "--temperature", "1", "--seed", "-1")
+    # as a terminal gives bytes that are no UTF-8
+    assert r"character 1 is '\udcff'; accepted is Unicode text" in refused(*command, "x\udcff")
     assert "provider 'NoneExecutionProvider'" in refused(*command, "x", "--provider", "NoneExecutionProvider")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -22,6 +24,7 @@ from teq_graph.loading import LoadedModel, load_model
 from teq_graph.onnx import runtime
 from teq_graph.onnx.export import export_onnx
 from teq_graph.onnx.runtime import OnnxDecoder, OnnxModel, Sampler, load
+from teq_graph.onnx.session import MAX_THREADS
 from teq_graph.onnx.text import TextStream
 from teq_graph.passes.fold_constants import FoldConstants
 from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
@@ -219,17 +222,45 @@ def test_extreme_temperatures_and_logits() -> None:
     logits = np.array([[1e4, -1e4, np.inf * -1, 3.0]])
     assert Sampler(temperature=1e-30, seed=0)(logits).tolist() == [0]
     assert Sampler(temperature=1e30, seed=0)(logits)[0] in (0, 1, 3)
-    with pytest.raises(NumericsError, match="NaN"):
-        Sampler()(np.array([[0.0, np.nan]]))
+    sampler = Sampler(temperature=1.0, top_p=0.5, seed=0)
+    masked = np.array([[-np.inf, 2.0, -np.inf]])
+    assert Sampler()(masked).tolist() == sampler(masked).tolist() == [1]
+
+
+@pytest.mark.parametrize("row", [[0.0, np.nan], [0.0, np.inf], [np.inf, -np.inf], [-np.inf, -np.inf]], ids=repr)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite(row: list[float], temperature: float) -> None:
+    for dtype in (np.float32, np.float64):
+        with pytest.raises(NumericsError, match="NaN or infinite"):
+            Sampler(temperature, top_k=1)(np.array([[0.0, 1.0], row], dtype=dtype))
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 2)],
+    [
+        *(("temperature", value) for value in (-1.0, float("nan"), float("inf"), 10**400, "x", "1", None, True)),
+        *(("top_k", value) for value in (-1, 1.5, 2.0, "2", None, True)),
+        *(("top_p", value) for value in (0.0, 2, "x", None)),
+        *(("seed", value) for value in (-1, 0.5, "x")),
+    ],
 )
 def test_wrong_sampling_options(option: str, value: Any) -> None:
-    with pytest.raises(InputError, match=option):
+    with pytest.raises(InputError, match=f"^{option}=[^\n]*: accepted are"):
         Sampler(**{option: value})
+
+
+def test_numbers_of_numpy_are_numbers(decoder: OnnxDecoder) -> None:
+    tokens = decoder.encode(PROMPT)
+    plain = decoder.generate(tokens, 8, temperature=0.5, top_k=5, top_p=0.5, seed=3, stop_tokens=[2])
+    given: dict[str, Any] = dict(
+        temperature=np.float32(0.5), top_k=np.int64(5), top_p=np.float64(0.5), seed=np.int32(3)
+    )
+    stops: Any
+    for prompt in (np.array(tokens), np.array(tokens, np.int32), torch.tensor(tokens), [*np.array(tokens)]):
+        for stops in (np.array([2]), {2}, (np.uint8(2),)):
+            assert decoder.generate(prompt, np.int16(8), stop_tokens=stops, **given) == plain  # type: ignore[arg-type]
+    batch = torch.tensor([tokens, tokens])
+    assert decoder.generate(batch, 8, **given, stop_tokens=[2])[0] == plain  # type: ignore[arg-type]
 
 
 class Bytes:
@@ -267,11 +298,27 @@ def test_the_context_is_a_limit(decoder: OnnxDecoder) -> None:
     assert len(decoder.generate(tokens[:510], stop_tokens=())) == 3
 
 
-@pytest.mark.parametrize("prompt", [[], [[1], []], [512], [-1], [1.5, "a"], [[[1]]]], ids=repr)
+WRONG_PROMPTS = [
+    *([], [[1], []], [512], [-1], [2**70], [1.5, "a"], [[[1]]], [1, [2]], ["a", [1]], ["a", 1]),
+    *(5, None, 2.5, b"ab", {"input_ids": [1]}, {1, 2}, range(0), iter([1]), [True], [1.0], [[1, 2], [3.5]], [None]),
+    *(np.array([1.0, 2.0]), np.array(3), np.ones((1, 2, 2), int), torch.tensor([1.5]), torch.tensor(7)),
+    *("\udcff", "a\ud800", ["a", "\udcff"]),
+]
+
+
+@pytest.mark.parametrize("prompt", WRONG_PROMPTS, ids=lambda value: ascii(value))
 def test_wrong_prompts(decoder: OnnxDecoder, prompt: Any) -> None:
-    with pytest.raises(InputError) as caught:
-        decoder.generate(prompt)
-    assert "\n" not in str(caught.value)
+    for refused in (decoder.generate, decoder.stream):
+        with pytest.raises(InputError) as caught:
+            refused(prompt)
+        assert "\n" not in str(caught.value)
+        str(caught.value).encode()
+
+
+def test_a_mapping_is_no_prompt(decoder: OnnxDecoder) -> None:
+    """What the tokenizer returns is the likely mistake, of which only the names would be read."""
+    with pytest.raises(InputError, match=r"prompt: .*input_ids.*accepted are a string, token ids, or a list"):
+        decoder.generate(decoder.tokenizer(PROMPT))
 
 
 def test_other_wrong_arguments(decoder: OnnxDecoder) -> None:
@@ -283,6 +330,25 @@ def test_other_wrong_arguments(decoder: OnnxDecoder) -> None:
         decoder.logits([[1, 2]], [[1]])
     with pytest.raises(InputError, match="chat template"):
         decoder.encode_chat("hello")
+    wrong: Any
+    for wrong in (2.5, "3", None, [1]):
+        with pytest.raises(InputError, match=r"^max_new_tokens="):
+            decoder.generate([1], wrong)
+    for wrong in (2, "x", ["x"], [2.0], {2: 3}, 2.5):
+        with pytest.raises(InputError, match=r"^stop_tokens: "):
+            decoder.generate([1], 2, stop_tokens=wrong)
+    for wrong in ([[1, 2], [3]], [[1.5]], {"input_ids": [[1]]}, "x", [["a"]], None, np.array([[0.5]])):
+        with pytest.raises(InputError, match=r"^input_ids[:=].*accepted are integers \[batch, sequence\]$"):
+            decoder.logits(wrong)
+    with pytest.raises(InputError, match=r"^attention_mask"):
+        decoder.logits([[1, 2]], [[0.5, 1.0]])
+    for wrong in (5, None, "\udcff"):
+        with pytest.raises(InputError, match=r"^prompt"):
+            decoder.encode(wrong)
+    for wrong in ("x", [1.5], 3, [-1], [2**70], {1: 2}):
+        with pytest.raises(InputError):
+            decoder.decode(wrong)
+    assert decoder.decode([]) == ""
     assert decoder.generate([1], 0) == []
 
 
@@ -290,6 +356,16 @@ def test_chat_prompts(decoder: OnnxDecoder) -> None:
     decoder.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}reply:"
     expected = decoder.tokenizer("user: hi\nreply:", add_special_tokens=False)["input_ids"]
     assert decoder.encode_chat("hi") == decoder.encode_chat([{"role": "user", "content": "hi"}]) == expected
+    decoder.tokenizer.chat_template += (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    )
+    wrong: Any
+    for wrong in (5, None, [5], [{"role": "system", "content": "x"}]):
+        with pytest.raises(InputError, match="messages: the chat template refuses them: ") as caught:
+            decoder.encode_chat(wrong)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"prompt: character 6 is .* accepted is Unicode text"):
+        decoder.encode_chat("\udcff")
 
 
 def test_unknown_providers_are_named(stories_dir: Path) -> None:
@@ -299,8 +375,13 @@ def test_unknown_providers_are_named(stories_dir: Path) -> None:
     for wrong in ("CPUExecutionProvider", ()):
         with pytest.raises(InputError, match="providers"):
             OnnxDecoder.load(stories_dir, providers=wrong)
-    with pytest.raises(InputError, match="threads"):
-        OnnxDecoder.load(stories_dir, threads=0)
+    threads: Any
+    for threads in (0, -1, 1.5, "2", 99_999_999_999, MAX_THREADS + 1):
+        with pytest.raises(InputError, match=f"threads=.*: accepted are None and integers from 1 to {MAX_THREADS}"):
+            OnnxDecoder.load(stories_dir, threads=threads)
+    for providers in (5, {"CPUExecutionProvider"}, [5], [()], [None]):  # type: ignore[assignment]
+        with pytest.raises(InputError, match=r"provider"):
+            OnnxDecoder.load(stories_dir, providers=providers)  # type: ignore[arg-type]
 
 
 def test_session_options_are_the_user_s(stories_dir: Path) -> None:
@@ -334,6 +415,62 @@ def list_description(path: Path) -> None:
 
 def later_description(path: Path) -> None:
     (path / "teq_graph.json").write_text('{"format_version": 99}')
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads((path / "teq_graph.json").read_text())
+    change(content)
+    (path / "teq_graph.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"dtype": "bogus"}, "dtype='bogus'"),
+        ({"dtype": 5}, "dtype=5"),
+        ({"dtype": ["float32"]}, "dtype="),
+        ({"opset": "23"}, "opset='23'"),
+        ({"accuracy_level": 4.0}, "accuracy_level=4.0"),
+        ({"eos_token_ids": [2.5]}, "eos_token_ids=2.5"),
+        ({"eos_token_ids": "ab"}, "eos_token_ids='a'"),
+        ({"eos_token_ids": 2}, "int"),
+        ({"pad_token_id": "x"}, "pad_token_id='x'"),
+        ({"weights": []}, ""),
+        ({"unknown": 1}, "unknown"),
+        ({"decoder": "x"}, ""),
+        ({"decoder": {"vocab_size": "x"}}, "vocab_size='x'"),
+        ({"decoder": {"vocab_size": True}}, "vocab_size=True"),
+        ({"decoder": {"vocab_size": 0}}, "vocab_size=0"),
+        ({"decoder": {"max_positions": "many"}}, "max_positions='many'"),
+        ({"decoder": {"layers": 5}}, ""),
+        ({"decoder": {"layers": [{"key_heads": 1}]}}, "key_dim"),
+        (
+            {"decoder": {"layers": [dict.fromkeys(("key_heads", "key_dim", "value_heads", "value_dim"), -1)]}},
+            "key_heads",
+        ),
+    ],
+    ids=repr,
+)
+def test_a_damaged_description(stories_dir: Path, changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    directory = shutil.copytree(stories_dir, tmp_path / "out")
+
+    def change(content: dict[str, Any]) -> None:
+        for name, value in changes.items():
+            content[name] = {**content[name], **value} if isinstance(value, dict) else value
+
+    edit(directory, change)
+    with pytest.raises(ModelFileError, match=f"teq_graph.json is damaged: .*{named}") as caught:
+        load(directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float16", None])
+def test_a_description_of_another_model(dtype: str | None, stories_dir: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(stories_dir, tmp_path / "out")
+    edit(directory, lambda content: content.update(dtype=dtype) if dtype else content["decoder"]["layers"].pop())
+    with pytest.raises(InputError, match="onnxruntime refuses input_ids") as caught:
+        OnnxDecoder.load(directory, threads=1).generate([1, 2], 2)
+    assert "\n" not in str(caught.value)
 
 
 def drop_model(path: Path) -> None:
@@ -396,8 +533,35 @@ def test_other_models_run(classifier_dir: tuple[nn.Module, Path]) -> None:
     with pytest.raises(InputError, match=r"\[5, 7\]") as caught:
         opened.run(**{name: x[:, :7]})
     assert "\n" not in str(caught.value)
-    with pytest.raises(ModelFileError, match="decoder"):
+    for wrong in ([[1.0], [2.0, 3.0]], [["a"]], None, {"x": 1}):
+        with pytest.raises(InputError, match=rf"^{name}: accepted are values of float32") as caught:
+            opened.run(**{name: wrong})
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ModelFileError, match="it is not a causal language model"):
         OnnxDecoder.load(directory)
+
+
+def test_what_onnxruntime_raises_it_does_not_log_as_well(
+    classifier_dir: tuple[nn.Module, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of attributes that its kernels refuse it tells on standard error, too."""
+    directory = shutil.copytree(classifier_dir[1], tmp_path / "out")
+    model = onnx.load(directory / "model.onnx")
+    node = next(node for node in model.graph.node if node.op_type in ("Gemm", "MatMul"))
+    attributes = dict(K=8, N=4, bits=5, block_size=16)
+    quantized = onnx.helper.make_node(
+        "MatMulNBits", [node.input[0], "codes", "scales"], ["x"], domain="com.microsoft", **attributes
+    )
+    model.graph.node.append(quantized)
+    codes, scales = np.zeros((4, 1, 8), np.uint8), np.zeros((4, 1), np.float32)
+    model.graph.initializer.extend([onnx.numpy_helper.from_array(codes, "codes")])
+    model.graph.initializer.extend([onnx.numpy_helper.from_array(scales, "scales")])
+    model.graph.output.append(onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, None))
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, directory / "model.onnx")
+    with pytest.raises(ModelFileError, match=r"cannot be loaded: .*MatMulNBits"):
+        load(directory)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_load_tells_decoders_from_others(stories_dir: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from teq_graph.capture import DecoderShape
@@ -11,11 +12,14 @@ from teq_graph.errors import ModelFileError
 from teq_graph.files import one_line, write_json
 
 FORMAT_VERSION = 1
+DTYPES = ("float32", "float16")
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 METADATA_FILE = "teq_graph.json"
 GENAI_FILE = "genai_config.json"
+
+WRITTEN = "a directory that export_onnx or teq-graph quantize wrote"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Metadata:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ModelFileError(f"{path} is missing: accepted is a directory written by export_onnx") from None
+            raise ModelFileError(f"{path} is missing: accepted is {WRITTEN}") from None
         except (OSError, ValueError) as error:
             raise ModelFileError(f"{path} cannot be read: {one_line(error)}") from None
         version = content.get("format_version") if isinstance(content, dict) else None
@@ -57,6 +61,33 @@ class Metadata:
             if content["decoder"] is not None:
                 content["decoder"] = DecoderShape.from_dict(content["decoder"])
             content["eos_token_ids"] = tuple(content["eos_token_ids"])
-            return cls(**content)
-        except (AttributeError, KeyError, TypeError) as error:
+            metadata = cls(**content)
+            damaged = next(metadata._damaged(), None)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ModelFileError(f"{path} is damaged: {one_line(error)}") from None
+        if damaged is not None:
+            name, value = damaged
+            raise ModelFileError(f"{path} is damaged: {name}={value!r}")
+        return metadata
+
+    def _damaged(self) -> Iterator[tuple[str, object]]:
+        """The values that no export writes."""
+        counts = [("accuracy_level", self.accuracy_level, 0), ("opset", self.opset, 1)]
+        counts += [(f"weights[{kind!r}]", count, 1) for kind, count in self.weights.items()]
+        counts += [("eos_token_ids", token, 0) for token in self.eos_token_ids]
+        if self.pad_token_id is not None:
+            counts.append(("pad_token_id", self.pad_token_id, 0))
+        if self.decoder is not None:
+            counts.append(("vocab_size", self.decoder.vocab_size, 1))
+            if self.decoder.max_positions is not None:
+                counts.append(("max_positions", self.decoder.max_positions, 1))
+            counts += [
+                (f"layers[{index}]: {name}", value, 1)
+                for index, layer in enumerate(self.decoder.layers)
+                for name, value in dataclasses.asdict(layer).items()
+            ]
+        if self.dtype not in DTYPES:
+            yield "dtype", self.dtype
+        for name, value, least in counts:
+            if type(value) is not int or value < least:
+                yield name, value

@@ -14,7 +14,8 @@ from onnxruntime import OrtValue
 
 from teq_graph.errors import InputError, ModelFileError
 from teq_graph.files import one_line
-from teq_graph.onnx.directory import METADATA_FILE, Metadata
+from teq_graph.onnx import arguments
+from teq_graph.onnx.directory import Metadata
 from teq_graph.onnx.sampling import Sampler
 from teq_graph.onnx.session import CPU, Provider, open_directory
 from teq_graph.onnx.text import TextStream
@@ -76,9 +77,7 @@ class OnnxModel:
         expected = {item.name: item.type for item in self.session.get_inputs()}
         if set(inputs) != set(expected):
             raise InputError(f"inputs {sorted(inputs)}: accepted are {sorted(expected)}")
-        feeds: dict[str, npt.NDArray[Any]] = {
-            name: np.asarray(value).astype(_NUMPY_TYPES[expected[name]]) for name, value in inputs.items()
-        }
+        feeds = {name: _as_array(name, value, _NUMPY_TYPES[expected[name]]) for name, value in inputs.items()}
         try:
             outputs = self.session.run(None, feeds)
         except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
@@ -87,12 +86,23 @@ class OnnxModel:
         return {item.name: cast(Any, value) for item, value in zip(self.session.get_outputs(), outputs, strict=True)}
 
 
+def _as_array(name: str, value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"{array.dtype} of shape {list(array.shape)}")
+        # A float where the model takes integers would be cut off.
+        return array.astype(dtype, casting="same_kind" if array.dtype.kind == "f" else "unsafe")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: accepted are values of {np.dtype(dtype)}, not {one_line(error)}") from error
+
+
 class OnnxDecoder:
     """An exported causal language model, with its tokenizer where one was exported."""
 
     def __init__(self, session: onnxruntime.InferenceSession, metadata: Metadata, directory: Path) -> None:
         if metadata.decoder is None:
-            raise ModelFileError(f"{directory / METADATA_FILE}: decoder=None, accepted here is a causal language model")
+            raise ModelFileError(f"{directory}: it is not a causal language model; accepted is one that generates text")
         self.session = session
         self.metadata = metadata
         self.directory = directory
@@ -137,8 +147,8 @@ class OnnxDecoder:
 
     def logits(self, input_ids: Any, attention_mask: Any = None) -> npt.NDArray[np.float32]:
         """Logits float32 [b, s, vocab] of whole sequences int [b, s]; mask [b, s], 0 where there is padding."""
-        ids = np.asarray(input_ids, dtype=np.int64)
-        mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, dtype=np.int64)
+        ids = arguments.integers("input_ids", input_ids)
+        mask = np.ones_like(ids) if attention_mask is None else arguments.integers("attention_mask", attention_mask)
         self._check_tokens(ids)
         if mask.shape != ids.shape:
             raise InputError(f"attention_mask {list(mask.shape)}: accepted is input_ids' shape, {list(ids.shape)}")
@@ -160,8 +170,8 @@ class OnnxDecoder:
         A string gives a string, token ids give a list of ids, a list of either gives a list of results; prompts
         of a batch may differ in length. Sampling as in `Sampler`. A sequence ends before one of `stop_tokens`
         (None: the model's own), after `max_new_tokens`, or where the context is full. `callback(row, token)` is
-        told each new token. Raises InputError for an empty prompt, one longer than the context, or tokens
-        outside the vocabulary.
+        told each new token. Raises InputError for an empty prompt, one longer than the context, tokens outside
+        the vocabulary, and arguments of another type; NumericsError where the model's logits are not finite.
         """
         prompts, single, text = self._prompts(prompt)
         sampler = Sampler(temperature, top_k, top_p, seed)
@@ -199,22 +209,31 @@ class OnnxDecoder:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer puts around it."""
-        return [int(token) for token in self.tokenizer(text)["input_ids"]]
+        return self._encode(text)
 
     def encode_chat(self, messages: str | Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation (a string: one message of the user), up to where the reply begins.
 
-        Raises InputError where the tokenizer has no chat template.
+        Raises InputError where the tokenizer has no chat template, or the template does not take the messages.
         """
         if not self.tokenizer.chat_template:
             raise InputError(f"{self.directory}: its tokenizer has no chat template; accepted are plain prompts")
-        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        rendered = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        return [int(token) for token in self.tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        try:
+            rendered = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # what the template itself raises, and jinja2 where it meets another type
+            raise InputError(f"messages: the chat template refuses them: {one_line(error)}") from error
+        return self._encode(rendered, add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int], after: Sequence[int] = ()) -> str:
         """The text that `tokens` add to the tokens `after` which they come."""
-        return "".join(self._pieces(after, tokens))
+        old, new = arguments.tokens("after", after), arguments.tokens("tokens", tokens)
+        if old or new:
+            self._check_tokens(np.array([old + new], dtype=object))
+        return "".join(self._pieces(old, new))
+
+    def _encode(self, text: str, **options: Any) -> list[int]:
+        return [int(token) for token in self.tokenizer(arguments.text("prompt", text), **options)["input_ids"]]
 
     def _pieces(self, prompt: Sequence[int], tokens: Any) -> Iterator[str]:
         stream = TextStream(self.tokenizer, prompt)
@@ -228,25 +247,21 @@ class OnnxDecoder:
         """Token ids of each prompt; whether it is a single one; whether it is text."""
         if isinstance(prompt, str):
             return [self.encode(prompt)], True, True
-        items: list[Any] = list(prompt)
-        if items and all(isinstance(item, str) for item in items):
-            return [self.encode(item) for item in items], False, True
-        nested = bool(items) and all(np.ndim(item) == 1 for item in items)
-        try:
-            rows = [np.asarray(row, dtype=np.int64).tolist() for row in items] if nested else [[int(t) for t in items]]
-        except (TypeError, ValueError):
-            raise InputError("prompt: accepted are a string, token ids, or a list of either") from None
-        return rows, not nested, False
+        if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(item, str) for item in prompt):
+            return [self.encode(item) for item in prompt], False, True
+        rows, batch = arguments.token_rows(prompt)
+        return rows, not batch, False
 
     def _tokens(
         self, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler, stop_tokens: Sequence[int] | None
     ) -> Iterator[tuple[int, int]]:
         """(row, token) as they are generated; checks the arguments before the first is asked for."""
-        if max_new_tokens < 0:
-            raise InputError(f"max_new_tokens={max_new_tokens!r}: accepted are integers >= 0")
+        max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens, 0)
         for row in prompts:
-            self._check_tokens(np.array([row], dtype=np.int64))
-        stops = set(self.metadata.eos_token_ids if stop_tokens is None else stop_tokens)
+            self._check_tokens(np.array([row], dtype=object))  # whatever their size
+        stops = set(
+            self.metadata.eos_token_ids if stop_tokens is None else arguments.tokens("stop_tokens", stop_tokens)
+        )
         length = max(map(len, prompts))
         if self.shape.max_positions is not None:
             # The last position that fits still gives one token.
@@ -283,15 +298,15 @@ class OnnxDecoder:
 
     def _step(self, ids: IntArray, mask: IntArray, cache: list[OrtValue]) -> tuple[npt.NDArray[Any], list[OrtValue]]:
         """Logits [b, s, vocab] and the grown cache, which stays on the session's device."""
-        binding = self.session.io_binding()
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
-        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
-        for name, value in zip(self._cache_names("past_key_values"), cache, strict=True):
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits", "cpu")
-        for name in self._cache_names("present"):
-            binding.bind_output(name, self._device, self._device_id)
         try:
+            binding = self.session.io_binding()
+            binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
+            binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
+            for name, value in zip(self._cache_names("past_key_values"), cache, strict=True):
+                binding.bind_ortvalue_input(name, value)
+            binding.bind_output("logits", "cpu")
+            for name in self._cache_names("present"):
+                binding.bind_output(name, self._device, self._device_id)
             self.session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
             raise InputError(f"onnxruntime refuses input_ids {list(ids.shape)}: {one_line(error)}") from error
@@ -309,7 +324,7 @@ class OnnxDecoder:
                 values.append(OrtValue.ortvalue_from_numpy(empty, self._device, self._device_id))
         return values
 
-    def _check_tokens(self, ids: IntArray) -> None:
+    def _check_tokens(self, ids: npt.NDArray[Any]) -> None:
         if ids.ndim != 2 or ids.size == 0:
             raise InputError(f"tokens of shape {list(ids.shape)}: accepted is at least one token per sequence")
         if ids.min() < 0 or ids.max() >= self.shape.vocab_size:

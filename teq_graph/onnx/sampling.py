@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from teq_graph.errors import InputError, NumericsError
+from teq_graph.errors import NumericsError
+from teq_graph.onnx import arguments
 
 
 class Sampler:
@@ -17,19 +18,21 @@ class Sampler:
     """
 
     def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> None:
-        if not 0.0 <= temperature < float("inf"):
-            raise InputError(f"temperature={temperature!r}: accepted are finite numbers >= 0 (0 is greedy)")
-        if not isinstance(top_k, int) or top_k < 0:
-            raise InputError(f"top_k={top_k!r}: accepted are integers >= 0 (0 keeps all tokens)")
-        if not 0.0 < top_p <= 1.0:
-            raise InputError(f"top_p={top_p!r}: accepted are numbers above 0, up to 1")
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self._random = np.random.default_rng(seed)
+        self.temperature = arguments.real(
+            "temperature", temperature, "finite numbers >= 0 (0 is greedy)", lambda value: 0.0 <= value < float("inf")
+        )
+        self.top_k = arguments.integer("top_k", top_k, 0, "integers >= 0 (0 keeps all tokens)")
+        self.top_p = arguments.real("top_p", top_p, "numbers above 0, up to 1", lambda value: 0.0 < value <= 1.0)
+        self._random = np.random.default_rng(None if seed is None else arguments.integer("seed", seed, 0))
 
     def __call__(self, logits: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
-        """Token ids int64 [b] for logits [b, vocab]; raises NumericsError for NaN."""
-        if np.isnan(logits).any():
-            raise NumericsError("the model's logits have NaN values: accepted are numbers")
+        """Token ids int64 [b] for logits [b, vocab], where -inf masks a token.
+
+        Raises NumericsError for NaN, infinity, and where every token is masked.
+        """
+        # The largest logit is NaN or infinite where any is.
+        if not np.isfinite(logits.max(axis=-1)).all():
+            raise NumericsError("the model's logits have NaN or infinite values: accepted are finite ones")
         if self.temperature == 0.0:
             best: npt.NDArray[np.int64] = logits.argmax(axis=-1)
             return best

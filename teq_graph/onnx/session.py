@@ -11,10 +11,17 @@ import onnxruntime
 
 from teq_graph.errors import InputError, ModelFileError
 from teq_graph.files import one_line
-from teq_graph.onnx.directory import MODEL_FILE, Metadata
+from teq_graph.onnx import arguments
+from teq_graph.onnx.directory import MODEL_FILE, WRITTEN, Metadata
 
 Provider = str | tuple[str, dict[str, Any]]
 CPU: tuple[Provider, ...] = ("CPUExecutionProvider",)
+
+# More threads than processors gain nothing, and each takes onnxruntime tens of milliseconds to start: thousands of
+# them look like a hang. Some more are let through, for a script that was written for a larger machine.
+MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
+
+_ONLY_FATAL = 4
 
 
 def open_directory(
@@ -26,22 +33,25 @@ def open_directory(
     """Session and metadata of an exported directory.
 
     `providers` are onnxruntime's, most wanted first, each a name or (name, options). `threads` is the number of
-    CPU threads of one operator, None leaves it to onnxruntime. Raises InputError for a provider that this
+    CPU threads of one operator, None leaves it to onnxruntime. `session_options` None: its defaults, without log
+    lines, since what goes wrong is an exception. Raises InputError for a provider that this
     onnxruntime does not have, ModelFileError for a directory that is none or damaged.
     """
     path = Path(directory)
     if not path.is_dir():
-        raise ModelFileError(f"{path} is no directory: accepted is a directory written by export_onnx")
+        raise ModelFileError(f"{path} is no directory: accepted is {WRITTEN}")
     metadata = Metadata.read(path)
     _check_providers(providers)
-    options = session_options if session_options is not None else onnxruntime.SessionOptions()
+    options = session_options
+    if options is None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ONLY_FATAL
     if threads is not None:
-        if threads < 1:
-            raise InputError(f"threads={threads!r}: accepted are None and integers >= 1")
-        options.intra_op_num_threads = threads
+        accepted = f"None and integers from 1 to {MAX_THREADS}"
+        options.intra_op_num_threads = arguments.integer("threads", threads, 1, accepted, MAX_THREADS)
     model = path / MODEL_FILE
     if not model.is_file():
-        raise ModelFileError(f"{model} is missing: accepted is a directory written by export_onnx")
+        raise ModelFileError(f"{model} is missing: accepted is {WRITTEN}")
     try:
         session = onnxruntime.InferenceSession(str(model), sess_options=options, providers=list(providers))
     except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
@@ -51,9 +61,9 @@ def open_directory(
 
 def _check_providers(providers: Sequence[Provider]) -> None:
     available = onnxruntime.get_available_providers()
-    if isinstance(providers, str) or not providers:
+    if not isinstance(providers, (list, tuple)) or not providers:
         raise InputError(f"providers={providers!r}: accepted is a sequence of at least one of {', '.join(available)}")
     for provider in providers:
-        name = provider if isinstance(provider, str) else provider[0]
+        name = provider[0] if isinstance(provider, tuple) and provider else provider
         if name not in available:
             raise InputError(f"provider {name!r}: this onnxruntime has {', '.join(available)}")
