@@ -28,7 +28,7 @@ HEAD_SIZES = 8
 """onnxruntime's kernel takes heads of a multiple of this size, …"""
 ROTATED_HEAD_SIZES = 16
 """… rotates them if it is a multiple of this, …"""
-ROTATED_CHANNELS = 8
+ROTATED_CHANNELS = 16
 """… and this many channels of each, or a multiple."""
 
 

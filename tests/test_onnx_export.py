@@ -179,10 +179,22 @@ def test_decoder_names_and_dimensions(lowered: ir.Model, tmp_path: Path) -> None
     }
 
 
-def test_attention_and_norms_stay_whole(lowered: ir.Model) -> None:
+def test_attention_and_norms_are_one_operator_each(lowered: ir.Model) -> None:
+    """The heads of four channels are none for GroupQueryAttention; the first norm has no residual before it."""
     counts = [node.op_type for node in lowered.graph]
     assert counts.count("Attention") == 2
-    assert counts.count("RMSNormalization") == 5
+    assert counts.count("RMSNormalization") == 1
+    assert counts.count("SkipSimplifiedLayerNormalization") == 4
+    assert counts.count("QuickGelu") == 2
+    assert "Sigmoid" not in counts
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_layer_of_a_decoder_is_ten_operators(dtype: str) -> None:
+    decoders = [prepare(tiny_llama(head_dim=16, num_hidden_layers=n), WeightSpec(4, 32)) for n in (1, 2)]
+    one, two = ([node.op_type for node in lower(captured, dtype=dtype).graph] for captured in decoders)
+    assert len(two) - len(one) == 10
+    assert one.count("GroupQueryAttention") == 1 and one.count("MatMulNBits") == 5
 
 
 def test_the_model_is_valid_and_has_known_operators_only(lowered: ir.Model, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import logging
 import os
 import warnings
@@ -25,9 +26,11 @@ from teq_graph.capture import CapturedGraph
 from teq_graph.errors import ConfigError, ExportError
 from teq_graph.files import new_directory, one_line, write_json
 from teq_graph.onnx.directory import DATA_FILE, GENAI_FILE, MODEL_FILE, Metadata
+from teq_graph.onnx.fusions import RULES
 from teq_graph.onnx.genai import genai_config
 from teq_graph.onnx.translations import foreign_operators, translation_table
 from teq_graph.passes.change_dtype import ChangeDtype
+from teq_graph.passes.fuse_attention import FuseAttention
 from teq_graph.passes.match_onnxruntime_layout import MatchOnnxruntimeLayout
 from teq_graph.passes.remove_no_ops import RemoveNoOps
 
@@ -108,7 +111,14 @@ def lower(
     target = DTYPES[dtype]
     report("preparing")
     graph_module = fx.clone(captured.graph_module)
-    for step in (RemoveNoOps(), MatchOnnxruntimeLayout(), ChangeDtype(target), RemoveNoOps()):
+    steps = (
+        RemoveNoOps(),
+        FuseAttention(dataclasses.replace(captured, graph_module=graph_module)),
+        MatchOnnxruntimeLayout(),
+        ChangeDtype(target),
+        RemoveNoOps(),
+    )
+    for step in steps:
         step(graph_module)
     args, kwargs = pytree.tree_map_only(
         Tensor,
@@ -249,6 +259,8 @@ def _simplify(model: ir.Model) -> None:
     )
     for step in passes:
         step(model)
+    RULES.apply_to_model(model)
+    common.RemoveUnusedNodesPass()(model)
 
 
 def _should_fold(node: ir.Node) -> bool | None:

@@ -49,6 +49,51 @@ _MATMUL_NBITS = values.Op(
 )
 
 
+def _parameter(name: str, kind: str, optional: bool = False) -> onnx.defs.OpSchema.FormalParameter:
+    if optional:
+        return _Schema.FormalParameter(name, kind, param_option=_OPTIONAL)
+    return _Schema.FormalParameter(name, kind)
+
+
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GroupQueryAttention
+_GROUP_QUERY_ATTENTION = values.Op(
+    values.Opset(CONTRIB_DOMAIN, 1),
+    "GroupQueryAttention",
+    _Schema(
+        "GroupQueryAttention",
+        CONTRIB_DOMAIN,
+        1,
+        inputs=[
+            _parameter("query", "T"),
+            _parameter("key", "T", optional=True),
+            _parameter("value", "T", optional=True),
+            _parameter("past_key", "T", optional=True),
+            _parameter("past_value", "T", optional=True),
+            _parameter("seqlens_k", "M"),
+            _parameter("total_sequence_length", "M"),
+            _parameter("cos_cache", "T", optional=True),
+            _parameter("sin_cache", "T", optional=True),
+            _parameter("position_ids", "P", optional=True),
+            _parameter("attention_bias", "T", optional=True),
+        ],
+        outputs=[_parameter(name, "T") for name in ("output", "present_key", "present_value")],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)"], ""),
+            ("M", ["tensor(int32)"], ""),
+            ("P", ["tensor(int64)"], ""),
+        ],
+        attributes=[
+            *(_Schema.Attribute(name, _INTEGER, "") for name in ("num_heads", "kv_num_heads")),
+            *(
+                _Schema.Attribute(name, _INTEGER, "", required=False)
+                for name in ("do_rotary", "rotary_interleaved", "local_window_size")
+            ),
+            *(_Schema.Attribute(name, _Schema.AttrType.FLOAT, "", required=False) for name in ("scale", "softcap")),
+        ],
+    ),
+)
+
+
 def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Translations for `torch.onnx.export(custom_translation_table=…)`.
 
@@ -82,6 +127,48 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         result, *_ = op.Attention(query, key, value, attn_mask, scale=scale, is_causal=is_causal)
         return result
 
+    def group_query_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        past_key: Any,
+        past_value: Any,
+        bias: Any,
+        cos: Any,
+        sin: Any,
+        num_heads: int,
+        kv_num_heads: int,
+        scale: float,
+        softcap: float,
+        window: int,
+        interleaved: bool,
+    ) -> Any:
+        # The bias is as long as past and present together, whatever the size of the buffers that hold the cache.
+        total = op.Cast(op.Shape(bias, start=3, end=4), to=ir.DataType.INT32)
+        last = op.Expand(
+            op.Sub(total, op.Cast(op.Constant(value_ints=[1]), to=ir.DataType.INT32)), op.Shape(bias, start=0, end=1)
+        )
+        return _GROUP_QUERY_ATTENTION(
+            query,
+            key,
+            value,
+            past_key,
+            past_value,
+            last,
+            op.Squeeze(total),
+            cos,
+            sin,
+            None,
+            bias,
+            num_heads=num_heads,
+            kv_num_heads=kv_num_heads,
+            scale=scale,
+            softcap=softcap,
+            local_window_size=window,
+            do_rotary=int(cos is not None),
+            rotary_interleaved=int(interleaved),
+        )
+
     def cast(self: Any, dtype: int, *_: Any, **__: Any) -> Any:
         return op.Cast(self, to=dtype) if self.dtype != ir.DataType(dtype) else op.Identity(self)
 
@@ -99,6 +186,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
 
     return {
         torch.ops.teq_graph.matmul_nbits.default: matmul_nbits,
+        torch.ops.teq_graph.group_query_attention.default: group_query_attention,
         aten.scaled_dot_product_attention.default: attention,
         aten.to.dtype: cast,
         aten.to.device: cast_on_device,

@@ -31,15 +31,18 @@ class OnnxModel:
             tensors = {name: inputs[name] for name in names}
         return torch.from_numpy(self.session.run(None, {name: x.numpy() for name, x in tensors.items()})[0])
 
-    def step(self, compiled: CompiledModel, tokens: Tensor, past: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """Logits and KV cache of one step of a decoder, nothing masked."""
+    def step(
+        self, compiled: CompiledModel, tokens: Tensor, past: list[Tensor] | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits and KV cache of one step of a decoder; nothing masked without a mask."""
         decoder = compiled.captured.decoder
         assert decoder is not None
         if past is None:
             past = pytree.tree_leaves(decoder.empty_past(tokens.shape[0], torch.float32))
-        total = past[0].shape[2] + tokens.shape[1]
+        if mask is None:
+            mask = torch.ones(tokens.shape[0], past[0].shape[2] + tokens.shape[1], dtype=torch.long)
         names = [item.name for item in self.session.get_inputs()]
-        values = [tokens, torch.ones(tokens.shape[0], total, dtype=torch.long), *past]
+        values = [tokens, mask, *past]
         feeds = {name: value.contiguous().numpy() for name, value in zip(names, values, strict=True)}
         logits, *present = map(torch.from_numpy, self.session.run(None, feeds))
         return logits, present
