@@ -4,47 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx_ir as ir
-from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet
+from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
 from teq_graph.onnx.translations import CONTRIB_DOMAIN
 
 
-class SkipRMSNormalization(RewriteRuleClassBase):
-    """RMSNormalization(Add(x, y), w)   becomes   SkipSimplifiedLayerNormalization(x, y, w)
+class _SkipNormalization(RewriteRuleClassBase):
+    """norm(Add(x, y), …)   becomes   `fused`(x, y, …), which also gives the sum: it goes on along the residual."""
 
-    which also gives the sum: it goes on along the residual stream.
-    """
+    fused: str
+
+    def check(self, context: Any, *_: Any, **values: Any) -> MatchResult:
+        # [b, s, n] both: the kernels add values of one shape.
+        ranks = [value.shape.rank() if value.shape is not None else 0 for value in (values[name] for name in "xyw")]
+        result = MatchResult()
+        return result if ranks == [3, 3, 1] else result.fail(f"ranks {ranks}")
+
+    def rewrite(self, op: Any, *_: Any, epsilon: Any, **values: Any) -> tuple[Any, Any]:
+        options = dict(epsilon=epsilon, _domain=CONTRIB_DOMAIN, _version=1, _outputs=4)
+        normalized, _, _, total = getattr(op, self.fused)(
+            *(values[name] for name in "xywb" if name in values), **options
+        )
+        return normalized, total
+
+
+class SkipRMSNormalization(_SkipNormalization):
+    """RMSNormalization(Add(x, y), w)   becomes   SkipSimplifiedLayerNormalization(x, y, w)"""
+
+    fused = "SkipSimplifiedLayerNormalization"
 
     def pattern(self, op: Any, x: Any, y: Any, w: Any, epsilon: Any) -> tuple[Any, Any]:
         total = op.Add(x, y)
         return op.RMSNormalization(total, w, axis=-1, epsilon=epsilon), total
 
-    def check(self, context: Any, x: ir.Value, y: ir.Value, w: ir.Value, **_: Any) -> bool:
-        return _is_hidden_state(x) and _is_hidden_state(y) and w.shape is not None and w.shape.rank() == 1
 
-    def rewrite(self, op: Any, x: Any, y: Any, w: Any, epsilon: Any) -> tuple[Any, Any]:
-        normalized, _, _, total = op.SkipSimplifiedLayerNormalization(
-            x, y, w, epsilon=epsilon, _domain=CONTRIB_DOMAIN, _version=1, _outputs=4
-        )
-        return normalized, total
-
-
-class SkipLayerNormalization(RewriteRuleClassBase):
+class SkipLayerNormalization(_SkipNormalization):
     """LayerNormalization(Add(x, y), w, b)   becomes   SkipLayerNormalization(x, y, w, b)"""
+
+    fused = "SkipLayerNormalization"
 
     def pattern(self, op: Any, x: Any, y: Any, w: Any, b: Any, epsilon: Any) -> tuple[Any, Any]:
         total = op.Add(x, y)
         return op.LayerNormalization(total, w, b, axis=-1, epsilon=epsilon), total
-
-    def check(self, context: Any, x: ir.Value, y: ir.Value, w: ir.Value, **_: Any) -> bool:
-        return _is_hidden_state(x) and _is_hidden_state(y) and w.shape is not None and w.shape.rank() == 1
-
-    def rewrite(self, op: Any, x: Any, y: Any, w: Any, b: Any, epsilon: Any) -> tuple[Any, Any]:
-        normalized, _, _, total = op.SkipLayerNormalization(
-            x, y, w, b, epsilon=epsilon, _domain=CONTRIB_DOMAIN, _version=1, _outputs=4
-        )
-        return normalized, total
 
 
 class SiLU(RewriteRuleClassBase):
@@ -57,9 +58,7 @@ class SiLU(RewriteRuleClassBase):
         return op.QuickGelu(x, alpha=1.0, _domain=CONTRIB_DOMAIN, _version=1)
 
 
-def _is_hidden_state(value: ir.Value) -> bool:
-    """[b, s, n]: the kernels add values of one shape."""
-    return value.shape is not None and value.shape.rank() == 3
-
-
-RULES = RewriteRuleSet([SkipRMSNormalization.rule(), SkipLayerNormalization.rule(), SiLU.rule()], commute=True)
+RULES = RewriteRuleSet(
+    [rule.rule() for rule in (SkipRMSNormalization, SkipLayerNormalization, SiLU)],  # type: ignore[no-untyped-call]
+    commute=True,
+)
