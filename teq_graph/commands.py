@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -16,6 +16,8 @@ from teq_graph.config import BITS, GROUP_SIZES, QuantizationConfig, TrainingConf
 from teq_graph.errors import ExportError
 
 # torch, transformers and onnxruntime take seconds to import: only inside the commands.
+if TYPE_CHECKING:
+    from teq_graph.capture import DecoderShape
 
 COMPILED_DIRECTORY = "compiled"
 # click's base of all errors of usage; typer has it under different names from version to version
@@ -215,8 +217,10 @@ def quantize(
     lines = [("model", f"{loaded.name} → {output}"), *console.describe_report(compiled.report, training is not None)]
     lines.append(("calibration", console.describe_calibration(training, calibration)))
     lines.append(("size", console.describe_sizes(compiled.report.bytes_before, size, loaded.model.dtype)))
+    decoder = compiled.captured.decoder
+    if decoder is not None:
+        lines += _genai_notes(output, decoder)
     try:
-        decoder = compiled.captured.decoder
         if measured is not None and decoder is not None and token_ids is not None:
             from teq_graph.evaluation import perplexity
             from teq_graph.onnx.runtime import OnnxDecoder
@@ -333,6 +337,19 @@ def evaluate(
 def _shape(tensor: Any) -> tuple[int, int]:
     rows, columns = tensor.shape
     return rows, columns
+
+
+def _genai_notes(output: Path, decoder: DecoderShape) -> list[tuple[str, str]]:
+    """What onnxruntime-genai makes of a directory, where that is not what one expects."""
+    from teq_graph.onnx.directory import GENAI_FILE
+    from teq_graph.onnx.genai import DEFAULT_CONTEXT
+
+    if not (output / GENAI_FILE).is_file():
+        reason = "onnxruntime-genai has one number of KV heads and one head size for all layers, keys and values"
+        return [("note", f"without {GENAI_FILE}: {reason}")]
+    if decoder.max_positions is None:
+        return [("note", f"the model names no greatest length; {GENAI_FILE} says {DEFAULT_CONTEXT} tokens")]
+    return []
 
 
 def _print_json(content: Any) -> None:

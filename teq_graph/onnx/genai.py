@@ -6,20 +6,24 @@ from typing import Any
 
 from teq_graph.onnx.directory import MODEL_FILE, Metadata
 
+DEFAULT_CONTEXT = 2048
+"""Tokens of a sequence where the model names no limit (ALiBi): the format asks for one. BLOOM was trained on these."""
+
 
 def genai_config(metadata: Metadata, bos_token_id: int | None) -> dict[str, Any] | None:
     """The content of `genai_config.json`; None where the format has no words for the decoder.
 
     onnxruntime-genai knows one number of KV heads and one head size per model, and needs to know how long a
-    sequence may be. The model type "decoder" is its name for any decoder-only model; the KV cache grows by
-    concatenation, so past and present do not share a buffer.
+    sequence may be: `DEFAULT_CONTEXT` where the model does not say. The model type "decoder" is its name for any
+    decoder-only model; the KV cache grows by concatenation, so past and present do not share a buffer.
     """
     shape = metadata.decoder
-    if shape is None or len(set(shape.layers)) != 1 or shape.max_positions is None:
+    if shape is None or len(set(shape.layers)) != 1:
         return None
     layer = shape.layers[0]
     if (layer.key_heads, layer.key_dim) != (layer.value_heads, layer.value_dim):
         return None
+    context = DEFAULT_CONTEXT if shape.max_positions is None else shape.max_positions
     stops = list(metadata.eos_token_ids)
     first_stop = stops[0] if stops else 0
     return {
@@ -28,7 +32,7 @@ def genai_config(metadata: Metadata, bos_token_id: int | None) -> dict[str, Any]
             "bos_token_id": first_stop if bos_token_id is None else bos_token_id,
             "eos_token_id": stops,
             "pad_token_id": first_stop if metadata.pad_token_id is None else metadata.pad_token_id,
-            "context_length": shape.max_positions,
+            "context_length": context,
             "vocab_size": shape.vocab_size,
             "decoder": {
                 "filename": MODEL_FILE,
@@ -53,7 +57,7 @@ def genai_config(metadata: Metadata, bos_token_id: int | None) -> dict[str, Any]
         "search": {
             "do_sample": False,
             "early_stopping": True,
-            "max_length": shape.max_positions,
+            "max_length": context,
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
