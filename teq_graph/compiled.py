@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -156,7 +159,8 @@ def load(directory: str | PathLike[str]) -> CompiledModel:
             raise ModelFileError(f"{source}: format_version={version!r}, accepted is {FORMAT_VERSION}")
         for module in description.get("modules", ()):
             _import(module, source)
-        program = torch.export.load(source / GRAPH_FILE)
+        with _quiet_export():
+            program = torch.export.load(source / GRAPH_FILE)
         saved = torch.load(source / EQUIVALENCES_FILE, weights_only=True)
         decoder = description["decoder"]
         if decoder is not None:
@@ -172,22 +176,34 @@ def load(directory: str | PathLike[str]) -> CompiledModel:
             )
             for entry in saved
         )
+        graph_module = program.module(check_guards=False)
+        assert isinstance(graph_module, GraphModule)
+        adopt(graph_module)
+        tokenizer, config, generation_config = _pretrained_parts(source)
     except ModelFileError:
         raise
     except FileNotFoundError as error:
         raise ModelFileError(f"{error.filename} is missing: accepted is a directory written by save()") from None
     except Exception as error:  # zip, JSON and unpickling errors share no base class
         raise ModelFileError(f"{source} cannot be read as a compiled model: {one_line(error)}") from error
-    graph_module = program.module(check_guards=False)
-    assert isinstance(graph_module, GraphModule)
-    adopt(graph_module)
     RemoveNoOps()(graph_module)
     args, kwargs = program.example_inputs or ((), {})
     captured = CapturedGraph(
         graph_module, args, kwargs, _dynamic_shapes(graph_module, args, kwargs), decoder, description["lm_head"]
     )
-    tokenizer, config, generation_config = _pretrained_parts(source)
     return CompiledModel(captured, equivalences, report, tokenizer, config, generation_config)
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Without torch's log of what it cannot read, as the exception tells it."""
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _compact(graph_module: GraphModule) -> GraphModule:

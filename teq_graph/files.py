@@ -22,25 +22,36 @@ def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
     Raises ExportError where `target` exists (unless `overwrite`), its parent cannot be written, or writing
     fails (OSError). After an exception nothing is left behind, and an old `target` is as it was.
     """
-    target = target.absolute()
+    # Not `absolute`, which keeps `..`: of a path through folders that do not exist yet, nothing would exist.
+    target = Path(os.path.abspath(target))
+    _check_target(target, overwrite)
+    created = [folder for folder in target.parents if not folder.exists()]
+    staging = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        # mkdtemp lets nobody else in; the result gets the permissions of any new directory beside it.
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+        _check_target(target, overwrite)  # again: minutes have passed
+        _replace(staging, target)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {error.strerror or one_line(error)}") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        for folder in created:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_symlink() and not target.exists():
+        raise ExportError(f"{target} is a link to nothing: accepted is a new directory")
     if target.exists() and not overwrite:
         raise ExportError(f"{target} exists: accepted is a new directory, or overwrite=True")
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file: accepted is a directory")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ExportError(f"{target} cannot be written: {one_line(error)}") from error
-    try:
-        # mkdtemp lets nobody else in; the result gets the permissions of any new directory beside it.
-        staging.chmod(0o777 & ~_umask())
-        yield staging
-        _replace(staging, target)
-    except OSError as error:
-        raise ExportError(f"{target} cannot be written: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 class _PatientFile(io.RawIOBase):

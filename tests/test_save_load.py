@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from teq_graph.errors import (
     ModelFileError,
 )
 from teq_graph.files import new_directory
+from teq_graph.loading import load_model
 
 
 def check_round_trip(compiled: teq_graph.CompiledModel, directory: Path, inputs: Any) -> teq_graph.CompiledModel:
@@ -131,10 +133,15 @@ def test_a_saved_directory_imports_no_module_of_its_choice(tmp_path: Path, monke
     in_one_line(caught)
 
 
-def test_round_trip_of_a_tokenizer(stories260k: Any, tmp_path: Path) -> None:
-    compiled = compile_llama(stories260k.model, tokenizer=stories260k.tokenizer)
-    compiled.save(tmp_path / "saved")
-    loaded = teq_graph.load(tmp_path / "saved")
+@pytest.fixture(scope="module")
+def saved_with_tokenizer(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    loaded = load_model(data_dir / "models" / "stories260K")
+    target = tmp_path_factory.mktemp("trained") / "saved"
+    return compile_llama(loaded.model, tokenizer=loaded.tokenizer).save(target)
+
+
+def test_round_trip_of_a_tokenizer(stories260k: Any, saved_with_tokenizer: Path) -> None:
+    loaded = teq_graph.load(saved_with_tokenizer)
     text = "Once upon a time"
     assert loaded.tokenizer(text)["input_ids"] == stories260k.tokenizer(text)["input_ids"]
 
@@ -275,3 +282,52 @@ def test_loading_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="missing") as caught:
         teq_graph.load(tmp_path / "nothing")
     assert "nothing" in in_one_line(caught)
+
+
+@pytest.mark.parametrize("content", ["a file", "a folder of another's files"])
+def test_nothing_that_exists_is_replaced_by_way_of_a_missing_folder(content: str, tmp_path: Path) -> None:
+    """`missing/..` is no directory until `missing` is made."""
+    target = tmp_path / "target"
+    if content == "a file":
+        target.write_text("precious")
+    else:
+        target.mkdir()
+        (target / "file").write_text("precious")
+    with pytest.raises(ExportError, match="exists"), new_directory(tmp_path / "missing" / ".." / "target", False):
+        raise AssertionError("not reached")
+    assert (target if target.is_file() else target / "file").read_text() == "precious"
+    assert not (tmp_path / "missing").exists()
+
+
+def test_what_appears_in_the_meantime_is_not_replaced(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    another, target = tmp_path_factory.mktemp("another"), tmp_path / "target"
+    (another / "file").write_text("precious")
+    with pytest.raises(ExportError, match="exists"), new_directory(target, False):
+        shutil.copytree(another, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert (target / "file").read_text() == "precious"
+
+
+def test_a_link_to_nothing_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ExportError, match="is a link to nothing"), new_directory(tmp_path / "link", True):
+        raise AssertionError("not reached")
+
+
+def test_folders_made_on_the_way_go_after_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "a" / "b" / "out", False):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with new_directory(tmp_path / "a" / "b" / "out", False) as staging:
+        (staging / "file").write_text("content")
+    assert (tmp_path / "a" / "b" / "out" / "file").read_text() == "content"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_damaged_neighbour(name: str, saved_with_tokenizer: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(saved_with_tokenizer, damaged)
+    (damaged / name).write_bytes((damaged / name).read_bytes()[:40])
+    with pytest.raises(ModelFileError, match="cannot be read as a compiled model") as caught:
+        teq_graph.load(damaged)
+    in_one_line(caught)
