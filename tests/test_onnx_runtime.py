@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -186,9 +187,16 @@ def test_half_precision(stories: LoadedModel, tmp_path: Path) -> None:
 
 def test_prefill_in_parts_changes_nothing(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [PROMPT, "Lily and her mom went to the park to play with the"]
-    expected = decoder.generate(prompts, 12)
+    expected = [*decoder.generate(prompts, 12), decoder.generate(prompts[1], 12)]
     monkeypatch.setattr(runtime, "PREFILL_TOKENS", 4)
-    assert decoder.generate(prompts, 12) == expected
+    assert [*decoder.generate(prompts, 12), decoder.generate(prompts[1], 12)] == expected
+
+
+def test_shared_buffers_change_nothing(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decoder.metadata.shared_buffers
+    expected = decoder.generate(PROMPT, 40)
+    monkeypatch.setattr(decoder, "metadata", dataclasses.replace(decoder.metadata, shared_buffers=False))
+    assert decoder.generate(PROMPT, 40) == expected
 
 
 def test_sampling_is_repeatable_and_bounded(decoder: OnnxDecoder) -> None:
@@ -306,7 +314,7 @@ WRONG_PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("prompt", WRONG_PROMPTS, ids=lambda value: ascii(value))
+@pytest.mark.parametrize("prompt", WRONG_PROMPTS, ids=range(len(WRONG_PROMPTS)))
 def test_wrong_prompts(decoder: OnnxDecoder, prompt: Any) -> None:
     for refused in (decoder.generate, decoder.stream):
         with pytest.raises(InputError) as caught:

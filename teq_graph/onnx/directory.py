@@ -28,6 +28,7 @@ class Metadata:
 
     `dtype` is the floating-point type of inputs and outputs ("float32" or "float16"). `weights` counts the
     quantized weights by "bits/group_size" as stored in the file; `eos_token_ids` are the stop tokens.
+    `shared_buffers`: past and present of a decoder's cache may be one buffer, as long as the longest sequence.
     """
 
     dtype: str
@@ -37,6 +38,7 @@ class Metadata:
     weights: dict[str, int] = dataclasses.field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    shared_buffers: bool = False
 
     def write(self, directory: Path) -> None:
         """Write `teq_graph.json` into `directory`."""
@@ -88,6 +90,9 @@ class Metadata:
             ]
         if self.dtype not in DTYPES:
             yield "dtype", self.dtype
+        shared: object = self.shared_buffers
+        if not isinstance(shared, bool):
+            yield "shared_buffers", shared
         for name, value, least in counts:
             if type(value) is not int or value < least:
                 yield name, value

@@ -83,6 +83,7 @@ def export_onnx(
             weights=_count_weights(model),
             eos_token_ids=_eos_token_ids(generation_config, config, tokenizer),
             pad_token_id=_first_of("pad_token_id", generation_config, config, tokenizer),
+            shared_buffers=_shares_buffers(model),
         )
         metadata.write(staging)
         if captured.decoder is not None:
@@ -332,6 +333,19 @@ def _count_weights(model: ir.Model) -> dict[str, int]:
             bits, group = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
             counts[f"{bits}/{group}"] += 1
     return dict(counts)
+
+
+def _shares_buffers(model: ir.Model) -> bool:
+    """Whether one operator writes every cached tensor, and nothing else looks at the past but for its batch size."""
+    cached = [value for value in model.graph.inputs if (value.name or "").startswith("past_key_values.")]
+    readers = {use.node for value in cached for use in value.uses()}
+    others = {node for node in readers if node.op_type != "GroupQueryAttention"}
+    return others < readers and all(map(_is_batch_size, others))
+
+
+def _is_batch_size(node: ir.Node) -> bool:
+    bounds = [node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end")]
+    return node.op_type == "Shape" and bounds in ([0, 1], [None, 1])
 
 
 def _first_of(name: str, *sources: Any) -> Any:

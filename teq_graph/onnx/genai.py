@@ -7,7 +7,7 @@ from typing import Any
 from teq_graph.onnx.directory import MODEL_FILE, Metadata
 
 DEFAULT_CONTEXT = 2048
-"""Tokens of a sequence where the model names no limit (ALiBi): the format asks for one. BLOOM was trained on these."""
+"""Tokens of a sequence where the model names no limit (as with ALiBi): the format asks for one."""
 
 
 def genai_config(metadata: Metadata, bos_token_id: int | None) -> dict[str, Any] | None:
@@ -15,7 +15,7 @@ def genai_config(metadata: Metadata, bos_token_id: int | None) -> dict[str, Any]
 
     onnxruntime-genai knows one number of KV heads and one head size per model, and needs to know how long a
     sequence may be: `DEFAULT_CONTEXT` where the model does not say. The model type "decoder" is its name for any
-    decoder-only model; the KV cache grows by concatenation, so past and present do not share a buffer.
+    decoder-only model.
     """
     shape = metadata.decoder
     if shape is None or len(set(shape.layers)) != 1:
@@ -61,7 +61,7 @@ def genai_config(metadata: Metadata, bos_token_id: int | None) -> dict[str, Any]
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": metadata.shared_buffers,
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 50,

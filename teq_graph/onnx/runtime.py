@@ -149,7 +149,7 @@ class OnnxDecoder:
         self._check_tokens(ids)
         if mask.shape != ids.shape:
             raise InputError(f"attention_mask {list(mask.shape)}: accepted is input_ids' shape, {list(ids.shape)}")
-        return self._step(ids, mask, self._empty_cache(len(ids)))[0].astype(np.float32)
+        return self._step(ids, mask, self._new_cache(*ids.shape))[0].astype(np.float32)
 
     def generate(
         self,
@@ -274,13 +274,15 @@ class OnnxDecoder:
     def _generate(
         self, ids: IntArray, mask: IntArray, count: int, sampler: Sampler, stops: set[int]
     ) -> Iterator[tuple[int, int]]:
-        cache = self._empty_cache(len(ids))
+        cache = self._new_cache(len(ids), ids.shape[1] + count)
+        # The operator that shares buffers takes several new tokens after a past for one sequence only.
+        prefill = ids.shape[1] if self.metadata.shared_buffers and len(ids) > 1 else PREFILL_TOKENS
         running = np.ones(len(ids), dtype=bool)
         fresh = ids
         for index in range(count):
             seen = mask.shape[1] - fresh.shape[1]
-            for start in range(0, fresh.shape[1], PREFILL_TOKENS):
-                part = fresh[:, start : start + PREFILL_TOKENS]
+            for start in range(0, fresh.shape[1], prefill):
+                part = fresh[:, start : start + prefill]
                 logits, cache = self._step(part, mask[:, : seen + start + part.shape[1]], cache)
             tokens = sampler(logits[:, -1].astype(np.float32))
             for row in np.flatnonzero(running):
@@ -294,7 +296,7 @@ class OnnxDecoder:
             mask = np.concatenate([mask, np.ones_like(fresh)], axis=1)
 
     def _step(self, ids: IntArray, mask: IntArray, cache: list[OrtValue]) -> tuple[npt.NDArray[Any], list[OrtValue]]:
-        """Logits [b, s, vocab] and the grown cache, which stays on the session's device."""
+        """Logits [b, s, vocab] and the cache, which stays on the session's device: grown, or filled further."""
         try:
             binding = self.session.io_binding()
             binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
@@ -302,23 +304,27 @@ class OnnxDecoder:
             for name, value in zip(self._cache_names("past_key_values"), cache, strict=True):
                 binding.bind_ortvalue_input(name, value)
             binding.bind_output("logits", "cpu")
-            for name in self._cache_names("present"):
-                binding.bind_output(name, self._device, self._device_id)
+            for name, value in zip(self._cache_names("present"), cache, strict=True):
+                if self.metadata.shared_buffers:
+                    binding.bind_ortvalue_output(name, value)
+                else:
+                    binding.bind_output(name, self._device, self._device_id)
             self.session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
             raise InputError(f"onnxruntime refuses input_ids {list(ids.shape)}: {one_line(error)}") from error
-        logits, *grown = binding.get_outputs()
-        return logits.numpy(), grown
+        logits, *present = binding.get_outputs()
+        return logits.numpy(), cache if self.metadata.shared_buffers else present
 
     def _cache_names(self, prefix: str) -> list[str]:
         return [f"{prefix}.{index}.{kind}" for index in range(len(self.shape.layers)) for kind in ("key", "value")]
 
-    def _empty_cache(self, batch: int) -> list[OrtValue]:
-        values = []
+    def _new_cache(self, batch: int, positions: int) -> list[OrtValue]:
+        """Buffers for `positions` tokens where past and present share them, otherwise a past of no tokens."""
+        values, length = [], positions if self.metadata.shared_buffers else 0
         for c in self.shape.layers:
             for heads, dim in ((c.key_heads, c.key_dim), (c.value_heads, c.value_dim)):
-                empty = np.empty((batch, heads, 0, dim), dtype=self._dtype)
-                values.append(OrtValue.ortvalue_from_numpy(empty, self._device, self._device_id))
+                zeros = np.zeros((batch, heads, length, dim), dtype=self._dtype)
+                values.append(OrtValue.ortvalue_from_numpy(zeros, self._device, self._device_id))
         return values
 
     def _check_tokens(self, ids: npt.NDArray[Any]) -> None:
