@@ -37,6 +37,9 @@ def run(arguments: Sequence[str], show_progress: bool = False) -> int:
 def main() -> None:
     """The entry point of `teq-graph`."""
     interruption.install()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, and its number free for the next file that is opened
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the life of the process
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # what torch and others say to their callers is not for the user
     for stream in (sys.stdout, sys.stderr):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from support.command_line import QUICK, save_tiny_llama, start
+from support.command_line import QUICK, ROOT, save_tiny_llama, start
 
 from teq_graph.cli import run
 
@@ -159,6 +162,16 @@ def test_standard_error_on_a_full_disk(tiny: Path) -> None:
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "perplexity" in printed
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_closed_streams(number: int, tiny: Path) -> None:
+    code = MAIN.format("progress.SHOW_AFTER = 60")
+    command = f"exec {shlex.join([sys.executable, '-c', code, 'evaluate', str(tiny), '--tokens', '100'])} {number}>&-"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ("perplexity" in result.stdout) == (number == 2)
 
 
 def test_a_terminal_without_the_characters(tiny: Path) -> None:
