@@ -42,9 +42,8 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the life of the process
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # what torch and others say to their callers is not for the user
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without × and → is no reason to fail
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without × and → is no reason to fail
     code = run(sys.argv[1:], show_progress=True)
     for stream in (sys.stdout, sys.stderr):
         try:
