@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fnmatch
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -172,7 +173,10 @@ def learn_scales(
 def choose_linears(
     captured: CapturedGraph, quantization: QuantizationConfig
 ) -> tuple[dict[str, WeightSpec], dict[str, str]]:
-    """The linears to quantize, by weight name, and the reason for each that is left in float."""
+    """The linears to quantize, by weight name, and the reason for each that is left in float.
+
+    Raises CaptureError where there are none, ConfigError for a pattern that matches none of them.
+    """
     specs: dict[str, WeightSpec] = {}
     kept: dict[str, str] = {}
     for linear in fx.linears(captured.graph_module):
@@ -186,7 +190,16 @@ def choose_linears(
             specs[name] = spec
     if not specs and not kept:
         raise CaptureError("the graph has no linear layers: there is nothing to quantize")
+    names = [*specs, *kept]
+    for option, patterns in (("skip", quantization.skip), ("overrides", tuple(quantization.overrides))):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ConfigError(f"{option}={pattern!r}: it matches no linear; their weights are {_some(names)}")
     return specs, kept
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (f" … {names[-1]}" if len(names) > 2 else "")
 
 
 def make_report(

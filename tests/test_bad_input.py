@@ -151,6 +151,16 @@ def test_no_linears_at_all() -> None:
     in_one_line(caught)
 
 
+@pytest.mark.parametrize("option", [{"skip": ("*.nowhere.*",)}, {"overrides": {"*.nowhere.*": {"bits": 8}}}])
+def test_a_pattern_that_matches_nothing(option: dict[str, Any]) -> None:
+    """A typo must not quantize what was to stay in float."""
+    with pytest.raises(
+        ConfigError, match=r"='\*.nowhere.\*': it matches no linear; their weights are 0.weight"
+    ) as caught:
+        compile_mlp(quantization=QuantizationConfig(group_size=16, **option))
+    in_one_line(caught)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite(value: float) -> None:
     model = mlp()
