@@ -193,7 +193,7 @@ def choose_linears(
     names = [*specs, *kept]
     for option, patterns in (("skip", quantization.skip), ("overrides", tuple(quantization.overrides))):
         for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(f"{option}={pattern!r}: it matches no linear; their weights are {_some(names)}")
     return specs, kept
 
