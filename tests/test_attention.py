@@ -20,6 +20,7 @@ from teq_graph import graph as fx
 from teq_graph.analysis.attention import find_attentions
 from teq_graph.attention import group_query_attention, rotate
 from teq_graph.capture import CapturedGraph
+from teq_graph.onnx.export import lower
 from teq_graph.passes.fuse_attention import FuseAttention
 
 WIDE = {**GQA, "hidden_size": 64}
@@ -100,11 +101,11 @@ def compiled_decoder(family: str, **config: Any) -> CapturedGraph:
     return compiled_model(family, **config).captured
 
 
-def compiled_model(family: str, **config: Any) -> teq_graph.CompiledModel:
+def compiled_model(family: str, dtype: torch.dtype = torch.float32, **config: Any) -> teq_graph.CompiledModel:
     import transformers
 
     settings = transformers.AutoConfig.for_model(family, **{**TOKENS, **config})
-    model = randomize(transformers.AutoModelForCausalLM.from_config(settings))
+    model = randomize(transformers.AutoModelForCausalLM.from_config(settings)).to(dtype)
     quantization = teq_graph.QuantizationConfig(bits=4, group_size=16)
     return teq_graph.compile(model, quantization=quantization, training=None)
 
@@ -172,6 +173,14 @@ def test_onnxruntime_gives_the_same_with_padding(name: str, tmp_path: Path) -> N
         parts.append(logits)
     seen = mask.bool()
     assert relative_error(torch.cat(parts, 1)[seen], expected[seen]) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_models_in_half_precision_are_proven_in_float32(dtype: torch.dtype) -> None:
+    model = lower(compiled_model("llama", dtype, **WIDE).captured, dtype="float16")
+    found = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    assert len(found) == 2
+    assert all(node.attributes["do_rotary"].as_int() == 1 and node.inputs[1] is None for node in found)
 
 
 def test_layers_with_one_kind_of_rotation_share_its_table() -> None:

@@ -21,8 +21,8 @@ from teq_graph.analysis.blocks import SHAPE_QUERIES
 from teq_graph.analysis.rules import KEEPS, MOVES
 from teq_graph.attention import rotate
 from teq_graph.capture import CapturedGraph, DecoderShape
+from teq_graph.execution import run
 from teq_graph.graph import aten
-from teq_graph.training.execution import run
 
 LINEAR_OPS = {
     *MOVES,

@@ -111,24 +111,23 @@ def lower(
     report = progress or (lambda stage: None)
     target = DTYPES[dtype]
     report("preparing")
-    graph_module = fx.clone(captured.graph_module)
+    wide = _with_example_dtype(captured, torch.float32)
+    wide.graph_module = graph_module = fx.clone(captured.graph_module)
     steps = (
         RemoveNoOps(),
-        FuseAttention(dataclasses.replace(captured, graph_module=graph_module)),
+        # Attention is proven by numbers, which half precision is too coarse for.
+        ChangeDtype(torch.float32),
+        FuseAttention(wide),
         MatchOnnxruntimeLayout(),
         ChangeDtype(target),
         RemoveNoOps(),
     )
     for step in steps:
         step(graph_module)
-    args, kwargs = pytree.tree_map_only(
-        Tensor,
-        lambda value: value.to(target) if value.is_floating_point() else value,
-        (captured.example_args, captured.example_kwargs),
-    )
+    example = _with_example_dtype(captured, target)
     with torch.no_grad(), _quiet():
         report("tracing")
-        program = _trace(captured, graph_module, args, kwargs)
+        program = _trace(captured, graph_module, example.example_args, example.example_kwargs)
         report("translating")
         model = _translate(program, opset, accuracy_level)
     report("simplifying")
@@ -159,6 +158,16 @@ def _check_options(dtype: str, accuracy_level: int, opset: int) -> None:
         raise ConfigError(f"accuracy_level={accuracy_level!r}: accepted are {ACCURACY_LEVELS}")
     if opset not in OPSETS:
         raise ConfigError(f"opset={opset!r}: accepted are {OPSETS}")
+
+
+def _with_example_dtype(captured: CapturedGraph, dtype: torch.dtype) -> CapturedGraph:
+    """`captured` with floating-point example inputs of `dtype`."""
+    args, kwargs = pytree.tree_map_only(
+        Tensor,
+        lambda value: value.to(dtype) if value.is_floating_point() else value,
+        (captured.example_args, captured.example_kwargs),
+    )
+    return dataclasses.replace(captured, example_args=args, example_kwargs=kwargs)
 
 
 def _trace(captured: CapturedGraph, graph_module: GraphModule, args: Any, kwargs: Any) -> ExportedProgram:

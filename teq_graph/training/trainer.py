@@ -23,12 +23,12 @@ from teq_graph.analysis.blocks import Block
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import TrainingConfig, WeightSpec
 from teq_graph.errors import InputError, NumericsError
+from teq_graph.execution import Values, constant_ancestors, input_values, keep_only, needed_after, run
 from teq_graph.files import one_line
 from teq_graph.graph import aten
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
 from teq_graph.progress import Task, task
 from teq_graph.report import BlockReport
-from teq_graph.training.execution import Values, constant_ancestors, input_values, keep_only, needed_after, run
 from teq_graph.training.initialization import initial_scale
 
 TargetOf = Callable[[int], Sequence[Tensor]]
