@@ -13,13 +13,14 @@ import pytest
 import torch
 from support.architectures import BY_NAME
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from teq_graph.calibration import TokenInputs, calibration_batches, make_batches, model_step, sample_text
+from teq_graph.calibration import TokenInputs, calibration_batches, make_batches
 from teq_graph.capture import capture
 from teq_graph.config import TrainingConfig
 from teq_graph.errors import InputError, NumericsError
 from teq_graph.loading import LoadedModel
+from teq_graph.self_sampling import StepFn, sample_text
 
 VOCAB = 50
 DYNAMIC = torch.export.Dim.DYNAMIC
@@ -349,12 +350,20 @@ def test_sampler_refuses_logits_that_are_not_finite(bad: float) -> None:
         sample_text(markov_step(torch.full((9, 9), bad)), samples=3, length=8, seed=0, vocab_size=9)
 
 
+def cached_step(model: PreTrainedModel) -> StepFn:
+    def step(input_ids: Tensor, past: Any) -> tuple[Tensor, Any]:
+        output = model(input_ids=input_ids, past_key_values=past, use_cache=True)
+        return output.logits, output.past_key_values
+
+    return step
+
+
 def test_a_trained_model_writes_text_it_finds_likely(stories260k: LoadedModel) -> None:
     model, tokenizer = stories260k.model, stories260k.tokenizer
     assert tokenizer is not None
     special = tokenizer.all_special_ids
     text = sample_text(
-        model_step(model), samples=8, length=96, seed=0, vocab_size=512, bos_token_id=1, special_ids=special
+        cached_step(model), samples=8, length=96, seed=0, vocab_size=512, bos_token_id=1, special_ids=special
     )
     with torch.inference_mode():
         log_p = model(text[:, :-1]).logits.log_softmax(-1)
