@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -92,14 +92,14 @@ class Probe:
 
     def evaluate(
         self,
-        targets: Iterable[Node],
+        target: Node,
         sequence: int,
         past: int,
         given: Mapping[Node, Tensor] | None = None,
         mask: Tensor | None = None,
         batch: int = 1,
-    ) -> list[Tensor]:
-        """The values of `targets` for `sequence` tokens after `past` cached ones; `given` nodes are not computed."""
+    ) -> Tensor:
+        """The value of `target` for `sequence` tokens after `past` cached ones; `given` nodes are not computed."""
         tokens = torch.zeros(batch, sequence, dtype=torch.int64, device=self.device)
         if mask is None:
             mask = torch.ones(batch, past + sequence, dtype=torch.int64, device=self.device)
@@ -110,17 +110,17 @@ class Probe:
             for heads, dim in ((c.key_heads, c.key_dim), (c.value_heads, c.value_dim))
         ]
         values = dict(zip(self.placeholders, [tokens, mask, *cached], strict=True)) | dict(given or {})
-        targets = list(targets)
-        needed = _ancestors(targets, values)
+        needed = _ancestors(target, values)
         with torch.no_grad():
             run([node for node in self.nodes if node in needed], values, REPLACED)
-        return [values[node] for node in targets]
+        result: Tensor = values[target]
+        return result
 
 
-def _ancestors(targets: Iterable[Node], known: Mapping[Node, object]) -> set[Node]:
-    """The calls that `targets` need and that are not known."""
+def _ancestors(target: Node, known: Mapping[Node, object]) -> set[Node]:
+    """The calls that `target` needs and that are not known, itself included."""
     found: set[Node] = set()
-    pending = list(targets)
+    pending = [target]
     while pending:
         node = pending.pop()
         if node not in known and node not in found and node.op == "call_function":
@@ -147,7 +147,7 @@ def find_heads(probe: Probe, node: Node, known: list[Rotation]) -> Heads | None:
     def heads_of(x: Tensor, past: int) -> Tensor:
         """[heads, s, d] of a source [s, width]."""
         given = x.to(probe.device, probe.dtype).view(1, x.shape[0], *shape[1:])
-        (value,) = probe.evaluate([node], x.shape[0], past, {source: given.transpose(1, 2) if by_head else given})
+        value = probe.evaluate(node, x.shape[0], past, {source: given.transpose(1, 2) if by_head else given})
         return value[0].float()
 
     try:
@@ -337,7 +337,7 @@ def _cached_part(probe: Probe, node: Node, caches: Mapping[Node, Node], attentio
     heads, kv, width = node.meta["val"].shape[1], cache.meta["val"].shape[1], cache.meta["val"].shape[3]
     queries = attention.meta["val"].shape[1]
     x = torch.randn(1, kv, 5, width, generator=torch.Generator().manual_seed(0)).to(probe.device, probe.dtype)
-    (repeated,) = probe.evaluate([node], 2, 3, {cache: x})
+    repeated = probe.evaluate(node, 2, 3, {cache: x})
     # A single head may be left for the attention itself to repeat.
     if heads not in (queries, 1) or not torch.equal(repeated, x.repeat_interleave(heads // kv, 1)):
         return None
@@ -354,7 +354,7 @@ def _merged_heads(probe: Probe, node: Node) -> Node | None:
         (end,) = end.users
         if end.target not in MOVES and end.target not in KEEPS:
             break
-        (value,) = probe.evaluate([end], 3, 2, {node: x}, batch=2)
+        value = probe.evaluate(end, 3, 2, {node: x}, batch=2)
         if value.shape == wanted.shape and torch.equal(value, wanted):
             found = end
     return found
@@ -368,7 +368,7 @@ def find_window(probe: Probe, mask: Node) -> int | None:
     positions = probe.decoder.max_positions or 4 * CHUNK
     if positions < 16:
         return None
-    (row,) = probe.evaluate([mask], 1, positions - 1)
+    row = probe.evaluate(mask, 1, positions - 1)
     seen = int(_visible(row).sum())
     window = -1 if seen == positions else seen
     if window == 0:
@@ -379,7 +379,7 @@ def find_window(probe: Probe, mask: Node) -> int | None:
     for sequence, past in sorted(lengths):
         attention_mask = torch.ones(2, past + sequence, dtype=torch.int64, device=probe.device)
         attention_mask[0, :2] = 0
-        (given,) = probe.evaluate([mask], sequence, past, mask=attention_mask, batch=2)
+        given = probe.evaluate(mask, sequence, past, mask=attention_mask, batch=2)
         ahead = torch.arange(past + sequence) - torch.arange(past, past + sequence)[:, None]
         allowed = (ahead <= 0) & (attention_mask.cpu()[:, None, None, :] > 0)
         if window > 0:
