@@ -176,6 +176,19 @@ def describe_sizes(before: int, after: int, dtype: object) -> str:
     return f"{_megabytes(before)} in {kind} → {_megabytes(after)} on disk, {before / after:.2f} times smaller"
 
 
+def show_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows of text under their headers, numbers on the right; nothing but the headers without rows."""
+    rows = list(rows)
+    pretty = _console().is_terminal
+    table = Table(box=box.SIMPLE_HEAD if pretty else None, pad_edge=pretty, padding=(0, 1 if pretty else 2, 0, 0))
+    for index, header in enumerate(headers):
+        number = any(row[index].lstrip("-")[:1].isdigit() for row in rows)
+        table.add_column(header, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    _print(table)
+
+
 def _show_table(title: str, headers: Sequence[str], groups: Iterable[tuple[Any, Any, int]], row: Any) -> None:
     """Nothing without rows. A tuple in a row is a list: one line each on a terminal, else joined by commas."""
     console = _console()

@@ -17,10 +17,12 @@ from teq_graph.files import one_line
 
 if TYPE_CHECKING:
     from teq_graph.loading import LoadedModel
+    from teq_graph.opening import LanguageModel
 
 CONTEXT = 512
 TOKENS = 8192
 METHODS = ("teq", "rtn")
+PAPER_TASKS = ("lambada_openai", "hellaswag", "winogrande", "piqa")
 DTYPES = ("float32", "float16")
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 METADATA_FILE = "teq_graph.json"  # as teq_graph.onnx has it, which takes seconds to import
@@ -167,6 +169,17 @@ def tokenize(tokenizer: Any, text: Text) -> list[int]:
     return ids
 
 
+def check_reference(reference: LanguageModel, model: LanguageModel, text: Text, ids: list[int]) -> None:
+    """Refuse a reference that has other tokens than the model: their predictions are of different things."""
+    import torch
+
+    probe = torch.tensor([ids[:1]])
+    with torch.no_grad():
+        sizes = [len(one.logits_fn(probe)[0, -1]) for one in (reference, model)]
+    if tokenize(reference.tokenizer, text) != ids or sizes[0] != sizes[1]:
+        raise InputError("--reference: its tokens are not the model's; accepted is a model with the same tokenizer")
+
+
 def context_of(context: int | None, limit: int | None) -> int:
     """Tokens of a window: what is asked for, or what fits the model's positions."""
     if context is None:
@@ -174,6 +187,20 @@ def context_of(context: int | None, limit: int | None) -> int:
     if limit is not None and context > limit:
         raise InputError(f"--context {context}: accepted are up to the model's {limit} positions")
     return context
+
+
+def tasks(names: str | None, task_options: dict[str, Any], text_options: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the tasks to evaluate on, none for a text; refuses the options of the other kind of evaluation."""
+    accepted = ("--tasks", "which bring their own texts") if names is not None else ("a text", "for --tasks only")
+    for name, value in (text_options if names is not None else task_options).items():
+        if value is not None:
+            raise ConfigError(f"--{name}: no effect with {accepted[0]}, {accepted[1]}")
+    for name, least in (("limit", 1), ("num-fewshot", 0), ("batch-size", 1)):
+        check_range(name, task_options[name], least)
+    chosen = tuple(dict.fromkeys(filter(None, map(str.strip, (names or "").split(",")))))
+    if names is not None and not chosen:
+        raise ConfigError(f"--tasks {names!r}: accepted are names of tasks, separated by commas")
+    return chosen
 
 
 def _read(path: Path, option: str) -> str:
