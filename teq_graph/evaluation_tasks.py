@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from teq_graph import progress
-from teq_graph.errors import ConfigError, InputError
+from teq_graph.errors import ConfigError, InputError, NumericsError
 from teq_graph.files import one_line
 
 if TYPE_CHECKING:
@@ -169,10 +169,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             padded[: len(row)] = torch.tensor(row)
         with torch.inference_mode():
             logits = torch.as_tensor(self._logits_fn(ids))
-            return [
+            chosen = [
                 scores[len(row) - count : len(row)].float()
                 for scores, row, count in zip(logits, rows, counts, strict=True)
             ]
+        if any(bool(scores.isnan().any()) for scores in chosen):
+            raise NumericsError("tasks: the model's logits are nan; accepted are numbers")
+        return chosen
 
     def _row(self, context: str, options: dict[str, Any]) -> _Generation:
         settings = normalize_gen_kwargs(options, _MAX_NEW_TOKENS)
@@ -246,7 +249,7 @@ def evaluate_tasks(
     """Every metric of what `load_tasks` gave, on the first `limit` documents of each task.
 
     `num_fewshot` examples come before each question, except in tasks that allow none; None: as the task has it.
-    Raises InputError for requests that the model cannot answer.
+    Raises InputError for requests that the model cannot answer, NumericsError where its logits are not numbers.
     """
     for task in tasks["tasks"].values():
         own = task.get_config("num_fewshot")

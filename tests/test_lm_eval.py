@@ -23,7 +23,7 @@ import teq_graph
 from teq_graph import evaluation_tasks, opening
 from teq_graph.cli import run
 from teq_graph.compiled import CompiledModel
-from teq_graph.errors import ConfigError, InputError
+from teq_graph.errors import ConfigError, InputError, NumericsError
 from teq_graph.evaluation import divergence
 from teq_graph.evaluation_tasks import HarnessModel, TaskScore, evaluate_tasks, load_tasks
 from teq_graph.loading import LoadedModel, load_model
@@ -104,11 +104,13 @@ def task_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the harness's own tasks, whose 14 thousand files take seconds to read, and without the network."""
+def few_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the harness's own tasks, whose 14 thousand files take seconds to read, and without network and caches."""
     monkeypatch.setattr(evaluation_tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +307,13 @@ def test_what_the_model_cannot_answer(stories: LoadedModel) -> None:
         model.generate_until(requests_of("generate_until", [("Once", {"max_gen_toks": 16})]))
     with pytest.raises(InputError, match="accepted is greedy generation"):
         model.generate_until(requests_of("generate_until", [("Once", {"do_sample": True, "temperature": 1.0})]))
+
+
+def test_logits_that_are_no_numbers(stories: LoadedModel, task_dir: Path) -> None:
+    model = HarnessModel(lambda ids: torch.full((*ids.shape, 512), torch.nan), stories.tokenizer, POSITIONS)
+    for name in NAMES:
+        with pytest.raises(NumericsError, match="logits are nan"):
+            evaluate_tasks(model, load_tasks([name], task_dir))
 
 
 def test_a_tokenizer_without_special_tokens() -> None:
