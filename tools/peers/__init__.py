@@ -1,0 +1,1 @@
+"""Parts of `compare_peers.py`: a runner per package, and what starts, measures and shows them."""

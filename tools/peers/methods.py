@@ -1,0 +1,60 @@
+"""The methods that are compared: which package's environment and runner each has."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    label: str
+    runner: str
+    """Script in this folder; empty where there is nothing to quantize."""
+    environment: str = ""
+    """Name of its requirements file; empty for the environment that this tool runs in."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
+    ragged: str = ""
+    """What it does where rows are no whole number of groups, if that is not one shorter last group."""
+
+
+def _neural_compressor(label: str, note: str, **options: Any) -> Method:
+    version = "neural-compressor-pt 3.10"
+    ragged = "groups of its weight statistics run over the ends of rows" if options["algorithm"] == "awq" else ""
+    return Method(f"{version} {label}", "run_neural_compressor.py", "neural_compressor", options, note, ragged)
+
+
+def _onnxruntime(label: str, algorithm: str) -> Method:
+    ragged = "" if algorithm == "rtn" else "zeros that fill the last group of a row weigh in its fit"
+    options = {"algorithm": algorithm}
+    return Method(f"onnxruntime 1.31.1 {label}", "run_onnxruntime.py", "onnxruntime", options, ragged=ragged)
+
+
+def _ours(label: str, **options: Any) -> Method:
+    return Method(f"ours, {label}", "run_teq_graph.py", options=options)
+
+
+_DEFECT = "as shipped: where it asks for num_bits it gets 4 bits"
+
+METHODS: dict[str, Method] = {
+    "float": Method("float32", ""),
+    "rtn": Method("round to nearest", "run_teq_graph.py", options={"training": "rtn"}),
+    "ort-rtn": _onnxruntime("default", "rtn"),
+    "ort-hqq": _onnxruntime("HQQ", "hqq"),
+    "ort-k-quant": _onnxruntime("k_quant", "k_quant"),
+    "hqq": Method(
+        "hqq 0.2.8", "run_hqq.py", "hqq", ragged="last groups are given to it apart: its own would straddle rows"
+    ),
+    "inc-teq": _neural_compressor("TEQ", _DEFECT, algorithm="teq"),
+    "inc-teq-mended": _neural_compressor("TEQ, mended", "num_bits mended", algorithm="teq", mended=True),
+    "inc-awq": _neural_compressor("AWQ", _DEFECT, algorithm="awq"),
+    "inc-awq-mended": _neural_compressor("AWQ, mended", "num_bits mended", algorithm="awq", mended=True),
+    "inc-gptq": _neural_compressor("GPTQ", "", algorithm="gptq"),
+    "auto-round": Method("auto-round 0.16.1", "run_auto_round.py", "auto_round"),
+    "ours-scales": _ours("scales alone", training="stages", stages=["scales"]),
+    "ours-gptq": _ours("clip, gptq", training="stages", stages=["clip", "gptq"]),
+    "ours-fast": _ours("fast", training="preset", preset="fast"),
+    "ours-default": _ours("default", training="preset", preset="default"),
+    "ours-best": _ours("best", training="preset", preset="best"),
+}
