@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -174,6 +175,8 @@ def main(arguments: list[str] | None = None) -> None:
         compare(args)
     except (TeqGraphError, OSError, UnicodeDecodeError) as error:
         Parser().error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

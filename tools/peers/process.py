@@ -41,7 +41,7 @@ def measure_method(
             if method.runner:
                 _run([python, FOLDER / method.runner, job], log, deadline)
             if not method.runner or (job.parent / "weights.safetensors").is_file():
-                _run([sys.executable, FOLDER / "evaluate.py", job], log, deadline)
+                _run([sys.executable, FOLDER / "evaluator.py", job], log, deadline)
             row.update(json.loads((job.parent / "result.json").read_text(encoding="utf-8")))
         except (BuildError, MethodError) as error:
             row["error"] = str(error)

@@ -56,20 +56,21 @@ def calibrate(model: Any, batches: list[Tensor], steps: int) -> None:
         model(batch)
 
 
-def recovered(model: Any, names: list[str]) -> tuple[dict[str, Tensor], int]:
-    """The whole state with dequantized weights, and the bytes of input scales that were not absorbed."""
-    weights = {name: parameter for name, parameter in model.named_parameters() if name.endswith((".weight", ".bias"))}
-    extra = 0
-    for name in names:
+def recovered(model: Any, has_bias: dict[str, bool]) -> tuple[dict[str, Tensor], int]:
+    """All parameters, those of linears dequantized, and the bytes of input scales that were not absorbed."""
+    weights, extra = {}, 0
+    for name, biased in has_bias.items():
         module = model.get_submodule(name)
         linear = getattr(module, "linear", module)
         weight = linear.recover().float() if hasattr(linear, "recover") else linear.weight
         if linear is not module:  # MulLinear scales its input
             weight = weight * module.input_scale
             extra += module.input_scale.numel() * 4
-            weights.pop(f"{name}.linear.weight", None)
         weights[f"{name}.weight"] = weight
-    return weights, extra
+        if biased:
+            weights[f"{name}.bias"] = linear.bias
+    others = {name: parameter for name, parameter in model.named_parameters() if ".linear." not in name}
+    return {**others, **weights}, extra
 
 
 def runner(job: Job) -> None:
@@ -77,7 +78,7 @@ def runner(job: Job) -> None:
     if job.options.get("mended"):
         teq.quant_tensor = utility.quant_tensor = mend(utility.quant_tensor)
     model = make_traceable(job.load_model())
-    names = list(block_linears(model))
+    has_bias = {name: linear.bias is not None for name, linear in block_linears(model).items()}
     common = dict(bits=job.bits, group_size=job.group_size, use_sym=False)
     config, drive = {
         "teq": (TEQConfig, train_scales),
@@ -88,7 +89,7 @@ def runner(job: Job) -> None:
         model = prepare(model, config(**common), example_inputs=job.calibration[:1])
         drive(model, job.batches(), job.options.get("steps", job.iters))
         model = convert(model)
-    weights, extra = recovered(model, names)
+    weights, extra = recovered(model, has_bias)
     job.finish(weights, extra_bytes=extra)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evaluate import measure, stored_bytes
+from evaluator import measure, stored_bytes
 from job import Job, block_linears, quantize_each, run
 from torch import Tensor
 

@@ -59,7 +59,10 @@ def document(settings: Mapping[str, Any], rows: Iterable[Row]) -> str:
 
 
 def plot(rows: Iterable[Row], path: Path) -> bool:
-    """Perplexity against seconds, both on logarithmic axes; False where matplotlib is not installed."""
+    """Perplexity against seconds, on logarithmic axes; False where matplotlib is not installed.
+
+    Points are numbered, the legend names them. Perplexities above ten times the least are named, but not drawn.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -67,21 +70,23 @@ def plot(rows: Iterable[Row], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    for row in rows:
-        if row.get("error"):
-            continue
+    good = [row for row in rows if not row.get("error")]
+    limit = 10 * min((row["perplexity"] for row in good), default=1.0)
+    figure, axes = pyplot.subplots(figsize=(10, 5.5))
+    for number, row in enumerate(good, start=1):
         label, value = METHODS[row["method"]].label, row["perplexity"]
         if "seconds" not in row:
-            axes.axhline(value, color="gray", linestyle="--", linewidth=1)
-            axes.annotate(label, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
-            continue
-        ours = label.startswith("ours")
-        axes.scatter(row["seconds"], value, color="tab:red" if ours else "tab:blue", zorder=3)
-        axes.annotate(label, (row["seconds"], value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axes.axhline(value, color="gray", linestyle="--", label=label)
+        elif value > limit:
+            axes.plot([], [], " ", label=f"{label}: {_number(value, '.0f')}, not drawn")
+        else:
+            color = "tab:red" if label.startswith("ours") else "tab:blue"
+            axes.scatter(row["seconds"], value, color=color, label=f"{number}  {label}", zorder=3)
+            offset = dict(xytext=(4, 4), textcoords="offset points")
+            axes.annotate(str(number), (row["seconds"], value), fontsize=9, **offset)
     axes.set(xscale="log", yscale="log", xlabel="seconds to quantize", ylabel="perplexity")
     axes.grid(visible=True, which="both", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
     return True

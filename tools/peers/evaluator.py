@@ -1,6 +1,6 @@
 """The common measure: perplexity, KL to the float model's logits, top-1 agreement, and bytes by one formula.
 
-As a script it measures the weights that a runner left: `evaluate.py job.json`.
+As a script it measures the weights that a runner left: `evaluator.py job.json`.
 """
 
 from __future__ import annotations
