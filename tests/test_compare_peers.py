@@ -279,6 +279,16 @@ def test_model_that_is_absent(
     assert not measured
 
 
+def test_context_beyond_the_positions(
+    data_dir: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], measured: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        compare_peers.main(command(data_dir / "models" / "stories260K", files, tmp_path / "out", "--context", 513))
+    assert caught.value.code == 2
+    assert "has 512 positions" in capsys.readouterr().err
+    assert not measured
+
+
 # -------------------------------------------------------------------------------------------------------- measure
 
 

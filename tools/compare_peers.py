@@ -91,6 +91,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], dic
     sizes = {m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
     if not sizes:
         raise InputError(f"{args.model}: it has no torch.nn.Linear but the vocabulary projection")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and args.context > positions:
+        raise InputError(f"--context {args.context}: {args.model} has {positions} positions")
     ids = tokenizer(args.test.read_text(encoding="utf-8"), verbose=False)["input_ids"][: args.tokens]
     if len(ids) < 2:
         raise InputError(f"{args.test}: it has {len(ids)} tokens; accepted are two or more")
@@ -101,7 +104,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], dic
         batch_size=args.batch_size,
         seed=args.seed,
         tokenizer=tokenizer,
-        tokens=TokenInputs(model.get_input_embeddings().num_embeddings, None),
+        tokens=TokenInputs(model.get_input_embeddings().num_embeddings, positions),
     )
     arrays = {"test": np.array(ids), "calibration": torch.cat([batch["input_ids"] for batch in batches]).numpy()}
     fields = {name: getattr(args, name) for name in SHARED_FIELDS}

@@ -27,7 +27,7 @@ def dequantize(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, k: int)
 def runner(job: Job) -> None:
     bits, size, algorithm = job.bits, job.group_size, job.options["algorithm"]
     if algorithm == "rtn" and bits not in (2, 4, 8):
-        raise ValueError(f"onnxruntime rounds to 2, 4 or 8 bits ({bits} would run its 4-bit kernel)")
+        raise ValueError("MatMulNBitsQuantizer: only 2, 4 or 8 bits")
 
     def rtn(weight: Tensor) -> Tensor:
         config = nbits.DefaultWeightOnlyQuantConfig(block_size=size, bits=bits)
@@ -52,10 +52,11 @@ def runner(job: Job) -> None:
 
     weights = quantize_each(job, {"rtn": rtn, "hqq": hqq, "k_quant": k_quant}[algorithm])
     notes = []
-    if algorithm == "k_quant" and bits not in (4, 8):
-        notes.append("its search called directly: its quantizer rounds to nearest at other than 4 and 8 bits")
+    odd = any(-(-weight.shape[1] // size) % 2 for weight in weights.values())
+    if algorithm == "k_quant" and (bits not in (4, 8) or (bits == 4 and odd)):  # 4-bit zero points are packed in pairs
+        notes.append("its search called directly: its quantizer takes 8 bits, or 4 and an even number of groups")
     if algorithm == "hqq" and bits not in (2, 4, 8):
-        notes.append("its solver called directly: its quantizer packs 2, 4 and 8 bits only")
+        notes.append("its solver called directly: its quantizer has it for 2, 4 and 8 bits only")
     if algorithm == "hqq":
         notes.append("zero points in float16")
     job.finish(weights, notes=notes, zero_point_bits=16 if algorithm == "hqq" else bits)
