@@ -33,6 +33,7 @@ from teq_graph.passes.normalize_linears import NormalizeLinears
 from teq_graph.passes.quantize_linears import QuantizeLinears
 from teq_graph.passes.remove_no_ops import RemoveNoOps
 from teq_graph.passes.untie_weights import UntieWeights
+from teq_graph.quantization import Grid
 from teq_graph.report import BlockReport, LinearReport, Report
 from teq_graph.training import Trainer
 from teq_graph.write_back import can_write_back, write_back
@@ -105,10 +106,12 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     analysis = analyze(model, example_inputs, dynamic_shapes, quantization)
     captured, specs = analysis.captured, analysis.specs
     equivalences, blocks = analysis.findings.equivalences, tuple[BlockReport, ...]()
-    if training is not None and equivalences:
+    chosen: Mapping[str, tuple[Tensor, Grid]] = {}
+    stages = training.stages_for(specs.values()) if training is not None else ()
+    if training is not None and specs and (equivalences or any(stage != "scales" for stage in stages)):
         batches = calibration_batches(calibration, captured, training, tokenizer, example_inputs)
-        equivalences, blocks = learn_scales(analysis, batches, training)
-    quantizer = QuantizeLinears(specs)
+        equivalences, blocks, chosen = train(analysis, batches, training)
+    quantizer = QuantizeLinears(specs, chosen)
     originals = {name: fx.get_tensor(captured.graph_module, name) for name in specs}
     quantizer(captured.graph_module)
     LowerToMatMulNBits()(captured.graph_module)
@@ -151,23 +154,29 @@ def transform(
     if found:
         analysis.findings = dataclasses.replace(analysis.findings, equivalences=found)
         batches = calibration_batches(calibration, analysis.captured, training, tokenizer, example_inputs)
-        learn_scales(analysis, batches, training)
+        train(analysis, batches, dataclasses.replace(training, stages=("scales",)))
         write_back(graph_module, found, result)
     return result
 
 
-def learn_scales(
+def train(
     analysis: Analysis, batches: Sequence[Any], training: TrainingConfig
-) -> tuple[tuple[Equivalence, ...], tuple[BlockReport, ...]]:
-    """Train the scales in the graph and fold them; the equivalences with their scales, and each block's error."""
+) -> tuple[tuple[Equivalence, ...], tuple[BlockReport, ...], Mapping[str, tuple[Tensor, Grid]]]:
+    """Run the stages: the equivalences with the scales that were folded, each block's error, and the codes chosen.
+
+    Gains and biases that were tuned are written to the graph; weights are, but for their scales, as they were.
+    """
     captured, found = analysis.captured, analysis.findings.equivalences
     blocks = find_blocks(captured, found)
-    trainer = Trainer(captured, InsertScales(found, analysis.specs), blocks, batches, training)
+    used = found if "scales" in training.stages_for(analysis.specs.values()) else ()
+    trainer = Trainer(captured, InsertScales(used, analysis.specs), blocks, batches, training)
     trainer.run()
     folder = FoldScales(trainer.inserted)
     folder(captured.graph_module)
-    learned = tuple(dataclasses.replace(e, scale=s) for e, s in zip(found, folder.learned, strict=True))
-    return learned, tuple(trainer.reports)
+    for name, tensor in trainer.floats.items():
+        fx.set_tensor(captured.graph_module, name, tensor)
+    learned = tuple(dataclasses.replace(e, scale=s) for e, s in zip(used, folder.learned, strict=True)) or found
+    return learned, tuple(trainer.reports), trainer.codes
 
 
 def choose_linears(

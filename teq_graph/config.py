@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from teq_graph.errors import ConfigError
@@ -14,6 +14,10 @@ GROUP_SIZES = (16, 32, 64, 128, 256, -1)
 
 Objective = Literal["block", "model"]
 Init = Literal["ones", "weight", "activation"]
+
+BLOCK_STAGES = ("scales", "clip", "gptq", "bias", "tune")
+STAGES = (*BLOCK_STAGES, "distill")
+TUNED = ("rounding", "group_scales", "zero_points", "floats")
 
 
 def _require(condition: bool, name: str, value: object, accepted: str) -> None:
@@ -94,7 +98,16 @@ class QuantizationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How the scales are learned.
+    """How scales are learned and codes are chosen.
+
+    `stages`, of which any can be left out; None takes what serves the bits best:
+      - `"scales"`: the equivalences' scales are trained (TEQ, arXiv 2310.10944), by `objective` from `init`;
+      - `"clip"`: each group's range is narrowed to the least error;
+      - `"gptq"`: codes are chosen column by column, later ones make up for the errors of earlier ones;
+      - `"bias"`: biases take in the mean error of their linear;
+      - `"tune"`: block by block, what `tuned` names (rounding, group scales, zero points, and the floats: gains and
+        biases) is trained together to give the float block's output;
+      - `"distill"`: at last, group scales and floats of the whole model are trained on the float model's logits.
 
     `objective`:
       - `"block"`: each repeating block of the graph in turn learns to give the float block's output, with
@@ -104,31 +117,48 @@ class TrainingConfig:
         distance to the float model's outputs for any other.
     `init`: `"ones"`, `"weight"` (1/sqrt of each input channel's largest weight, as in the paper) or
     `"activation"` (a search over powers of the mean activation magnitude, as AWQ does).
-    `steps` counts optimizer steps (per block for `"block"`); 0 keeps the initial scales.
+    `steps` counts optimizer steps of each stage that trains (per block, but for the model objective and `"distill"`);
+    0 keeps the initial scales. `learning_rate` is that of the scales; `tuning_rate` that of rounding, in codes per
+    step, with the rates of all else that is tuned in proportion.
     `samples` and `length` shape the calibration set where it is cut from text or sampled.
     """
 
     objective: Objective = "block"
     steps: int = 200
     learning_rate: float | None = None
+    tuning_rate: float | None = None
     batch_size: int = 4
     init: Init = "ones"
     warmup: float = 0.05
     samples: int = 64
     length: int = 256
     seed: int = 0
+    stages: tuple[str, ...] | None = None
+    tuned: tuple[str, ...] = TUNED
 
     def __post_init__(self) -> None:
+        for name, accepted in (("stages", STAGES), ("tuned", TUNED)):
+            value = getattr(self, name)
+            if value is not None:
+                _require(not isinstance(value, str) and set(value) <= set(accepted), name, value, f"some of {accepted}")
+                object.__setattr__(self, name, tuple(part for part in accepted if part in value))
         _require(self.objective in ("block", "model"), "objective", self.objective, '"block" and "model"')
         _require(self.init in ("ones", "weight", "activation"), "init", self.init, '"ones", "weight" and "activation"')
         _require(_is_int(self.steps) and self.steps >= 0, "steps", self.steps, "integers >= 0")
         for name in ("batch_size", "samples", "length"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 1, name, value, "integers >= 1")
-        rate = self.learning_rate
-        _require(rate is None or 0.0 < rate < 1.0, "learning_rate", rate, "None or numbers between 0 and 1")
+        for name in ("learning_rate", "tuning_rate"):
+            rate = getattr(self, name)
+            _require(rate is None or 0.0 < rate < 1.0, name, rate, "None or numbers between 0 and 1")
         _require(0.0 <= self.warmup < 1.0, "warmup", self.warmup, "numbers from 0 up to, not including, 1")
         _require(_is_int(self.seed), "seed", self.seed, "integers")
+
+    def stages_for(self, specs: Iterable[WeightSpec]) -> tuple[str, ...]:
+        """The stages, those of the widest codes in `specs` being the default."""
+        if self.stages is not None:
+            return self.stages
+        return ("clip", "gptq", "tune") if any(spec.bits <= 4 for spec in specs) else ("clip", "gptq")
 
 
 def _is_int(value: object) -> bool:

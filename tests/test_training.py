@@ -25,8 +25,8 @@ from teq_graph.passes.quantize_linears import QuantizeLinears
 from teq_graph.quantization import fake_quantize
 from teq_graph.training import Trainer
 from teq_graph.training.initialization import initial_scale
-from teq_graph.training.trainer import decay
-from teq_graph.training.trainer import relative_error as block_loss
+from teq_graph.training.losses import relative_error as block_loss
+from teq_graph.training.optimize import decay
 
 W2 = QuantizationConfig(bits=2, group_size=16)
 LLAMA = next(a for a in ARCHITECTURES if a.name == "Llama (GQA)")
@@ -51,6 +51,11 @@ def mlp() -> nn.Module:
 
 EXAMPLE = (torch.zeros(6, 32),)
 DYNAMIC = ({0: torch.export.Dim.DYNAMIC},)
+
+
+def only_scales(**options: Any) -> TrainingConfig:
+    """The scales alone, with weights rounded to nearest."""
+    return TrainingConfig(stages=("scales",), **options)
 
 
 def train(model: nn.Module, batches: list[Any], config: TrainingConfig, quantization: Any = W2) -> tuple[Any, Trainer]:
@@ -81,11 +86,11 @@ def token_batches() -> list[Any]:
 def test_only_scales_change(objective: Any, token_batches: list[Any]) -> None:
     model = LLAMA.build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    analysis, trainer = train(model, token_batches, TrainingConfig(objective=objective, steps=3, batch_size=2))
+    analysis, trainer = train(model, token_batches, only_scales(objective=objective, steps=3, batch_size=2))
     scales = scales_of(analysis, trainer)
     assert any(not torch.equal(scale, torch.ones_like(scale)) for scale in scales)
     assert all(bool((scale >= SMALLEST_SCALE).all()) for scale in scales)
-    reference = trainer.reference.state_dict()
+    reference = trainer.reference.graph_module.state_dict()
     after = analysis.captured.graph_module.state_dict()
     others = [name for name in after if not name.startswith(("teq_scales", "teq_index"))]
     assert set(others) == set(reference)
@@ -97,7 +102,7 @@ def test_only_scales_change(objective: Any, token_batches: list[Any]) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_quantized_graph_computes_what_was_trained(bits: int, token_batches: list[Any]) -> None:
     quantization = QuantizationConfig(bits=bits, group_size=16)
-    config = TrainingConfig(steps=3, batch_size=2, init="activation")
+    config = only_scales(steps=3, batch_size=2, init="activation")
     analysis, trainer = train(LLAMA.build(), token_batches, config, quantization)
     graph_module = analysis.captured.graph_module
     args, _ = analysis.captured.bind({"input_ids": torch.randint(3, VOCAB, (3, 9))})
@@ -112,7 +117,7 @@ def test_the_quantized_graph_computes_what_was_trained(bits: int, token_batches:
 @pytest.mark.parametrize("init", ["ones", "weight", "activation"])
 def test_no_block_gets_worse(init: Any, batches: list[Any]) -> None:
     reports = [
-        report for _ in range(4) for report in train(mlp(), batches, TrainingConfig(steps=30, init=init))[1].reports
+        report for _ in range(4) for report in train(mlp(), batches, only_scales(steps=30, init=init))[1].reports
     ]
     assert len(reports) == 12
     assert all(report.after <= report.before for report in reports)
@@ -136,7 +141,7 @@ class Classes(nn.Module):
 def test_a_model_without_float_outputs_learns_its_last_float_values(objective: Any, batches: list[Any]) -> None:
     model = Classes().eval()
     options = dict(calibration=batches, quantization=W2)
-    config = TrainingConfig(objective=objective, steps=20, learning_rate=1e-2)
+    config = only_scales(objective=objective, steps=20, learning_rate=1e-2)
     last, same = (
         teq_graph.compile(part, EXAMPLE, DYNAMIC, training=config, **options).report.blocks[-1]
         for part in (model, model.layers)
@@ -146,7 +151,7 @@ def test_a_model_without_float_outputs_learns_its_last_float_values(objective: A
 
 
 def test_a_block_that_training_would_harm_keeps_ones(batches: list[Any]) -> None:
-    analysis, trainer = train(mlp(), batches, TrainingConfig(steps=3, learning_rate=0.99, warmup=0))
+    analysis, trainer = train(mlp(), batches, only_scales(steps=3, learning_rate=0.99, warmup=0))
     for report, scale in zip(trainer.reports, scales_of(analysis, trainer)[::2], strict=False):
         assert report.after <= report.before
         assert report.after < report.before or torch.equal(scale, torch.ones_like(scale))
@@ -155,7 +160,7 @@ def test_a_block_that_training_would_harm_keeps_ones(batches: list[Any]) -> None
 def test_the_reported_error_is_the_blocks_own(batches: list[Any]) -> None:
     """Of the first block, whose input is the float one: recomputed here from the definition."""
     model = mlp()
-    analysis, trainer = train(model, batches, TrainingConfig(steps=10))
+    analysis, trainer = train(model, batches, only_scales(steps=10))
     first, x = model[0], torch.cat([batch for (batch,) in batches])
     (site,) = [e for e in analysis.findings.equivalences if e.producer == "0.norm.weight"]
     (inner,) = [e for e in analysis.findings.equivalences if e.producer == "0.up.weight"]
@@ -177,7 +182,7 @@ def test_the_reported_error_is_the_blocks_own(batches: list[Any]) -> None:
 
 
 def test_the_model_objective_reduces_the_distance_to_the_float_outputs(batches: list[Any]) -> None:
-    _, trainer = train(mlp(), batches, TrainingConfig(objective="model", steps=40, learning_rate=1e-2))
+    _, trainer = train(mlp(), batches, only_scales(objective="model", steps=40, learning_rate=1e-2))
     (report,) = trainer.reports
     assert report.after < 0.98 * report.before
 
@@ -185,7 +190,7 @@ def test_the_model_objective_reduces_the_distance_to_the_float_outputs(batches: 
 def test_the_model_objective_reduces_a_language_models_loss(stories260k: LoadedModel) -> None:
     text = stories260k.tokenizer("Once upon a time, there was a little dog. The dog liked to play in the park. " * 12)
     tokens = torch.tensor(text["input_ids"])[:256].view(4, 64)
-    config = TrainingConfig(objective="model", steps=30, learning_rate=5e-3)
+    config = only_scales(objective="model", steps=30, learning_rate=5e-3)
     quantization = QuantizationConfig(bits=3, group_size=32)
     _, trainer = train(stories260k.model, [{"input_ids": part} for part in tokens.split(2)], config, quantization)
     (report,) = trainer.reports
@@ -199,16 +204,16 @@ def test_the_model_objective_reduces_a_language_models_loss(stories260k: LoadedM
 @pytest.mark.parametrize("objective", ["block", "model"])
 def test_a_seed_makes_a_run_repeatable(objective: Any, batches: list[Any]) -> None:
     model = mlp()
-    config = TrainingConfig(objective=objective, steps=5, seed=7)
+    config = only_scales(objective=objective, steps=5, seed=7)
     first, second = (scales_of(*train(copy.deepcopy(model), batches, config)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    other = scales_of(*train(model, batches, TrainingConfig(objective=objective, steps=5, seed=8)))
+    other = scales_of(*train(model, batches, only_scales(objective=objective, steps=5, seed=8)))
     assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_compile_is_repeatable_on_its_own_samples() -> None:
     model = LLAMA.build()
-    config = TrainingConfig(steps=2, samples=4, length=12, batch_size=2, seed=3)
+    config = only_scales(steps=2, samples=4, length=12, batch_size=2, seed=3)
     first, second = (teq_graph.compile(model, quantization=W2, training=config) for _ in range(2))
     assert all(torch.equal(a.scale, b.scale) for a, b in zip(first.equivalences, second.equivalences, strict=True))
     tokens = torch.randint(3, VOCAB, (2, 7))
@@ -258,8 +263,8 @@ def test_zero_steps_keep_the_initial_scales(
 ) -> None:
     """Even those that make things worse."""
     initial = {n: torch.logspace(-2, 2, n)[torch.randperm(n)] for n in (32, 48)}
-    monkeypatch.setattr("teq_graph.training.trainer.initial_scale", lambda site, *_: initial[site.channels])
-    analysis, trainer = train(mlp(), batches, TrainingConfig(objective=objective, steps=0, init="weight"))
+    monkeypatch.setattr("teq_graph.training.block.initial_scale", lambda site, *_: initial[site.channels])
+    analysis, trainer = train(mlp(), batches, only_scales(objective=objective, steps=0, init="weight"))
     assert any(report.after > report.before for report in trainer.reports)
     assert all(torch.equal(scale, initial[len(scale)]) for scale in scales_of(analysis, trainer))
 
@@ -291,7 +296,7 @@ def test_half_precision_models_compile(dtype: torch.dtype) -> None:
         model,
         calibration=torch.randint(3, VOCAB, (4, 12)),
         quantization=QuantizationConfig(bits=8, group_size=16),
-        training=TrainingConfig(steps=2, batch_size=2),
+        training=only_scales(steps=2, batch_size=2),
     )
     tokens = torch.randint(3, VOCAB, (2, 9))
     logits = compiled(input_ids=tokens).logits
@@ -323,7 +328,7 @@ def test_a_batch_that_the_model_cannot_take_is_named(objective: Any, init: Any, 
     model = randomize(BertModel(BertConfig(vocab_size=VOCAB, max_position_embeddings=32, **sizes)))
     mask = torch.ones(2, next(iter(batch.values())).shape[1], dtype=torch.long)
     fine = {"input_ids": torch.randint(0, VOCAB, mask.shape)[:, :32], "attention_mask": mask[:, :32]}
-    config = TrainingConfig(objective=objective, init=init, steps=1)
+    config = only_scales(objective=objective, init=init, steps=1)
     with pytest.raises(InputError, match=f"calibration batch 1: .*{message}") as caught:
         train(model, [fine, {**batch, "attention_mask": mask}], config)
     assert "\n" not in str(caught.value)
@@ -340,13 +345,13 @@ def test_a_batch_that_the_model_cannot_take_is_named(objective: Any, init: Any, 
 def test_rows_of_one_token_have_no_next_one(batch: Any, token_batches: list[Any]) -> None:
     model = LLAMA.build()
     with pytest.raises(InputError, match=r"calibration batch 3: .*at least two tokens") as caught:
-        train(model, [*token_batches, batch], TrainingConfig(objective="model", steps=1))
+        train(model, [*token_batches, batch], only_scales(objective="model", steps=1))
     assert "\n" not in str(caught.value)
-    train(model, [*token_batches, batch], TrainingConfig(steps=0))  # a block's outputs are there for one token, too
+    train(model, [*token_batches, batch], only_scales(steps=0))  # a block's outputs are there for one token, too
 
 
 def test_a_calibration_that_overflows_is_named(batches: list[Any]) -> None:
     model = randomize(mlp(), std=1e19)
     with pytest.raises(NumericsError, match="calibration batch 0") as caught:
-        train(model, batches, TrainingConfig(steps=1))
+        train(model, batches, only_scales(steps=1))
     assert "\n" not in str(caught.value)

@@ -1,5 +1,7 @@
 """Grids, codes and storage of quantized weights: the reference mathematics of MatMulNBits."""
 
+from teq_graph.quantization.clip import find_clipped_grid
+from teq_graph.quantization.gptq import gptq
 from teq_graph.quantization.grid import (
     Grid,
     dequantize,
@@ -10,14 +12,18 @@ from teq_graph.quantization.grid import (
     resolve_block_size,
     round_scales,
 )
+from teq_graph.quantization.learned import LearnedWeight
 from teq_graph.quantization.weight import QuantizedWeight, quantize_weight
 
 __all__ = [
     "Grid",
+    "LearnedWeight",
     "QuantizedWeight",
     "dequantize",
     "fake_quantize",
+    "find_clipped_grid",
     "find_grid",
+    "gptq",
     "num_blocks",
     "quantize",
     "quantize_weight",

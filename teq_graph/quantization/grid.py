@@ -22,7 +22,7 @@ from teq_graph.errors import ConfigError, InputError, NumericsError
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_TILE = 2**18
+TILE = 2**18
 """Elements that are worked on at once: 1 MiB of float32."""
 
 Gradient = Literal["identity", "range"]
@@ -84,8 +84,8 @@ def round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scales == 0, 1.0, torch.copysign(magnitude.to(torch.float32), scales))
 
 
-def find_grid(weight: Tensor, spec: WeightSpec, scale_dtype: torch.dtype = torch.float32) -> Grid:
-    """The round-to-nearest grid of a weight [N, K].
+def find_grid(weight: Tensor, spec: WeightSpec, scale_dtype: torch.dtype = torch.float32, part: float = 1.0) -> Grid:
+    """The round-to-nearest grid of a weight [N, K], over the given `part` of each group's range.
 
     Asymmetric: `scale = (max - min) / (2**bits - 1)` and `zero_point = round(-min / scale)`, where max and min
     include 0. Symmetric: `scale = extreme / -2**(bits - 1)`, where extreme is the signed value of the largest
@@ -97,7 +97,9 @@ def find_grid(weight: Tensor, spec: WeightSpec, scale_dtype: torch.dtype = torch
     """
     _check_weight(weight)
     block = resolve_block_size(weight.shape[1], spec.group_size)
-    fits = [_fit(groups, spec, scale_dtype) for groups, _ in _split(weight.detach().to(torch.float32), block)]
+    fits = [
+        _fit(groups, spec, scale_dtype, part) for groups, _ in split_groups(weight.detach().to(torch.float32), block)
+    ]
     scales = torch.cat([fit.scale for fit in fits], dim=1)
     if not bool(scales.isfinite().all()):
         raise NumericsError(
@@ -115,7 +117,9 @@ def quantize(weight: Tensor, grid: Grid) -> Tensor:
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     zeros = grid.zero_points_as_float()
     source = weight.detach().to(torch.float32)
-    for (groups, of), (target, _) in zip(_split(source, grid.block_size), _split(codes, grid.block_size), strict=True):
+    for (groups, of), (target, _) in zip(
+        split_groups(source, grid.block_size), split_groups(codes, grid.block_size), strict=True
+    ):
         steps = (groups / grid.scales[:, of, None]).round_()
         target.copy_(steps.add_(zeros[:, of, None]).clamp_(0, 2**grid.bits - 1))
     return codes
@@ -126,7 +130,7 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     _check_grid(codes, grid)
     weight = codes.to(torch.float32)
     zeros = grid.zero_points_as_float()
-    for groups, of in _split(weight, grid.block_size):
+    for groups, of in split_groups(weight, grid.block_size):
         groups.sub_(zeros[:, of, None]).mul_(grid.scales[:, of, None])
     return weight
 
@@ -167,9 +171,11 @@ class _Fit:
     """d(scale) / d(high) if asymmetric, d(scale) / d(extreme) if symmetric; 0 where the scale is a bound."""
 
 
-def _fit(groups: Tensor, spec: WeightSpec, dtype: torch.dtype) -> _Fit:
+def _fit(groups: Tensor, spec: WeightSpec, dtype: torch.dtype, part: float = 1.0) -> _Fit:
     # amin and amax are each vectorised along K; aminmax is not (twenty times slower).
     low, high = groups.amin(dim=-1).clamp_(max=0), groups.amax(dim=-1).clamp_(min=0)
+    if part != 1:
+        low, high = low * part, high * part
     levels = 2**spec.bits - 1
     middle = 2 ** (spec.bits - 1)
     ideal = torch.where(high > -low, high, low) / -middle if spec.symmetric else (high - low) / levels
@@ -262,7 +268,7 @@ def _add_where_equal(out: Tensor, weight: Tensor, bound: Tensor, amount: Tensor,
     out.addcmul_(work, share[..., None])
 
 
-def _split(matrix: Tensor, block: int) -> Iterator[tuple[Tensor, slice]]:
+def split_groups(matrix: Tensor, block: int) -> Iterator[tuple[Tensor, slice]]:
     """Views [N, g, B] of [N, K], and the blocks they are: the whole blocks, then the shorter last one."""
     k = matrix.shape[1]
     whole = k // block
@@ -273,9 +279,9 @@ def _split(matrix: Tensor, block: int) -> Iterator[tuple[Tensor, slice]]:
 
 
 def _tiles(matrix: Tensor, block: int) -> Iterator[Tensor]:
-    """The views of `_split` in runs of rows that stay in a core's cache over several elementwise passes."""
-    for rows in torch.split(matrix, max(1, _TILE // matrix.shape[1])):
-        for groups, _ in _split(rows, block):
+    """The views of `split_groups` in runs of rows that stay in a core's cache over several elementwise passes."""
+    for rows in torch.split(matrix, max(1, TILE // matrix.shape[1])):
+        for groups, _ in split_groups(rows, block):
             yield groups
 
 

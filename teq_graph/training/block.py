@@ -1,0 +1,230 @@
+"""One block while it is trained: its constants, its error, and the stages on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from teq_graph import graph as fx
+from teq_graph.analysis.blocks import Block
+from teq_graph.config import TrainingConfig, WeightSpec
+from teq_graph.execution import Values, constant_ancestors, run
+from teq_graph.graph import aten
+from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertedScales
+from teq_graph.progress import Task
+from teq_graph.training.initialization import initial_scale
+from teq_graph.training.losses import relative_error
+from teq_graph.training.optimize import Learned, optimize
+from teq_graph.training.reference import FloatReference, TargetOf
+from teq_graph.training.stages import (
+    BlockProblem,
+    Choice,
+    clip,
+    compensate,
+    correct_biases,
+    round_to_nearest,
+    tune,
+)
+
+LOSS_BATCHES = 4
+"""Batches on which a block's error is measured."""
+LEARNING_RATE = 2e-2
+"""Of scales."""
+WITH_GAINS = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
+
+
+@dataclasses.dataclass
+class BlockTrainer:
+    """A block of `graph_module`, with the values that earlier blocks give it and the float block's outputs."""
+
+    graph_module: GraphModule
+    inserted: InsertedScales
+    specs: Mapping[str, WeightSpec]
+    block: Block
+    values: Sequence[Values]
+    target_of: TargetOf
+    config: TrainingConfig
+    generator: torch.Generator
+    bar: Task
+
+    def __post_init__(self) -> None:
+        self.weight_nodes = constant_ancestors(self.block.nodes)
+        self.chosen: Values = {}
+
+    def constants(self) -> Values:
+        """What the block computes from tensors alone, its weights above all, without gradients."""
+        result: Values = {}
+        with torch.no_grad():
+            run((node for node in self.weight_nodes if node not in self.chosen), result)
+        return {**result, **self.chosen}
+
+    def error(self) -> float:
+        """The block's error as it is now, on a few batches."""
+        return self._error(self.constants())
+
+    def learn_scales(self, numbers: Sequence[int], samples: Mapping[str, Tensor], reference: FloatReference) -> None:
+        """Learn the scales of the equivalences `numbers`, with weights rounded to nearest; ones where that is worse."""
+        learned = [fx.get_tensor(self.graph_module, self.inserted.scales[number]) for number in numbers]
+        before = self.error()
+        for number, parameter in zip(numbers, learned, strict=True):
+            parameter.data.copy_(starting_scale(self.inserted, number, self.config, samples, reference, self.specs))
+        nodes = [*self.weight_nodes, *self.block.nodes]
+        optimize(
+            [Learned(learned, self.config.learning_rate or LEARNING_RATE)],
+            functools.partial(self._loss, nodes, {}),
+            len(self.values),
+            self.config,
+            self.generator,
+            self.bar,
+            smallest=SMALLEST_SCALE,
+        )
+        if self.config.steps and self.error() > before:
+            for parameter in learned:
+                parameter.data.fill_(1)
+
+    def choose_codes(self, names: Sequence[str], floats: Sequence[str], stages: Sequence[str]) -> Choice:
+        """Codes for the weights `names` by the stages; of the results on the way the one with the least error.
+
+        The gains and biases `floats` may change, too.
+        """
+        problem = self._problem(names, floats)
+        candidates = [round_to_nearest(problem)]
+        choice = candidates[0]
+        for name, stage in (("clip", clip), ("gptq", compensate), ("bias", correct_biases)):
+            if name in stages:
+                choice = stage(problem, choice)
+        if choice is not candidates[0]:
+            candidates.append(choice)
+        if "tune" in stages and self.config.steps:
+            candidates.append(tune(problem, choice, self.config, self.generator, self.bar))
+        errors = []
+        for candidate in candidates:
+            self._use(candidate, problem)
+            errors.append(self.error())
+        best = candidates[errors.index(min(errors))]
+        self._use(best, problem)
+        return best
+
+    # ---------------------------------------------------------------------------------------------------- pieces
+
+    def _use(self, choice: Choice, problem: BlockProblem) -> None:
+        for name, tensor in choice.tensors(problem).items():
+            for node in self.nodes_of[name]:
+                self.chosen[node] = tensor
+
+    @functools.cached_property
+    def nodes_of(self) -> dict[str, list[Node]]:
+        """Tensor name -> the nodes from which the block reads its value, scaled and quantized."""
+        named = {node: name for name, node in (*self.inserted.scaled.items(), *self.inserted.quantized.items())}
+        found: dict[str, list[Node]] = {}
+        inside = set(self.block.nodes)
+        for source in dict.fromkeys(source for node in self.block.nodes for source in node.all_input_nodes):
+            name = named.get(source, str(source.target) if source.op == "get_attr" else None)
+            if name is not None and source not in inside:
+                found.setdefault(name, []).append(source)
+        return found
+
+    def _error(self, constants: Values) -> float:
+        numbers = range(min(LOSS_BATCHES, len(self.values)))
+        with torch.no_grad():
+            return sum(float(self._loss(self.block.nodes, constants, number)) for number in numbers) / len(numbers)
+
+    def _loss(self, nodes: Sequence[Node], constants: Mapping[Node, object], number: int) -> Tensor:
+        env = {**self.values[number], **constants}
+        run(nodes, env)
+        return relative_error([env[node] for node in self.block.outputs], self.target_of(number))
+
+    def _problem(self, names: Sequence[str], floats: Sequence[str]) -> BlockProblem:
+        constants = self.constants()
+
+        def present(name: str) -> Tensor:
+            node = self.inserted.scaled[name]
+            value: Tensor = constants[node] if node in constants else fx.node_tensor(node)
+            return value.detach()
+
+        weights = {name: present(name) for name in names}
+        for name, weight in weights.items():
+            constants[self.inserted.quantized[name]] = weight
+        # What depends on a quantized weight is none of the constants that a loss needs.
+        changing = {name: self.nodes_of[name] for name in (*names, *floats)}
+        moments, means = self._moments(names, constants)
+
+        def loss_of(number: int, tensors: Mapping[str, Tensor]) -> Tensor:
+            chosen = {node: tensors[name] for name, nodes in changing.items() for node in nodes}
+            return self._loss(self.block.nodes, {**constants, **chosen}, number)
+
+        vectors = {}
+        for name in floats:
+            node = self.nodes_of[name][0]
+            vectors[name] = (constants[node] if node in constants else fx.node_tensor(node)).detach()
+        return BlockProblem(
+            weights,
+            {name: self.specs[name] for name in names},
+            moments,
+            means,
+            vectors,
+            self._bias_of(names, floats),
+            loss_of,
+            len(self.values),
+        )
+
+    def _moments(self, names: Sequence[str], constants: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Second moments [K, K] and means [K] of what each linear reads, float32, over all batches."""
+        source_of = {name: fx.operand(linear) for linear, name in self._linears().items() if name in names}
+        moments: dict[Node, Tensor] = {}
+        means: dict[Node, Tensor] = {}
+        for values in self.values:
+            env = {**values, **constants}
+            with torch.no_grad():
+                run(self.block.nodes, env)
+            for source in dict.fromkeys(source_of.values()):
+                read = env[source].reshape(-1, env[source].shape[-1]).float()
+                of_batch = (read.t() @ read).div_(len(read) * len(self.values)), read.mean(0) / len(self.values)
+                for total, part in zip((moments, means), of_batch, strict=True):
+                    total[source] = total[source].add_(part) if source in total else part
+        return (
+            {name: moments[source] for name, source in source_of.items()},
+            {name: means[source] for name, source in source_of.items()},
+        )
+
+    def _linears(self) -> dict[Node, str]:
+        """The block's linears whose weights are quantized."""
+        named = {node: name for name, node in self.inserted.quantized.items()}
+        calls = {node: fx.operand(node, 1) for node in self.block.nodes if fx.is_call(node, aten.linear.default)}
+        return {node: named[weight] for node, weight in calls.items() if weight in named}
+
+    def _bias_of(self, names: Sequence[str], floats: Sequence[str]) -> dict[str, str]:
+        reads = {node: name for name in floats for node in self.nodes_of[name]}
+        biases = {name: fx.arguments(linear)["bias"] for linear, name in self._linears().items() if name in names}
+        return {name: reads[bias] for name, bias in biases.items() if bias in reads}
+
+    def gains_and_biases(self) -> list[str]:
+        """Names of the vectors that norms and linears of the block take as their gain or bias."""
+        name_of = {node: name for name, nodes in self.nodes_of.items() for node in nodes}
+        found: dict[str, None] = {}
+        for node in self.block.nodes:
+            if fx.is_call(node, *WITH_GAINS):
+                for role in ("weight", "bias"):
+                    source = fx.arguments(node).get(role)
+                    if source in name_of and source.meta["val"].dim() == 1:
+                        found[name_of[source]] = None
+        return list(found)
+
+
+def starting_scale(
+    inserted: InsertedScales,
+    number: int,
+    config: TrainingConfig,
+    samples: Mapping[str, Tensor],
+    reference: FloatReference,
+    specs: Mapping[str, WeightSpec],
+) -> Tensor:
+    """Where the scale of equivalence `number` begins."""
+    equivalence = inserted.equivalences[number]
+    weights = {name: reference.tensor(name) for name in equivalence.linears}
+    return initial_scale(equivalence, config.init, weights, samples, specs)

@@ -1,0 +1,38 @@
+"""What training minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+NO_TOKEN = -100
+
+
+def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Squared error over the last dimension, each token relative to its own mean square.
+
+    A few tokens are hundreds of times larger than the others in trained decoders; an absolute error would
+    be about them alone.
+    """
+    losses = []
+    for output, target in zip(outputs, targets, strict=True):
+        target = target.float()
+        error = (output.float() - target).square().mean(-1)
+        losses.append((error / target.square().mean(-1).clamp(min=1e-12)).mean())
+    return torch.stack(losses).mean()
+
+
+def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy of each next token in nats, padding left out; logits [b, s, vocab]."""
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), next_tokens(batch).flatten(), ignore_index=NO_TOKEN
+    )
+
+
+def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """What follows each token but the last [b, s - 1]; NO_TOKEN where that is padding."""
+    labels = batch["input_ids"][:, 1:]
+    mask = batch.get("attention_mask")
+    return labels if mask is None else labels.masked_fill(mask[:, 1:] == 0, NO_TOKEN)

@@ -1,0 +1,118 @@
+"""The float model, block by block: what the quantized one is trained to give."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from teq_graph import graph as fx
+from teq_graph.analysis.blocks import Block
+from teq_graph.capture import CapturedGraph
+from teq_graph.errors import InputError, NumericsError
+from teq_graph.execution import Values, input_values, keep_only, needed_after, run
+from teq_graph.files import one_line
+from teq_graph.graph import aten
+
+TargetOf = Callable[[int], Sequence[Tensor]]
+"""Number of a batch -> the float block's outputs for it."""
+
+ROWS = 256
+"""Rows of each linear's input that the search for initial scales looks at."""
+
+
+@dataclasses.dataclass
+class FloatReference:
+    """A clone of the captured graph, made before anything is changed in it, and the calibration batches.
+
+    No more than one block's activations are alive, and each is computed once.
+    """
+
+    captured: CapturedGraph
+    batches: Sequence[object]
+    generator: torch.Generator
+
+    def __post_init__(self) -> None:
+        self.graph_module = fx.clone(self.captured.graph_module)
+        self.twin = {node.name: node for node in self.graph_module.graph.nodes}
+
+    def inputs(self, number: int, graph_module: GraphModule | None = None) -> Values:
+        """The placeholders' values for a batch; raises InputError where it is none of the model's."""
+        with batch_named(number):
+            return input_values(self.captured, self.batches[number], graph_module)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as it was."""
+        return fx.get_tensor(self.graph_module, name).detach()
+
+    def outputs(self, block: Sequence[Node], wanted: Sequence[Node], number: int) -> list[Tensor]:
+        """The float values of `wanted` for a batch, where `block` are all nodes up to them."""
+        values = self.inputs(number, self.graph_module)
+        self._run([self.twin[node.name] for node in block], values, number)
+        return [values[self.twin[node.name]] for node in wanted]
+
+    def walk(self, blocks: Sequence[Block]) -> Iterator[tuple[dict[str, Tensor], TargetOf]]:
+        """For each block, samples [T, K] of its linears' inputs by weight name, and its outputs per batch.
+
+        The last block's outputs (logits) are far larger than its inputs, and computed again when asked for.
+        """
+        values = [self.inputs(number, self.graph_module) for number in range(len(self.batches))]
+        stretches = [[self.twin[node.name] for node in block.nodes] for block in blocks]
+        kept = needed_after(stretches)
+        rows = -(-ROWS // len(self.batches))
+        for index, nodes in enumerate(stretches):
+            samples: dict[str, list[Tensor]] = {}
+            targets: list[list[Tensor]] = []
+            output_nodes = [self.twin[node.name] for node in blocks[index].outputs]
+            is_last = index == len(stretches) - 1
+            inputs = [dict(env) for env in values] if is_last else []
+            for number, env in enumerate(values):
+                self._run(nodes, env, number)
+                for node in nodes:
+                    if fx.is_call(node, aten.linear.default) and fx.is_tensor_constant(node.args[1]):
+                        read = env[fx.operand(node)]
+                        samples.setdefault(fx.weight_name(node), []).append(self._some_rows(read, rows))
+                outputs = [env[node] for node in output_nodes]
+                if not all(bool(torch.isfinite(output).all()) for output in outputs):
+                    raise NumericsError(f"calibration batch {number}: the float model gives NaN or infinity")
+                if not is_last:
+                    targets.append(outputs)
+                values[number] = keep_only(env, kept[index])
+            joined = {name: torch.cat(parts) for name, parts in samples.items()}
+            again = functools.partial(_computed_again, nodes, output_nodes, inputs)
+            yield joined, again if is_last else targets.__getitem__
+
+    def _run(self, nodes: Sequence[Node], values: Values, number: int) -> None:
+        with torch.no_grad(), batch_named(number):
+            run(nodes, values)
+
+    def _some_rows(self, read: Tensor, rows: int) -> Tensor:
+        flat = read.reshape(-1, read.shape[-1])
+        return flat[torch.randperm(flat.shape[0], generator=self.generator)[:rows].to(flat.device)]
+
+
+@contextlib.contextmanager
+def batch_named(number: int) -> Iterator[None]:
+    """Errors of the block, as those of the calibration batch that the model cannot take."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except InputError as error:
+        raise InputError(f"calibration batch {number}: {error}") from error
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:  # what torch's operators raise
+        raise InputError(f"calibration batch {number}: the model cannot take it: {one_line(error)}") from error
+
+
+def _computed_again(
+    nodes: Sequence[Node], outputs: Sequence[Node], values: Sequence[Values], number: int
+) -> list[Tensor]:
+    env = dict(values[number])
+    with torch.no_grad():
+        run(nodes, env)
+    return [env[node] for node in outputs]

@@ -1,0 +1,160 @@
+"""The stages that choose a block's codes: each takes what the one before chose, and gives something better.
+
+    nothing chosen --clip--> grids of least error --gptq--> codes of least output error --tune--> codes and grids
+    that give the float block's output
+
+`round_to_nearest` starts every chain; any of the others can be left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from teq_graph.config import TrainingConfig, WeightSpec
+from teq_graph.progress import Task
+from teq_graph.quantization import Grid, LearnedWeight, dequantize, find_clipped_grid, find_grid, gptq, quantize
+from teq_graph.training.optimize import Learned, optimize
+
+LATENT_RATE = 3e-3
+"""Of rounding, in codes per step."""
+SCALE_RATE = 5e-4
+"""Of the logarithm of group scales."""
+ZERO_RATE = 5e-3
+"""Of zero points, in codes per step."""
+FLOAT_RATE = 5e-4
+"""Of gains and biases, relative to their root mean square."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockProblem:
+    """What a block's stages go by.
+
+    weights: float [N, K] by name, scales folded in; `specs` and `dtypes` (of their stored scales) likewise.
+    moments: for each weight the second moments [K, K] of its inputs, in the model whose earlier blocks are quantized.
+    means: for each weight the mean [K] of those inputs.
+    floats: the block's other parameters that may change, by name: gains and biases [n].
+    bias_of: weight name -> name of its linear's bias among `floats`.
+    loss_of: number of a batch and the block's tensors, by name -> error of the block's outputs.
+    """
+
+    weights: Mapping[str, Tensor]
+    specs: Mapping[str, WeightSpec]
+    moments: Mapping[str, Tensor]
+    means: Mapping[str, Tensor]
+    floats: Mapping[str, Tensor]
+    bias_of: Mapping[str, str]
+    loss_of: Callable[[int, Mapping[str, Tensor]], Tensor]
+    batches: int
+
+    def scale_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the scales of a weight are stored."""
+        return self.weights[name].dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Codes uint8 [N, K] and grid of each weight, and those of the block's other parameters that changed."""
+
+    codes: Mapping[str, tuple[Tensor, Grid]]
+    floats: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def tensors(self, problem: BlockProblem) -> dict[str, Tensor]:
+        """The block's tensors, by name, as this choice has them."""
+        quantized = {name: dequantize(*chosen).to(problem.scale_dtype(name)) for name, chosen in self.codes.items()}
+        return {**quantized, **problem.floats, **self.floats}
+
+
+def round_to_nearest(problem: BlockProblem) -> Choice:
+    """Each weight on the whole range of its groups."""
+    codes = {}
+    for name, weight in problem.weights.items():
+        grid = find_grid(weight, problem.specs[name], problem.scale_dtype(name))
+        codes[name] = (quantize(weight, grid), grid)
+    return Choice(codes)
+
+
+def clip(problem: BlockProblem, choice: Choice) -> Choice:
+    """Ranges of least error, where each input channel counts by its mean square."""
+    codes = {}
+    for name, weight in problem.weights.items():
+        importance = problem.moments[name].diagonal()
+        grid = find_clipped_grid(weight, problem.specs[name], problem.scale_dtype(name), importance)
+        codes[name] = (quantize(weight, grid), grid)
+    return dataclasses.replace(choice, codes=codes)
+
+
+def compensate(problem: BlockProblem, choice: Choice) -> Choice:
+    """GPTQ on the chosen grids."""
+    codes = {}
+    for name, weight in problem.weights.items():
+        grid = choice.codes[name][1]
+        codes[name] = (gptq(weight, problem.moments[name], grid), grid)
+    return dataclasses.replace(choice, codes=codes)
+
+
+def correct_biases(problem: BlockProblem, choice: Choice) -> Choice:
+    """Biases that take in the mean error of their linear's output (arXiv 1906.04721, section 4.2)."""
+    floats = dict(choice.floats)
+    for name, bias_name in problem.bias_of.items():
+        lost = problem.weights[name].float() - dequantize(*choice.codes[name])
+        bias = floats.get(bias_name, problem.floats[bias_name])
+        floats[bias_name] = (bias.float() + lost @ problem.means[name]).to(bias.dtype)
+    return dataclasses.replace(choice, floats=floats)
+
+
+def tune(
+    problem: BlockProblem, choice: Choice, config: TrainingConfig, generator: torch.Generator, bar: Task
+) -> Choice:
+    """Codes, scales, zero points, gains and biases together learn to give the float block's output."""
+    weights = {
+        name: LearnedWeight.start(problem.weights[name], *chosen, problem.scale_dtype(name))
+        for name, chosen in choice.codes.items()
+    }
+    floats = {name: _LearnedVector(choice.floats.get(name, start)) for name, start in problem.floats.items()}
+
+    def tensors() -> dict[str, Tensor]:
+        values = {name: weight.value().to(problem.scale_dtype(name)) for name, weight in weights.items()}
+        return {**values, **{name: vector.value() for name, vector in floats.items()}}
+
+    def loss_of(number: int) -> Tensor:
+        with fast_products(problem):
+            return problem.loss_of(number, tensors())
+
+    pace = (config.tuning_rate or LATENT_RATE) / LATENT_RATE
+    learned = {
+        "rounding": Learned([w.latent for w in weights.values()], LATENT_RATE * pace),
+        "group_scales": Learned([w.log_scale for w in weights.values()], SCALE_RATE * pace),
+        "zero_points": Learned([w.zero for w in weights.values() if not w.symmetric], ZERO_RATE * pace),
+        "floats": Learned([vector.change for vector in floats.values()], FLOAT_RATE * pace),
+    }
+    optimize([learned[name] for name in config.tuned], loss_of, problem.batches, config, generator, bar)
+    codes = {name: weight.result() for name, weight in weights.items()}
+    return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()})
+
+
+class _LearnedVector:
+    """A gain or bias that changes in units of its root mean square; one of zeros stays so."""
+
+    def __init__(self, start: Tensor) -> None:
+        self.start = start.detach()
+        self.unit = self.start.float().square().mean().sqrt()
+        self.change = torch.zeros_like(self.start, dtype=torch.float32)
+
+    def value(self) -> Tensor:
+        return (self.start + self.unit * self.change).to(self.start.dtype)
+
+
+def fast_products(problem: BlockProblem) -> contextlib.AbstractContextManager[object]:
+    """Products in bfloat16 where the hardware has them and 8 significant bits are more than the codes have."""
+    weights: Sequence[Tensor] = tuple(problem.weights.values())
+    device = weights[0].device.type
+    has = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    coarse = all(spec.bits <= 4 for spec in problem.specs.values())
+    if has and coarse and all(weight.dtype == torch.float32 for weight in weights):
+        return torch.autocast(device, torch.bfloat16)
+    return contextlib.nullcontext()
