@@ -31,6 +31,15 @@ def _onnxruntime(label: str, algorithm: str) -> Method:
     return Method(f"onnxruntime 1.31.1 {label}", "run_onnxruntime.py", "onnxruntime", options, ragged=ragged)
 
 
+def _hqq(label: str, note: str, **options: Any) -> Method:
+    ragged = "last groups are given to it apart: its own would straddle rows"
+    return Method(f"hqq 0.2.8{label}", "run_hqq.py", "hqq", options, note, ragged)
+
+
+def _auto_round(label: str, note: str, **options: Any) -> Method:
+    return Method(f"auto-round 0.16.1{label}", "run_auto_round.py", "auto_round", options, note)
+
+
 def _ours(label: str, **options: Any) -> Method:
     return Method(f"ours, {label}", "run_teq_graph.py", options=options)
 
@@ -43,15 +52,15 @@ METHODS: dict[str, Method] = {
     "ort-rtn": _onnxruntime("default", "rtn"),
     "ort-hqq": _onnxruntime("HQQ", "hqq"),
     "ort-k-quant": _onnxruntime("k_quant", "k_quant"),
-    "hqq": Method(
-        "hqq 0.2.8", "run_hqq.py", "hqq", ragged="last groups are given to it apart: its own would straddle rows"
-    ),
+    "hqq": _hqq("", "its config for these bits"),
+    "hqq-round-zero": _hqq(" round_zero", "as its config has it for 4 bits", round_zero=True),
     "inc-teq": _neural_compressor("TEQ", _DEFECT, algorithm="teq"),
     "inc-teq-mended": _neural_compressor("TEQ, mended", "num_bits mended", algorithm="teq", mended=True),
     "inc-awq": _neural_compressor("AWQ", _DEFECT, algorithm="awq"),
     "inc-awq-mended": _neural_compressor("AWQ, mended", "num_bits mended", algorithm="awq", mended=True),
     "inc-gptq": _neural_compressor("GPTQ", "", algorithm="gptq"),
-    "auto-round": Method("auto-round 0.16.1", "run_auto_round.py", "auto_round"),
+    "auto-round": _auto_round("", "its default learning rate"),
+    "auto-round-light": _auto_round(" light", "learning rate of its light recipe", lr=5e-3),
     "ours-scales": _ours("scales alone", training="stages", stages=["scales"]),
     "ours-gptq": _ours("clip, gptq", training="stages", stages=["clip", "gptq"]),
     "ours-fast": _ours("fast", training="preset", preset="fast"),

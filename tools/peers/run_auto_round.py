@@ -24,6 +24,7 @@ def runner(job: Job) -> None:
         device_map="cpu",
         enable_torch_compile=False,
         amp=False,
+        **job.options,
     )
     with job.timed():
         model, _ = rounder.quantize()

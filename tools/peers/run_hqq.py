@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
-from hqq.core.quantize import Quantizer
+from hqq.core.quantize import BaseQuantizeConfig, Quantizer
 from job import Job, quantize_each, run
 from torch import Tensor
 
 
 def runner(job: Job) -> None:
+    options = BaseQuantizeConfig(nbits=job.bits, group_size=job.group_size, axis=1)["weight_quant_params"]
+    options.update(job.options, device="cpu", compute_dtype=torch.float32)
+
     def quantize(part: Tensor, group_size: int) -> Tensor:
-        codes, meta = Quantizer.quantize(
-            part, nbits=job.bits, group_size=group_size, axis=1, device="cpu", compute_dtype=torch.float32
-        )
+        codes, meta = Quantizer.quantize(part, **{**options, "group_size": group_size})
         return Quantizer.dequantize(codes, {**meta, "compute_dtype": torch.float32})
 
     def by_row(weight: Tensor) -> Tensor:

@@ -87,10 +87,11 @@ def runner(job: Job) -> None:
     }[algorithm]
     with job.timed():
         model = prepare(model, config(**common), example_inputs=job.calibration[:1])
-        drive(model, job.batches(), job.options.get("steps", job.iters))
+        drive(model, job.batches(), job.iters)
         model = convert(model)
     weights, extra = recovered(model, has_bias)
-    job.finish(weights, extra_bytes=extra)
+    notes = [f"{job.iters} steps over the whole model"] if algorithm == "teq" else []
+    job.finish(weights, extra_bytes=extra, notes=notes)
 
 
 if __name__ == "__main__":
