@@ -125,9 +125,16 @@ def quantize(
             metavar="PATTERN:…", help="As in '*.mlp.*:bits=8,group_size=32'; repeatable, the last match wins."
         ),
     ] = None,
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="How much work to put in: fast, default or best.")
+    ] = "default",
     method: Annotated[
-        str, typer.Option(metavar="NAME", help="teq trains scales, then rounds to nearest; rtn only rounds.")
-    ] = options.METHODS[0],
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"rtn only rounds; else any of {', '.join(options.METHODS)} joined by +.  [default: the preset's]",
+        ),
+    ] = None,
     objective: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"block or model.  {_default('objective')}")
     ] = None,
@@ -136,7 +143,7 @@ def quantize(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(metavar="N", help=f"Training steps; of each block with --objective block.  {_default('steps')}"),
+        typer.Option(metavar="N", help=f"Training steps of each block.  {_default('steps')}"),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -170,9 +177,9 @@ def quantize(
 ) -> None:
     """Quantize a model and write it as ONNX.
 
-    Trains scales that make the weights easier to round, and leaves float results as they were; rounds; writes what
-    onnxruntime and onnxruntime-genai load. Prints sizes, and perplexity before and after on a text that was not
-    used for calibration.
+    Chooses codes block by block, so that each block gives what the float one does; writes what onnxruntime and
+    onnxruntime-genai load. Prints sizes, and perplexity before and after on a text that was not used for
+    calibration.
     """
     quantization = QuantizationConfig(
         bits, group_size, symmetric, lm_head, tuple(skip or ()), options.overrides(override)
@@ -188,7 +195,7 @@ def quantize(
     }
     options.check_choice("dtype", dtype, options.DTYPES)
     options.check_choice("accuracy-level", accuracy_level, options.ACCURACY_LEVELS)
-    training = options.training(method, {"calibration": calibration, **trained})
+    training = options.training(preset, method, {"calibration": calibration, **trained})
     output = options.output_directory(output, overwrite)
     options.check_calibration(calibration, text)
     if not evaluate:

@@ -19,6 +19,13 @@ BLOCK_STAGES = ("scales", "clip", "gptq", "bias", "tune")
 STAGES = (*BLOCK_STAGES, "distill")
 TUNED = ("rounding", "group_scales", "zero_points", "floats")
 
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"stages": ("clip", "gptq")},
+    "default": {},
+    "best": {"stages": ("clip", "gptq", "tune", "distill"), "steps": 200, "samples": 128, "length": 512},
+}
+"""What `TrainingConfig.preset` sets."""
+
 
 def _require(condition: bool, name: str, value: object, accepted: str) -> None:
     if not condition:
@@ -124,7 +131,7 @@ class TrainingConfig:
     """
 
     objective: Objective = "block"
-    steps: int = 200
+    steps: int = 50
     learning_rate: float | None = None
     tuning_rate: float | None = None
     batch_size: int = 4
@@ -153,6 +160,17 @@ class TrainingConfig:
             _require(rate is None or 0.0 < rate < 1.0, name, rate, "None or numbers between 0 and 1")
         _require(0.0 <= self.warmup < 1.0, "warmup", self.warmup, "numbers from 0 up to, not including, 1")
         _require(_is_int(self.seed), "seed", self.seed, "integers")
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> TrainingConfig:
+        """A configuration by what it may cost, changed by `options`.
+
+        `"fast"` trains nothing: some two forward passes per calibration token and one Cholesky factor per linear.
+        `"default"` trains each block for 50 steps. `"best"` trains each block for 200 steps on four times the text and
+        then the whole model, which has to fit in memory with its gradients.
+        """
+        _require(name in PRESETS, "preset", name, f"{tuple(PRESETS)}")
+        return cls(**{**PRESETS[name], **options})
 
     def stages_for(self, specs: Iterable[WeightSpec]) -> tuple[str, ...]:
         """The stages, those of the widest codes in `specs` being the default."""

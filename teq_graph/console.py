@@ -142,12 +142,12 @@ def describe_report(report: Report, trained: bool) -> list[tuple[str, str]]:
             for errors in zip(*((b.before, b.after) for b in report.blocks), strict=True)
         )
         where = f"mean of {len(report.blocks)} blocks" if len(report.blocks) > 1 else "whole model"
-        lines.append(("block error", f"{before:.4g} rounded to nearest → {after:.4g} with trained scales ({where})"))
+        lines.append(("block error", f"{before:.4g} rounded to nearest → {after:.4g} as chosen ({where})"))
     return [*lines, *(("note", note) for note in report.notes)]
 
 
 def describe_calibration(training: TrainingConfig | None, calibration: str | None) -> str:
-    """What the scales were trained on."""
+    """What the codes were chosen for."""
     if training is None:
         return "none: weights are rounded to nearest"
     source = f"text of {calibration}" if calibration else "text that the model wrote"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teq_graph.config import TrainingConfig
+from teq_graph.config import PRESETS, STAGES, TrainingConfig
 from teq_graph.errors import ConfigError, ExportError, InputError
 from teq_graph.files import one_line
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 CONTEXT = 512
 TOKENS = 8192
-METHODS = ("teq", "rtn")
+RTN = "rtn"
+TEQ = "teq"  # what the paper calls the stage that trains scales
+METHODS = (TEQ, *STAGES[1:])
 PAPER_TASKS = ("lambada_openai", "hellaswag", "winogrande", "piqa")
 DTYPES = ("float32", "float16")
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
@@ -77,21 +79,30 @@ def check_seed(seed: int | None) -> None:
     check_range("seed", seed, 0, _LAST_SEED)
 
 
-def training(method: str, options: dict[str, Any]) -> TrainingConfig | None:
-    """The configuration of a method that trains, from the options that were given; None for one that does not."""
-    check_choice("method", method, METHODS)
+def training(preset: str, method: str | None, options: dict[str, Any]) -> TrainingConfig | None:
+    """The configuration of a preset, changed by a method and the options that were given; None where nothing is
+    calibrated.
+
+    A method is `rtn`, or stages joined by `+`, as in `teq+clip+gptq`.
+    """
+    check_choice("preset", preset, tuple(PRESETS))
     given = {name: value for name, value in options.items() if value is not None}
-    if method == "rtn":
+    if method == RTN:
         if given:
             raise ConfigError(
                 f"--{next(iter(given)).replace('_', '-')}: no effect with --method rtn, which trains nothing"
             )
         return None
+    if method is not None:
+        parts = method.split("+")
+        if not set(parts) <= set(METHODS):
+            raise ConfigError(f"--method {method}: accepted are rtn, and any of {', '.join(METHODS)} joined by +")
+        given["stages"] = tuple("scales" if part == TEQ else part for part in parts)
     given.pop("calibration", None)
     check_seed(given.get("seed"))
     for name in ("samples", "length", "batch_size"):
         check_range(name.replace("_", "-"), given.get(name), 1)
-    return TrainingConfig(**given)
+    return TrainingConfig.preset(preset, **given)
 
 
 def output_directory(target: Path, overwrite: bool) -> Path:
@@ -131,10 +142,10 @@ def check_calibration(calibration: str | None, text: Path | None) -> None:
 
 
 def check_trainable(loaded: LoadedModel, calibration: str | None) -> None:
-    """Refuse a model that has no text to train scales on."""
+    """Refuse a model that has no text to calibrate on."""
     if calibration is None and not loaded.is_causal:
         kind = type(loaded.model).__name__
-        reason = f"is a {kind}, and only a causal language model writes the text that scales are trained on"
+        reason = f"is a {kind}, and only a causal language model writes text to calibrate on"
     elif calibration is not None and loaded.tokenizer is None:
         reason = "has no tokenizer to read --calibration with"
     else:

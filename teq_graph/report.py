@@ -29,7 +29,7 @@ class LinearReport:
 
 @dataclasses.dataclass(frozen=True)
 class BlockReport:
-    """Relative output error of a block with all scales 1 (round-to-nearest) and with the learned ones."""
+    """Relative output error of a block, rounded to nearest and as its scales and codes were chosen."""
 
     linears: tuple[str, ...]
     before: float
@@ -103,7 +103,7 @@ class Report:
         if self.blocks:
             before = sum(block.before for block in self.blocks) / len(self.blocks)
             after = sum(block.after for block in self.blocks) / len(self.blocks)
-            lines.append(f"block error   {before:.4g} with all scales 1, {after:.4g} with the learned scales (mean)")
+            lines.append(f"block error   {before:.4g} rounded to nearest, {after:.4g} as chosen (mean)")
         for reason in dict.fromkeys(weight.reason for weight in self.in_float):
             names = [weight.name for weight in self.in_float if weight.reason == reason]
             lines.append(f"in float      {', '.join(names[:3])}{' …' if len(names) > 3 else ''}: {reason}")

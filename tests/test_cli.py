@@ -330,7 +330,7 @@ def test_an_encoder_is_quantized_without_perplexity(
     assert run(["quantize", str(bert), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "16"]) == 0
     assert "not measured: it needs a causal language model" in capsys.readouterr().out
     assert "it is not a causal language model" in refused("generate", tmp_path / "out", "-p", "x")
-    before_the_work = "BertModel, and only a causal language model writes the text that scales are trained on"
+    before_the_work = "BertModel, and only a causal language model writes text to calibrate on"
     only_rtn = "; on the command line, accepted for it: --method rtn"
     refusal = refused("quantize", bert, "-o", tmp_path / "other")
     assert before_the_work in refusal and refusal.endswith(only_rtn)
@@ -409,7 +409,7 @@ MISSING = "no/such/model"  # the options are looked at before the model, or its 
         (["--batch-size", "0"], "--batch-size 0: accepted are 1 to"),
         (["--objective", "layer"], 'objective=\'layer\': accepted are "block" and "model"'),
         (["--init", "zeros"], "init='zeros': accepted are"),
-        (["--method", "teq+gptq"], "--method teq+gptq: accepted are teq, rtn"),
+        (["--method", "teq+x"], "--method teq+x: accepted are rtn, and any of teq, clip, gptq"),
         (["--method", "rtn", "--batch-size", "2"], "--batch-size: no effect with --method rtn"),
         (["--dtype", "bfloat16"], "--dtype bfloat16: accepted are float32, float16"),
         (["--accuracy-level", "5"], "--accuracy-level 5: accepted are 0, 1, 2, 3, 4"),

@@ -13,8 +13,7 @@ from torch.fx import GraphModule, Node
 from teq_graph import graph as fx
 from teq_graph.analysis.blocks import Block
 from teq_graph.config import TrainingConfig, WeightSpec
-from teq_graph.execution import Values, constant_ancestors, run
-from teq_graph.graph import aten
+from teq_graph.execution import Values, run
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertedScales
 from teq_graph.progress import Task
 from teq_graph.training.initialization import initial_scale
@@ -30,12 +29,12 @@ from teq_graph.training.stages import (
     round_to_nearest,
     tune,
 )
+from teq_graph.training.tensors import StretchTensors
 
 LOSS_BATCHES = 4
 """Batches on which a block's error is measured."""
 LEARNING_RATE = 2e-2
 """Of scales."""
-WITH_GAINS = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
 
 
 @dataclasses.dataclass
@@ -53,19 +52,11 @@ class BlockTrainer:
     bar: Task
 
     def __post_init__(self) -> None:
-        self.weight_nodes = constant_ancestors(self.block.nodes)
-        self.chosen: Values = {}
-
-    def constants(self) -> Values:
-        """What the block computes from tensors alone, its weights above all, without gradients."""
-        result: Values = {}
-        with torch.no_grad():
-            run((node for node in self.weight_nodes if node not in self.chosen), result)
-        return {**result, **self.chosen}
+        self.tensors = StretchTensors(self.inserted, self.block.nodes)
 
     def error(self) -> float:
         """The block's error as it is now, on a few batches."""
-        return self._error(self.constants())
+        return self._error(self.tensors.constants())
 
     def learn_scales(self, numbers: Sequence[int], samples: Mapping[str, Tensor], reference: FloatReference) -> None:
         """Learn the scales of the equivalences `numbers`, with weights rounded to nearest; ones where that is worse."""
@@ -73,7 +64,7 @@ class BlockTrainer:
         before = self.error()
         for number, parameter in zip(numbers, learned, strict=True):
             parameter.data.copy_(starting_scale(self.inserted, number, self.config, samples, reference, self.specs))
-        nodes = [*self.weight_nodes, *self.block.nodes]
+        nodes = [*self.tensors.weight_nodes, *self.block.nodes]
         optimize(
             [Learned(learned, self.config.learning_rate or LEARNING_RATE)],
             functools.partial(self._loss, nodes, {}),
@@ -114,20 +105,7 @@ class BlockTrainer:
 
     def _use(self, choice: Choice, problem: BlockProblem) -> None:
         for name, tensor in choice.tensors(problem).items():
-            for node in self.nodes_of[name]:
-                self.chosen[node] = tensor
-
-    @functools.cached_property
-    def nodes_of(self) -> dict[str, list[Node]]:
-        """Tensor name -> the nodes from which the block reads its value, scaled and quantized."""
-        named = {node: name for name, node in (*self.inserted.scaled.items(), *self.inserted.quantized.items())}
-        found: dict[str, list[Node]] = {}
-        inside = set(self.block.nodes)
-        for source in dict.fromkeys(source for node in self.block.nodes for source in node.all_input_nodes):
-            name = named.get(source, str(source.target) if source.op == "get_attr" else None)
-            if name is not None and source not in inside:
-                found.setdefault(name, []).append(source)
-        return found
+            self.tensors.choose(name, tensor)
 
     def _error(self, constants: Values) -> float:
         numbers = range(min(LOSS_BATCHES, len(self.values)))
@@ -140,28 +118,18 @@ class BlockTrainer:
         return relative_error([env[node] for node in self.block.outputs], self.target_of(number))
 
     def _problem(self, names: Sequence[str], floats: Sequence[str]) -> BlockProblem:
-        constants = self.constants()
-
-        def present(name: str) -> Tensor:
-            node = self.inserted.scaled[name]
-            value: Tensor = constants[node] if node in constants else fx.node_tensor(node)
-            return value.detach()
-
-        weights = {name: present(name) for name in names}
+        constants = self.tensors.constants()
+        weights = {name: self.tensors.scaled(name, constants) for name in names}
+        vectors = {name: self.tensors.scaled(name, constants) for name in floats}
         for name, weight in weights.items():
             constants[self.inserted.quantized[name]] = weight
-        # What depends on a quantized weight is none of the constants that a loss needs.
-        changing = {name: self.nodes_of[name] for name in (*names, *floats)}
         moments, means = self._moments(names, constants)
+        nodes_of = self.tensors.nodes_of
 
         def loss_of(number: int, tensors: Mapping[str, Tensor]) -> Tensor:
-            chosen = {node: tensors[name] for name, nodes in changing.items() for node in nodes}
+            chosen = {node: tensor for name, tensor in tensors.items() for node in nodes_of[name]}
             return self._loss(self.block.nodes, {**constants, **chosen}, number)
 
-        vectors = {}
-        for name in floats:
-            node = self.nodes_of[name][0]
-            vectors[name] = (constants[node] if node in constants else fx.node_tensor(node)).detach()
         return BlockProblem(
             weights,
             {name: self.specs[name] for name in names},
@@ -175,7 +143,7 @@ class BlockTrainer:
 
     def _moments(self, names: Sequence[str], constants: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Second moments [K, K] and means [K] of what each linear reads, float32, over all batches."""
-        source_of = {name: fx.operand(linear) for linear, name in self._linears().items() if name in names}
+        source_of = {name: fx.operand(linear) for linear, name in self.tensors.linears.items() if name in names}
         moments: dict[Node, Tensor] = {}
         means: dict[Node, Tensor] = {}
         for values in self.values:
@@ -192,28 +160,10 @@ class BlockTrainer:
             {name: means[source] for name, source in source_of.items()},
         )
 
-    def _linears(self) -> dict[Node, str]:
-        """The block's linears whose weights are quantized."""
-        named = {node: name for name, node in self.inserted.quantized.items()}
-        calls = {node: fx.operand(node, 1) for node in self.block.nodes if fx.is_call(node, aten.linear.default)}
-        return {node: named[weight] for node, weight in calls.items() if weight in named}
-
     def _bias_of(self, names: Sequence[str], floats: Sequence[str]) -> dict[str, str]:
-        reads = {node: name for name in floats for node in self.nodes_of[name]}
-        biases = {name: fx.arguments(linear)["bias"] for linear, name in self._linears().items() if name in names}
+        reads = {node: name for name in floats for node in self.tensors.nodes_of[name]}
+        biases = {name: fx.arguments(linear)["bias"] for linear, name in self.tensors.linears.items() if name in names}
         return {name: reads[bias] for name, bias in biases.items() if bias in reads}
-
-    def gains_and_biases(self) -> list[str]:
-        """Names of the vectors that norms and linears of the block take as their gain or bias."""
-        name_of = {node: name for name, nodes in self.nodes_of.items() for node in nodes}
-        found: dict[str, None] = {}
-        for node in self.block.nodes:
-            if fx.is_call(node, *WITH_GAINS):
-                for role in ("weight", "bias"):
-                    source = fx.arguments(node).get(role)
-                    if source in name_of and source.meta["val"].dim() == 1:
-                        found[name_of[source]] = None
-        return list(found)
 
 
 def starting_scale(

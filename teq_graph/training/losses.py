@@ -31,6 +31,16 @@ def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     )
 
 
+def prediction_divergence(logits: Tensor, target: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """KL(target || logits) in nats, mean over the tokens that are no padding; both [b, s, vocab]."""
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        present = mask.bool().to(logits.device)
+        logits, target = logits[present], target[present]
+    log_p, log_q = (part.float().log_softmax(-1).flatten(0, -2) for part in (target, logits))
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
 def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     """What follows each token but the last [b, s - 1]; NO_TOKEN where that is padding."""
     labels = batch["input_ids"][:, 1:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -69,13 +69,15 @@ class Choice:
         return {**quantized, **problem.floats, **self.floats}
 
 
+def rounded_to_nearest(weight: Tensor, spec: WeightSpec) -> tuple[Tensor, Grid]:
+    """Codes and grid over the whole range of each group; scales are stored in the weight's dtype."""
+    grid = find_grid(weight, spec, weight.dtype)
+    return quantize(weight, grid), grid
+
+
 def round_to_nearest(problem: BlockProblem) -> Choice:
     """Each weight on the whole range of its groups."""
-    codes = {}
-    for name, weight in problem.weights.items():
-        grid = find_grid(weight, problem.specs[name], problem.scale_dtype(name))
-        codes[name] = (quantize(weight, grid), grid)
-    return Choice(codes)
+    return Choice({name: rounded_to_nearest(w, problem.specs[name]) for name, w in problem.weights.items()})
 
 
 def clip(problem: BlockProblem, choice: Choice) -> Choice:
@@ -115,14 +117,14 @@ def tune(
         name: LearnedWeight.start(problem.weights[name], *chosen, problem.scale_dtype(name))
         for name, chosen in choice.codes.items()
     }
-    floats = {name: _LearnedVector(choice.floats.get(name, start)) for name, start in problem.floats.items()}
+    floats = {name: LearnedVector(choice.floats.get(name, start)) for name, start in problem.floats.items()}
 
     def tensors() -> dict[str, Tensor]:
         values = {name: weight.value().to(problem.scale_dtype(name)) for name, weight in weights.items()}
         return {**values, **{name: vector.value() for name, vector in floats.items()}}
 
     def loss_of(number: int) -> Tensor:
-        with fast_products(problem):
+        with fast_products(problem.weights.values(), problem.specs.values()):
             return problem.loss_of(number, tensors())
 
     pace = (config.tuning_rate or LATENT_RATE) / LATENT_RATE
@@ -137,7 +139,7 @@ def tune(
     return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()})
 
 
-class _LearnedVector:
+class LearnedVector:
     """A gain or bias that changes in units of its root mean square; one of zeros stays so."""
 
     def __init__(self, start: Tensor) -> None:
@@ -146,15 +148,16 @@ class _LearnedVector:
         self.change = torch.zeros_like(self.start, dtype=torch.float32)
 
     def value(self) -> Tensor:
+        """The vector as it is now, in its own dtype."""
         return (self.start + self.unit * self.change).to(self.start.dtype)
 
 
-def fast_products(problem: BlockProblem) -> contextlib.AbstractContextManager[object]:
+def fast_products(weights: Iterable[Tensor], specs: Iterable[WeightSpec]) -> contextlib.AbstractContextManager[object]:
     """Products in bfloat16 where the hardware has them and 8 significant bits are more than the codes have."""
-    weights: Sequence[Tensor] = tuple(problem.weights.values())
+    weights = tuple(weights)
     device = weights[0].device.type
     has = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    coarse = all(spec.bits <= 4 for spec in problem.specs.values())
+    coarse = all(spec.bits <= 4 for spec in specs)
     if has and coarse and all(weight.dtype == torch.float32 for weight in weights):
         return torch.autocast(device, torch.bfloat16)
     return contextlib.nullcontext()

@@ -27,9 +27,12 @@ from teq_graph.progress import task
 from teq_graph.quantization import Grid
 from teq_graph.report import BlockReport
 from teq_graph.training.block import BlockTrainer, starting_scale
-from teq_graph.training.losses import next_token_loss, next_tokens, relative_error
+from teq_graph.training.distillation import distill
+from teq_graph.training.losses import next_token_loss, next_tokens, prediction_divergence, relative_error
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.reference import FloatReference, batch_named
+from teq_graph.training.stages import Choice, fast_products, rounded_to_nearest
+from teq_graph.training.tensors import StretchTensors
 
 MODEL_LEARNING_RATE = 1e-3  # arXiv 2310.10944, section 4.1, as are the betas
 BETAS = (0.9, 0.9)
@@ -40,7 +43,8 @@ class Trainer:
     """One training run over one graph.
 
     `reports` is filled as it goes, one entry for each trained block, or one with the loss of the whole model;
-    `codes` and `floats` are what the stages chose, by name of the weight, and of the gain or bias.
+    `codes` and `floats` are what the stages chose, by name of the weight, and of the gain or bias; `distilled` is the
+    loss of the whole model before and after its distillation.
     """
 
     captured: CapturedGraph
@@ -51,6 +55,7 @@ class Trainer:
     reports: list[BlockReport] = dataclasses.field(default_factory=list)
     codes: dict[str, tuple[Tensor, Grid]] = dataclasses.field(default_factory=dict)
     floats: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    distilled: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         # All are taken before the scales go in.
@@ -75,6 +80,8 @@ class Trainer:
         by_block = [stage for stage in self.stages if stage in BLOCK_STAGES and not (stage == "scales" and by_model)]
         if by_block:
             self._train_blocks(by_block)
+        if "distill" in self.stages and self.config.steps:
+            self._distill()
 
     # ------------------------------------------------------------------------------------------------ objectives
 
@@ -108,12 +115,12 @@ class Trainer:
                     if scales[index]:
                         trainer.learn_scales(scales[index], samples, self.reference)
                     if weights[index]:
-                        floats = [name for name in trainer.gains_and_biases() if name in self.own[index]]
+                        floats = [name for name in trainer.tensors.gains_and_biases() if name in self.own[index]]
                         choice = trainer.choose_codes(weights[index], floats, by_block)
                         self.codes.update(choice.codes)
                         self.floats.update(choice.floats)
                     self.reports.append(BlockReport(block.linears, before, trainer.error()))
-                constants = trainer.constants()
+                constants = trainer.tensors.constants()
                 with torch.no_grad():
                     for number, env in enumerate(values):
                         env.update(constants)
@@ -166,6 +173,35 @@ class Trainer:
                     smallest=SMALLEST_SCALE,
                 )
             self.reports.append(BlockReport(tuple(self.specs), before, mean_loss()))
+
+    def _distill(self) -> None:
+        """The whole model once more, for the floats that are left."""
+        nodes = [node for block in self.blocks for node in block.nodes]
+        outputs = self.blocks[-1].outputs
+        tensors = StretchTensors(self.inserted, nodes)
+        constants = tensors.constants()
+        weights = {name: tensors.scaled(name, constants) for name in self.specs}
+        floats = {name: tensors.scaled(name, constants) for name in tensors.gains_and_biases()}
+        codes = {
+            name: self.codes.get(name) or rounded_to_nearest(weights[name], spec) for name, spec in self.specs.items()
+        }
+        start = Choice(codes, {**floats, **self.floats})
+
+        def loss_of(number: int, changed: Mapping[str, Tensor]) -> Tensor:
+            chosen = {node: tensor for name, tensor in changed.items() for node in tensors.nodes_of[name]}
+            env = {**self.reference.inputs(number), **constants, **chosen}
+            with fast_products(weights.values(), self.specs.values()):
+                target = self.reference.outputs(nodes, outputs, number)
+                run(nodes, env)
+            if self.captured.decoder is not None:
+                return prediction_divergence(env[outputs[0]], target[0], self.batches[number])
+            return relative_error([env[node] for node in outputs], target)
+
+        dtypes = {name: weight.dtype for name, weight in weights.items()}
+        choice, before, after = distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator)
+        self.codes.update(choice.codes)
+        self.floats.update(choice.floats)
+        self.distilled = (before, after)
 
     # ---------------------------------------------------------------------------------------------------- pieces
 

@@ -1,0 +1,81 @@
+"""The last stage: what is left in float learns from the float model's predictions, through the whole graph.
+
+Codes stay as they are. What EfficientQAT (arXiv 2407.11062, section 3.3) gains from its end-to-end phase, with the
+model's own logits for a target, and gains and biases learning too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from teq_graph.config import TrainingConfig
+from teq_graph.progress import task
+from teq_graph.quantization import Grid, dequantize, round_scales
+from teq_graph.training.optimize import Learned, optimize
+from teq_graph.training.stages import Choice, LearnedVector
+
+SCALE_RATE = 5e-4
+"""Of the logarithm of group scales."""
+FLOAT_RATE = 5e-4
+"""Of gains and biases, relative to their root mean square."""
+LOSS_BATCHES = 4
+
+
+def distill(
+    start: Choice,
+    dtypes: Mapping[str, torch.dtype],
+    loss_of: Callable[[int, Mapping[str, Tensor]], Tensor],
+    batches: int,
+    config: TrainingConfig,
+    generator: torch.Generator,
+) -> tuple[Choice, float, float]:
+    """Group scales and floats that bring the loss down; the loss on a few batches before and after.
+
+    `dtypes` are those in which each weight's scales are stored, and `loss_of` takes the number of a batch and the
+    tensors of `start` by name. What does not bring the loss down is not kept.
+    """
+    weights = {name: _ScaledCodes(*chosen, dtypes[name]) for name, chosen in start.codes.items()}
+    floats = {name: LearnedVector(tensor) for name, tensor in start.floats.items()}
+
+    def tensors() -> dict[str, Tensor]:
+        values = {name: weight.value() for name, weight in weights.items()}
+        return {**values, **{name: vector.value() for name, vector in floats.items()}}
+
+    def mean_loss() -> float:
+        numbers: Sequence[int] = range(min(LOSS_BATCHES, batches))
+        with torch.no_grad():
+            values = tensors()
+            return sum(float(loss_of(number, values)) for number in numbers) / len(numbers)
+
+    before = mean_loss()
+    learned = [
+        Learned([weight.log_scale for weight in weights.values()], SCALE_RATE),
+        Learned([vector.change for vector in floats.values()], FLOAT_RATE),
+    ]
+    with task("distilling", config.steps) as bar:
+        optimize(learned, lambda number: loss_of(number, tensors()), batches, config, generator, bar)
+    after = mean_loss()
+    if after >= before:
+        return start, before, before
+    codes = {name: weight.result() for name, weight in weights.items()}
+    return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()}), before, after
+
+
+class _ScaledCodes:
+    """Codes whose group scales change."""
+
+    def __init__(self, codes: Tensor, grid: Grid, dtype: torch.dtype) -> None:
+        self.codes, self.grid, self.dtype = codes, grid, dtype
+        self.log_scale = torch.zeros_like(grid.scales)
+
+    def value(self) -> Tensor:
+        """The weight [N, K], differentiable in `log_scale`."""
+        grown = self.log_scale.exp().repeat_interleave(self.grid.block_size, dim=1)
+        return (dequantize(self.codes, self.grid) * grown[:, : self.codes.shape[1]]).to(self.dtype)
+
+    def result(self) -> tuple[Tensor, Grid]:
+        scales = round_scales(self.grid.scales * self.log_scale.exp(), self.dtype)
+        return self.codes, Grid(scales, self.grid.zero_points, self.grid.bits, self.grid.block_size)

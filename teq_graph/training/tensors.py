@@ -1,0 +1,79 @@
+"""The tensors that a stretch of the graph reads: which they are, what they are now, and which may change."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from teq_graph import graph as fx
+from teq_graph.execution import Values, constant_ancestors, run
+from teq_graph.graph import aten
+from teq_graph.passes.insert_scales import InsertedScales
+
+WITH_GAINS = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
+
+
+class StretchTensors:
+    """Those of `nodes`. A weight is known by its name, whether the nodes read it as it is, scaled or quantized.
+
+    `chosen` holds tensors that take the place of what the graph computes: codes chosen for a weight, a tuned gain.
+    """
+
+    def __init__(self, inserted: InsertedScales, nodes: Sequence[Node]) -> None:
+        self.inserted = inserted
+        self.nodes = nodes
+        self.weight_nodes = constant_ancestors(nodes)
+        self.chosen: Values = {}
+
+    def choose(self, name: str, tensor: Tensor) -> None:
+        """Let `tensor` take the place of what is read as `name`."""
+        for node in self.nodes_of[name]:
+            self.chosen[node] = tensor
+
+    def constants(self) -> Values:
+        """What the nodes compute from tensors alone, weights above all, without gradients."""
+        result: Values = {}
+        with torch.no_grad():
+            run((node for node in self.weight_nodes if node not in self.chosen), result)
+        return {**result, **self.chosen}
+
+    def scaled(self, name: str, constants: Values) -> Tensor:
+        """The float tensor `name` with its scales, among `constants`."""
+        node = self.inserted.scaled.get(name) or self.nodes_of[name][0]
+        value: Tensor = constants[node] if node in constants else fx.node_tensor(node)
+        return value.detach()
+
+    @functools.cached_property
+    def nodes_of(self) -> dict[str, list[Node]]:
+        """Tensor name -> the nodes from which its value is read."""
+        named = {node: name for name, node in (*self.inserted.scaled.items(), *self.inserted.quantized.items())}
+        found: dict[str, list[Node]] = {}
+        inside = set(self.nodes)
+        for source in dict.fromkeys(source for node in self.nodes for source in node.all_input_nodes):
+            name = named.get(source, str(source.target) if source.op == "get_attr" else None)
+            if name is not None and source not in inside:
+                found.setdefault(name, []).append(source)
+        return found
+
+    @functools.cached_property
+    def linears(self) -> dict[Node, str]:
+        """The linears whose weights are quantized, and their weights' names."""
+        named = {node: name for name, node in self.inserted.quantized.items()}
+        calls = {node: fx.operand(node, 1) for node in self.nodes if fx.is_call(node, aten.linear.default)}
+        return {node: named[weight] for node, weight in calls.items() if weight in named}
+
+    def gains_and_biases(self) -> list[str]:
+        """Names of the vectors that norms and linears take as their gain or bias."""
+        name_of = {node: name for name, nodes in self.nodes_of.items() for node in nodes}
+        found: dict[str, None] = {}
+        for node in self.nodes:
+            if fx.is_call(node, *WITH_GAINS):
+                for role in ("weight", "bias"):
+                    source = fx.arguments(node).get(role)
+                    if source in name_of and source.meta["val"].dim() == 1:
+                        found[name_of[source]] = None
+        return list(found)
