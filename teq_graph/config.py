@@ -125,7 +125,7 @@ class TrainingConfig:
     `init`: `"ones"`, `"weight"` (1/sqrt of each input channel's largest weight, as in the paper) or
     `"activation"` (a search over powers of the mean activation magnitude, as AWQ does).
     `steps` counts optimizer steps of each stage that trains (per block, but for the model objective and `"distill"`);
-    0 keeps the initial scales. `learning_rate` is that of the scales; `tuning_rate` that of rounding, in codes per
+    0 keeps the initial scales. `scale_steps` are those of the scales where they differ. `learning_rate` is that of the scales; `tuning_rate` that of rounding, in codes per
     step, with the rates of all else that is tuned in proportion.
     `samples` and `length` shape the calibration set where it is cut from text or sampled.
     """
@@ -140,6 +140,7 @@ class TrainingConfig:
     samples: int = 64
     length: int = 256
     seed: int = 0
+    scale_steps: int | None = None
     stages: tuple[str, ...] | None = None
     tuned: tuple[str, ...] = TUNED
 
@@ -151,7 +152,11 @@ class TrainingConfig:
                 object.__setattr__(self, name, tuple(part for part in accepted if part in value))
         _require(self.objective in ("block", "model"), "objective", self.objective, '"block" and "model"')
         _require(self.init in ("ones", "weight", "activation"), "init", self.init, '"ones", "weight" and "activation"')
-        _require(_is_int(self.steps) and self.steps >= 0, "steps", self.steps, "integers >= 0")
+        for name in ("steps", "scale_steps"):
+            value = getattr(self, name)
+            _require(
+                (_is_int(value) and value >= 0) or (name, value) == ("scale_steps", None), name, value, "integers >= 0"
+            )
         for name in ("batch_size", "samples", "length"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 1, name, value, "integers >= 1")

@@ -65,6 +65,7 @@ class BlockTrainer:
         for number, parameter in zip(numbers, learned, strict=True):
             parameter.data.copy_(starting_scale(self.inserted, number, self.config, samples, reference, self.specs))
         nodes = [*self.tensors.weight_nodes, *self.block.nodes]
+        steps = self.config.steps if self.config.scale_steps is None else self.config.scale_steps
         optimize(
             [Learned(learned, self.config.learning_rate or LEARNING_RATE)],
             functools.partial(self._loss, nodes, {}),
@@ -72,9 +73,10 @@ class BlockTrainer:
             self.config,
             self.generator,
             self.bar,
+            steps=steps,
             smallest=SMALLEST_SCALE,
         )
-        if self.config.steps and self.error() > before:
+        if steps and self.error() > before:
             for parameter in learned:
                 parameter.data.fill_(1)
 

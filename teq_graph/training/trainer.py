@@ -93,9 +93,12 @@ class Trainer:
         scales = [self._scales_of(index) if "scales" in by_block else [] for index in indices]
         chooses = any(stage != "scales" for stage in by_block)
         weights = [self._weights_of(index) if chooses else [] for index in indices]
-        runs = sum(map(bool, scales)) + ("tune" in by_block) * sum(map(bool, weights))
+        scale_steps = self.config.steps if self.config.scale_steps is None else self.config.scale_steps
+        steps = sum(map(bool, scales)) * scale_steps
+        if "tune" in by_block:
+            steps += sum(map(bool, weights)) * self.config.steps
         last = max((index for index in indices if scales[index] or weights[index]), default=-1)
-        with task("training", runs * self.config.steps or None) as bar:
+        with task("training", steps or None) as bar:
             # What follows the last scales and codes (the vocabulary projection, mostly) is not run at all.
             for index, (samples, target_of) in zip(range(last + 1), self.reference.walk(self.blocks), strict=False):
                 block = self.blocks[index]
