@@ -53,6 +53,8 @@ class Analysis:
     """Weight name -> why it is not quantized."""
     findings: Findings
     bytes: int
+    free: frozenset[str] = frozenset()
+    """The weights whose bits are yet to be chosen."""
     other_weights: tuple[OtherWeight, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -73,11 +75,12 @@ def analyze(
     # Before the analysis: a tied projection of its own can be scaled, a shared one cannot.
     untie = UntieWeights(specs)
     untie(graph_module)
+    free = frozenset(untie.renamed.get(name, name) for name in specs if quantization.chooses_bits_of(name))
     specs = {untie.renamed.get(name, name): spec for name, spec in specs.items()}
     finder = FindEquivalences(captured)
     finder(graph_module)
     others, notes = find_other_weights(graph_module), tuple(_notes(model, captured))
-    return Analysis(captured, specs, kept, finder.findings, before, others, notes)
+    return Analysis(captured, specs, kept, finder.findings, before, free, others, notes)
 
 
 def compile(  # noqa: A001  the name is the contract, as torch.compile's is

@@ -67,6 +67,10 @@ class QuantizationConfig:
     for example `"*.mlp.*"`; an override is a mapping with any of `bits`, `group_size`, `symmetric`, and
     the last matching one wins. `quantize_lm_head` includes the projection onto the vocabulary; where it is
     tied to the embedding, it becomes a separate, quantized copy.
+
+    `target_bits`, from 2 to 8, takes the place of `bits`: each linear gets the bits that serve the calibration loss
+    best, and the average over all quantized weights is at most this (of codes alone, without scales and zero points).
+    Linears whose override sets `bits` keep these, and count.
     """
 
     bits: int = 4
@@ -75,9 +79,18 @@ class QuantizationConfig:
     quantize_lm_head: bool = False
     skip: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    target_bits: float | None = None
 
     def __post_init__(self) -> None:
         WeightSpec(self.bits, self.group_size, self.symmetric)
+        target = self.target_bits
+        is_number = isinstance(target, (int, float)) and not isinstance(target, bool)
+        _require(
+            target is None or (is_number and min(BITS) <= target <= max(BITS)),
+            "target_bits",
+            target,
+            f"None and numbers from {min(BITS)} to {max(BITS)}",
+        )
         _require(isinstance(self.quantize_lm_head, bool), "quantize_lm_head", self.quantize_lm_head, "True or False")
         patterns: object = self.skip
         if isinstance(patterns, str):
@@ -96,11 +109,18 @@ class QuantizationConfig:
         """The spec of the weight called `weight_name`; None if a `skip` pattern leaves it in float."""
         if any(fnmatch.fnmatchcase(weight_name, pattern) for pattern in self.skip):
             return None
+        return self._merge(self._override_for(weight_name))
+
+    def chooses_bits_of(self, weight_name: str) -> bool:
+        """Whether the bits of the weight called `weight_name` are chosen to meet `target_bits`."""
+        return self.target_bits is not None and "bits" not in self._override_for(weight_name)
+
+    def _override_for(self, weight_name: str) -> Mapping[str, Any]:
         override: Mapping[str, Any] = {}
         for pattern, candidate in self.overrides.items():
             if fnmatch.fnmatchcase(weight_name, pattern):
                 override = candidate
-        return self._merge(override)
+        return override
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +145,8 @@ class TrainingConfig:
     `init`: `"ones"`, `"weight"` (1/sqrt of each input channel's largest weight, as in the paper) or
     `"activation"` (a search over powers of the mean activation magnitude, as AWQ does).
     `steps` counts optimizer steps of each stage that trains (per block, but for the model objective and `"distill"`);
-    0 keeps the initial scales. `scale_steps` are those of the scales where they differ. `learning_rate` is that of the scales; `tuning_rate` that of rounding, in codes per
-    step, with the rates of all else that is tuned in proportion.
+    0 keeps the initial scales. `scale_steps` are those of the scales where they differ. `learning_rate` is that of the
+    scales; `tuning_rate` that of rounding, in codes per step, with the rates of all else that is tuned in proportion.
     `samples` and `length` shape the calibration set where it is cut from text or sampled.
     """
 

@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
     "auto-round": _auto_round("", "its default learning rate"),
     "auto-round-light": _auto_round(" light", "learning rate of its light recipe", lr=5e-3),
     "ours-scales": _ours("scales alone", training="stages", stages=["scales"]),
-    "ours-gptq": _ours("clip, gptq", training="stages", stages=["clip", "gptq"]),
+    "ours-all": _ours("scales, clip, gptq, tune", training="stages", stages=["scales", "clip", "gptq", "tune"]),
     "ours-fast": _ours("fast", training="preset", preset="fast"),
     "ours-default": _ours("default", training="preset", preset="default"),
     "ours-best": _ours("best", training="preset", preset="best"),
