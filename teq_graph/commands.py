@@ -113,6 +113,10 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write.")],
     bits: Annotated[int, typer.Option(metavar="N", help=f"Bits of a weight: {BITS}.")] = QuantizationConfig.bits,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Instead, bits for each linear by what it does to the loss, N on average."),
+    ] = None,
     group_size: Annotated[
         int, typer.Option(metavar="N", help=f"Input channels that share a scale: {GROUP_SIZES}; -1 is all of them.")
     ] = QuantizationConfig.group_size,
@@ -182,7 +186,7 @@ def quantize(
     calibration.
     """
     quantization = QuantizationConfig(
-        bits, group_size, symmetric, lm_head, tuple(skip or ()), options.overrides(override)
+        bits, group_size, symmetric, lm_head, tuple(skip or ()), options.overrides(override), target_bits
     )
     trained = {
         "objective": objective,

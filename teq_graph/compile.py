@@ -36,6 +36,7 @@ from teq_graph.passes.untie_weights import UntieWeights
 from teq_graph.quantization import Grid
 from teq_graph.report import BlockReport, LinearReport, Report
 from teq_graph.training import Trainer
+from teq_graph.training.sensitivity import choose_bits
 from teq_graph.write_back import can_write_back, write_back
 
 # In this order: no-op casts hide products and norms; `weight.T` must be a linear's operand before it is
@@ -57,6 +58,10 @@ class Analysis:
     """The weights whose bits are yet to be chosen."""
     other_weights: tuple[OtherWeight, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def choose_bits(self, batches: Sequence[Any], target: float, seed: int) -> None:
+        """Give the `free` weights the bits that serve the float model's loss on `batches` best."""
+        self.specs = choose_bits(self.captured, self.specs, self.free, batches, target, seed)
 
 
 def analyze(
@@ -98,7 +103,8 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     example_inputs, dynamic_shapes: as for `torch.export.export`; made from the config for Hugging Face models.
     calibration: a text file's path, strings (with `tokenizer`), `[batch, seq]` token tensors, any iterable of
         the model's inputs, or a `datasets` data set; None lets a language model sample its own text.
-    training: how the scales are learned; None rounds to nearest without any scales.
+    training: how the scales are learned; None rounds to nearest without any scales, for which `target_bits` has no
+        calibration to go by: it takes `TrainingConfig(stages=())` instead.
     tokenizer: for text calibration, and written beside the exported model.
 
     Raises ConfigError, CaptureError, InputError or NumericsError, each naming what is wrong.
@@ -106,13 +112,22 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     started = time.monotonic()
     if not (training is None or isinstance(training, TrainingConfig)):
         raise ConfigError(f"training={training!r}: accepted are a TrainingConfig and None")
+    if training is None and quantization.target_bits is not None:
+        raise ConfigError(
+            f"target_bits={quantization.target_bits}: bits are chosen on calibration data; accepted with it is a "
+            "TrainingConfig, with stages=() to round to nearest"
+        )
     analysis = analyze(model, example_inputs, dynamic_shapes, quantization)
-    captured, specs = analysis.captured, analysis.specs
+    captured, batches = analysis.captured, None
+    if training is not None and quantization.target_bits is not None:
+        batches = calibration_batches(calibration, captured, training, tokenizer, example_inputs)
+        analysis.choose_bits(batches, quantization.target_bits, training.seed)
+    specs = analysis.specs
     equivalences, blocks = analysis.findings.equivalences, tuple[BlockReport, ...]()
     chosen: Mapping[str, tuple[Tensor, Grid]] = {}
     stages = training.stages_for(specs.values()) if training is not None else ()
     if training is not None and specs and (equivalences or any(stage != "scales" for stage in stages)):
-        batches = calibration_batches(calibration, captured, training, tokenizer, example_inputs)
+        batches = batches or calibration_batches(calibration, captured, training, tokenizer, example_inputs)
         equivalences, blocks, chosen = train(analysis, batches, training)
     quantizer = QuantizeLinears(specs, chosen)
     originals = {name: fx.get_tensor(captured.graph_module, name) for name in specs}
@@ -157,6 +172,8 @@ def transform(
     if found:
         analysis.findings = dataclasses.replace(analysis.findings, equivalences=found)
         batches = calibration_batches(calibration, analysis.captured, training, tokenizer, example_inputs)
+        if quantization.target_bits is not None:
+            analysis.choose_bits(batches, quantization.target_bits, training.seed)
         train(analysis, batches, dataclasses.replace(training, stages=("scales",)))
         write_back(graph_module, found, result)
     return result

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 from typing import Any
 
 from teq_graph.analysis.equivalence import Refusal
@@ -68,6 +70,13 @@ class Report:
         """How many linears have at least one equivalence that scales their columns."""
         return sum(linear.scaled for linear in self.linears)
 
+    def describe_bits(self) -> str:
+        """Bits of the quantized weights, as in `3.29 on average: 12 × 2, 100 × 3`."""
+        bits = [linear.spec.bits for linear in self.quantized if linear.spec]
+        sizes = [math.prod(linear.shape) for linear in self.quantized]
+        average = sum(map(operator.mul, bits, sizes)) / max(1, sum(sizes))
+        return f"{average:.3g} on average: {', '.join(f'{bits.count(b)} × {b}' for b in sorted(set(bits)))}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return dataclasses.asdict(self)
@@ -100,6 +109,8 @@ class Report:
             f"linears       {len(self.quantized)} of {len(self.linears)} quantized, {self.covered} with scaled columns",
             f"equivalences  {self.equivalences} found" if self.equivalences else "equivalences  none found",
         ]
+        if len({linear.spec.bits for linear in self.quantized if linear.spec}) > 1:
+            lines.append(f"bits          {self.describe_bits()}")
         if self.blocks:
             before = sum(block.before for block in self.blocks) / len(self.blocks)
             after = sum(block.after for block in self.blocks) / len(self.blocks)
