@@ -200,6 +200,8 @@ def quantize(
     options.check_choice("dtype", dtype, options.DTYPES)
     options.check_choice("accuracy-level", accuracy_level, options.ACCURACY_LEVELS)
     training = options.training(preset, method, {"calibration": calibration, **trained})
+    if training is None and target_bits is not None:
+        raise ConfigError(f"--target-bits {target_bits}: no effect with --method {method}, which calibrates nothing")
     output = options.output_directory(output, overwrite)
     options.check_calibration(calibration, text)
     if not evaluate:
