@@ -134,7 +134,10 @@ def tune(
         "zero_points": Learned([w.zero for w in weights.values() if not w.symmetric], ZERO_RATE * pace),
         "floats": Learned([vector.change for vector in floats.values()], FLOAT_RATE * pace),
     }
-    optimize([learned[name] for name in config.tuned], loss_of, problem.batches, config, generator, bar)
+    groups = [learned[name] for name in config.tuned]
+    # Symmetric weights have no zero points to tune, and not every block has floats.
+    if any(group.tensors for group in groups):
+        optimize(groups, loss_of, problem.batches, config, generator, bar)
     codes = {name: weight.result() for name, weight in weights.items()}
     return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()})
 
