@@ -266,7 +266,9 @@ def test_half_precision_models_take_all_stages(name: str, dtype: torch.dtype) ->
     result = outputs(compiled, batches[0])
     assert all(part.dtype == dtype and bool(part.isfinite().all()) for part in result)
     actual = last_error(compiled, model, batches, first_only=architecture.is_decoder)
-    assert actual == pytest.approx(compiled.report.blocks[-1].after, rel=0.15)
+    # The type's own rounding is an error of eps squared.
+    noise = (2 * torch.finfo(dtype).eps) ** 2
+    assert actual == pytest.approx(compiled.report.blocks[-1].after, rel=0.15, abs=noise)
 
 
 def test_outlier_channels_do_not_overflow_float16() -> None:
