@@ -62,7 +62,7 @@ def test_signals(sent: signal.Signals, code: int, tiny: Path, tmp_path: Path) ->
     process = start(MAIN.format(""), "quantize", tiny, "-o", tmp_path / "out", *QUICK, "--steps", "1000000")
     assert process.stderr is not None
     lines = []
-    while not (lines and lines[-1].startswith("training scales")):
+    while not (lines and lines[-1].startswith("training blocks")):
         lines.append(process.stderr.readline())
         assert lines[-1], "".join(lines)
     time.sleep(0.2)

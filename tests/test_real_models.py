@@ -52,7 +52,7 @@ def test_smollm2_from_weights_to_text(smollm2: LoadedModel, wikitext: str, tmp_p
         smollm2.model,
         tokenizer=smollm2.tokenizer,
         quantization=teq_graph.QuantizationConfig(bits=4, group_size=32),
-        training=teq_graph.TrainingConfig(steps=2, samples=8, length=64),
+        training=teq_graph.TrainingConfig(stages=("scales",), steps=2, samples=8, length=64),
     )
     assert len(compiled.report.quantized) == compiled.report.covered == 210
     assert len(compiled.report.blocks) == 30

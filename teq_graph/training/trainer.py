@@ -98,7 +98,7 @@ class Trainer:
         if "tune" in by_block:
             steps += sum(map(bool, weights)) * self.config.steps
         last = max((index for index in indices if scales[index] or weights[index]), default=-1)
-        with task("training", steps or None) as bar:
+        with task("training blocks", steps or None) as bar:
             # What follows the last scales and codes (the vocabulary projection, mostly) is not run at all.
             for index, (samples, target_of) in zip(range(last + 1), self.reference.walk(self.blocks), strict=False):
                 block = self.blocks[index]
