@@ -281,7 +281,9 @@ def evaluate_tasks(
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Without what lm_eval and the hub print, log and draw, and without the processes lm_eval forks for a bootstrap."""
-    level, draw, forks = logging.root.manager.disable, tqdm.__init__, os.environ.get("DISABLE_MULTIPROC")
+    # Not `tqdm.__init__`, which is another object each time where somebody has put a partial method there before.
+    draw = vars(tqdm)["__init__"]
+    level, forks = logging.root.manager.disable, os.environ.get("DISABLE_MULTIPROC")
     logging.disable(max(level, logging.WARNING))
     tqdm.__init__ = functools.partialmethod(draw, disable=True)
     os.environ["DISABLE_MULTIPROC"] = "1"

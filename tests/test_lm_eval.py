@@ -289,11 +289,11 @@ def test_the_run_is_silent_and_leaves_nothing_behind(
 ) -> None:
     from tqdm import tqdm
 
-    before = tqdm.__init__
+    before = vars(tqdm)["__init__"]
     scores_of(plain(stories), task_dir, num_fewshot=1)
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
-    assert tqdm.__init__ is before
+    assert vars(tqdm)["__init__"] is before
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
