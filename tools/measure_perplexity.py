@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers.job import peak_bytes
 from readme_section import replace_section
 
 import teq_graph
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, method: str, bits: int) -> dict[str, Any]:
         )
         size = model.report.bytes_after
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     with torch.no_grad():
         logits_fns = [lambda ids, m=m: m(input_ids=ids).logits for m in (float_model, model)]
         value = perplexity(logits_fns[1], tokens, context=args.context).value
