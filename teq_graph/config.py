@@ -197,6 +197,11 @@ class TrainingConfig:
         _require(name in PRESETS, "preset", name, f"{tuple(PRESETS)}")
         return cls(**{**PRESETS[name], **options})
 
+    @property
+    def steps_of_scales(self) -> int:
+        """Steps that train the scales of a block."""
+        return self.steps if self.scale_steps is None else self.scale_steps
+
     def stages_for(self, specs: Iterable[WeightSpec]) -> tuple[str, ...]:
         """The stages, those of the widest codes in `specs` being the default."""
         if self.stages is not None:

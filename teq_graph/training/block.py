@@ -17,7 +17,7 @@ from teq_graph.execution import Values, run
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertedScales
 from teq_graph.progress import Task
 from teq_graph.training.initialization import initial_scale
-from teq_graph.training.losses import relative_error
+from teq_graph.training.losses import LOSS_BATCHES, relative_error
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.reference import FloatReference, TargetOf
 from teq_graph.training.stages import (
@@ -31,8 +31,6 @@ from teq_graph.training.stages import (
 )
 from teq_graph.training.tensors import StretchTensors
 
-LOSS_BATCHES = 4
-"""Batches on which a block's error is measured."""
 LEARNING_RATE = 2e-2
 """Of scales."""
 
@@ -65,7 +63,6 @@ class BlockTrainer:
         for number, parameter in zip(numbers, learned, strict=True):
             parameter.data.copy_(starting_scale(self.inserted, number, self.config, samples, reference, self.specs))
         nodes = [*self.tensors.weight_nodes, *self.block.nodes]
-        steps = self.config.steps if self.config.scale_steps is None else self.config.scale_steps
         optimize(
             [Learned(learned, self.config.learning_rate or LEARNING_RATE)],
             functools.partial(self._loss, nodes, {}),
@@ -73,10 +70,10 @@ class BlockTrainer:
             self.config,
             self.generator,
             self.bar,
-            steps=steps,
+            steps=self.config.steps_of_scales,
             smallest=SMALLEST_SCALE,
         )
-        if steps and self.error() > before:
+        if self.config.steps_of_scales and self.error() > before:
             for parameter in learned:
                 parameter.data.fill_(1)
 
@@ -106,8 +103,7 @@ class BlockTrainer:
     # ---------------------------------------------------------------------------------------------------- pieces
 
     def _use(self, choice: Choice, problem: BlockProblem) -> None:
-        for name, tensor in choice.tensors(problem).items():
-            self.tensors.choose(name, tensor)
+        self.tensors.chosen.update(self.tensors.by_node(choice.tensors(problem)))
 
     def _error(self, constants: Values) -> float:
         numbers = range(min(LOSS_BATCHES, len(self.values)))
@@ -126,11 +122,9 @@ class BlockTrainer:
         for name, weight in weights.items():
             constants[self.inserted.quantized[name]] = weight
         moments, means = self._moments(names, constants)
-        nodes_of = self.tensors.nodes_of
 
         def loss_of(number: int, tensors: Mapping[str, Tensor]) -> Tensor:
-            chosen = {node: tensor for name, tensor in tensors.items() for node in nodes_of[name]}
-            return self._loss(self.block.nodes, {**constants, **chosen}, number)
+            return self._loss(self.block.nodes, {**constants, **self.tensors.by_node(tensors)}, number)
 
         return BlockProblem(
             weights,

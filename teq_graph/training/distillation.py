@@ -6,7 +6,7 @@ model's own logits for a target, and gains and biases learning too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from teq_graph.config import TrainingConfig
 from teq_graph.progress import task
 from teq_graph.quantization import Grid, dequantize, round_scales
+from teq_graph.training.losses import LOSS_BATCHES
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.stages import Choice, LearnedVector
 
@@ -21,7 +22,6 @@ SCALE_RATE = 5e-4
 """Of the logarithm of group scales."""
 FLOAT_RATE = 5e-4
 """Of gains and biases, relative to their root mean square."""
-LOSS_BATCHES = 4
 
 
 def distill(
@@ -31,8 +31,8 @@ def distill(
     batches: int,
     config: TrainingConfig,
     generator: torch.Generator,
-) -> tuple[Choice, float, float]:
-    """Group scales and floats that bring the loss down; the loss on a few batches before and after.
+) -> Choice:
+    """Group scales and floats that bring the loss down.
 
     `dtypes` are those in which each weight's scales are stored, and `loss_of` takes the number of a batch and the
     tensors of `start` by name. What does not bring the loss down is not kept.
@@ -45,7 +45,7 @@ def distill(
         return {**values, **{name: vector.value() for name, vector in floats.items()}}
 
     def mean_loss() -> float:
-        numbers: Sequence[int] = range(min(LOSS_BATCHES, batches))
+        numbers = range(min(LOSS_BATCHES, batches))
         with torch.no_grad():
             values = tensors()
             return sum(float(loss_of(number, values)) for number in numbers) / len(numbers)
@@ -57,11 +57,10 @@ def distill(
     ]
     with task("distilling", config.steps) as bar:
         optimize(learned, lambda number: loss_of(number, tensors()), batches, config, generator, bar)
-    after = mean_loss()
-    if after >= before:
-        return start, before, before
+    if mean_loss() >= before:
+        return start
     codes = {name: weight.result() for name, weight in weights.items()}
-    return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()}), before, after
+    return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()})
 
 
 class _ScaledCodes:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 NO_TOKEN = -100
+LOSS_BATCHES = 4
+"""Batches on which a loss is measured before and after training."""
 
 
 def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ FLOAT_RATE = 5e-4
 class BlockProblem:
     """What a block's stages go by.
 
-    weights: float [N, K] by name, scales folded in; `specs` and `dtypes` (of their stored scales) likewise.
+    weights: float [N, K] by name, scales folded in; `specs` likewise.
     moments: for each weight the second moments [K, K] of its inputs, in the model whose earlier blocks are quantized.
     means: for each weight the mean [K] of those inputs.
     floats: the block's other parameters that may change, by name: gains and biases [n].

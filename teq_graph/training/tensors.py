@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,10 +29,9 @@ class StretchTensors:
         self.weight_nodes = constant_ancestors(nodes)
         self.chosen: Values = {}
 
-    def choose(self, name: str, tensor: Tensor) -> None:
-        """Let `tensor` take the place of what is read as `name`."""
-        for node in self.nodes_of[name]:
-            self.chosen[node] = tensor
+    def by_node(self, tensors: Mapping[str, Tensor]) -> Values:
+        """Tensors by name as the values of the nodes from which they are read."""
+        return {node: tensor for name, tensor in tensors.items() for node in self.nodes_of[name]}
 
     def constants(self) -> Values:
         """What the nodes compute from tensors alone, weights above all, without gradients."""

@@ -43,8 +43,7 @@ class Trainer:
     """One training run over one graph.
 
     `reports` is filled as it goes, one entry for each trained block, or one with the loss of the whole model;
-    `codes` and `floats` are what the stages chose, by name of the weight, and of the gain or bias; `distilled` is the
-    loss of the whole model before and after its distillation.
+    `codes` and `floats` are what the stages chose, by name of the weight, and of the gain or bias.
     """
 
     captured: CapturedGraph
@@ -55,7 +54,6 @@ class Trainer:
     reports: list[BlockReport] = dataclasses.field(default_factory=list)
     codes: dict[str, tuple[Tensor, Grid]] = dataclasses.field(default_factory=dict)
     floats: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    distilled: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         # All are taken before the scales go in.
@@ -93,8 +91,7 @@ class Trainer:
         scales = [self._scales_of(index) if "scales" in by_block else [] for index in indices]
         chooses = any(stage != "scales" for stage in by_block)
         weights = [self._weights_of(index) if chooses else [] for index in indices]
-        scale_steps = self.config.steps if self.config.scale_steps is None else self.config.scale_steps
-        steps = sum(map(bool, scales)) * scale_steps
+        steps = sum(map(bool, scales)) * self.config.steps_of_scales
         if "tune" in by_block:
             steps += sum(map(bool, weights)) * self.config.steps
         last = max((index for index in indices if scales[index] or weights[index]), default=-1)
@@ -191,8 +188,7 @@ class Trainer:
         start = Choice(codes, {**floats, **self.floats})
 
         def loss_of(number: int, changed: Mapping[str, Tensor]) -> Tensor:
-            chosen = {node: tensor for name, tensor in changed.items() for node in tensors.nodes_of[name]}
-            env = {**self.reference.inputs(number), **constants, **chosen}
+            env = {**self.reference.inputs(number), **constants, **tensors.by_node(changed)}
             with fast_products(weights.values(), self.specs.values()):
                 target = self.reference.outputs(nodes, outputs, number)
                 run(nodes, env)
@@ -201,10 +197,9 @@ class Trainer:
             return relative_error([env[node] for node in outputs], target)
 
         dtypes = {name: weight.dtype for name, weight in weights.items()}
-        choice, before, after = distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator)
+        choice = distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator)
         self.codes.update(choice.codes)
         self.floats.update(choice.floats)
-        self.distilled = (before, after)
 
     # ---------------------------------------------------------------------------------------------------- pieces
 
