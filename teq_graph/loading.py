@@ -96,7 +96,7 @@ def load_tokenizer(source: str, directory: str, **where: Any) -> PreTrainedToken
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Writes the tokenizer's files (with the chat template) as `AutoTokenizer` and onnxruntime-genai read them."""
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer.save_pretrained(str(directory))
 
 
@@ -119,7 +119,7 @@ def _load(
 
     `where` holds `gguf_file`; `tokenizer_expected` None: take the tokenizer if there is one.
     """
-    with progress.task(f"Loading {name}"), _quiet_transformers():
+    with progress.task(f"Loading {name}"), quiet_transformers():
         try:
             model = _load_weights(source, directory, dtype, where)
         except ModelFileError:
@@ -169,7 +169,7 @@ def _model_class(config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without the bars, log lines and warnings of transformers and the hub's client; as they were afterwards."""
     import huggingface_hub.utils.logging as hub_logging
     import transformers.utils.logging as transformers_logging

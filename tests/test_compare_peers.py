@@ -54,7 +54,9 @@ SETTINGS = {
     "tokens": 128,
     "calibration_shape": [4, 32],
     "digest": "0",
+    "is_encoder": False,
 }
+COLUMNS = table.columns_of(SETTINGS)
 
 
 @pytest.fixture
@@ -77,18 +79,19 @@ def command(model: object, files: tuple[Path, Path], output: Path, *more: object
 
 def test_row_of_figures() -> None:
     expected = r"| round to nearest | 162.87 | 0.9232 | 40.0% | 0.0 | 512 | 0.24 | one \| two; three |"
-    assert table.line(ROW) == expected
+    assert table.line(ROW, COLUMNS) == expected
 
 
 def test_row_of_a_failure_has_its_error_and_as_many_cells() -> None:
-    line = table.line({"method": "hqq", "error": "ValueError: no 3 bits", "notes": ["unread"]})
+    line = table.line({"method": "hqq", "error": "ValueError: no 3 bits", "notes": ["unread"]}, COLUMNS)
     assert "error: ValueError: no 3 bits" in line
     assert "unread" not in line
-    assert line.count("|") == table.line({**ROW, "notes": []}).count("|") == table.table([]).splitlines()[0].count("|")
+    whole = table.line({**ROW, "notes": []}, COLUMNS)
+    assert line.count("|") == whole.count("|") == table.table([], COLUMNS).splitlines()[0].count("|")
 
 
 def test_large_perplexity_is_short() -> None:
-    assert "| 6.2e+09 |" in table.line({**ROW, "perplexity": 6.15e9})
+    assert "| 6.2e+09 |" in table.line({**ROW, "perplexity": 6.15e9}, COLUMNS)
 
 
 def test_document_says_what_was_measured() -> None:
@@ -100,15 +103,14 @@ def test_document_says_what_was_measured() -> None:
 
 def test_plot_is_left_out_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert not table.plot([ROW], tmp_path / "plot.png")
+    assert not table.plot([ROW], tmp_path / "plot.png", SETTINGS)
     assert not (tmp_path / "plot.png").exists()
 
 
 def test_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     float_row = {key: value for key, value in ROW.items() if key != "seconds"}
     rows = [float_row, ROW, {**ROW, "perplexity": 1e9}, {"method": "hqq", "error": "no"}]
-    assert table.plot(rows, tmp_path / "plot.png")
+    assert table.plot(rows, tmp_path / "plot.png", SETTINGS)
     assert (tmp_path / "plot.png").stat().st_size > 0
 
 
@@ -296,10 +298,10 @@ def test_context_beyond_the_positions(
 def rtn_job(stories260k: LoadedModel, wikitext: str, tmp_path: Path) -> job_module.Job:
     """A job of stories260K in 3 bits, whose rows of 172 are no whole number of groups of 32."""
     stories260k.model.float().save_pretrained(tmp_path / "model")
-    np.save(tmp_path / "test.npy", np.array(stories260k.tokenizer(wikitext[:3000])["input_ids"][:300]))
+    (tmp_path / "test.json").write_text(json.dumps(stories260k.tokenizer(wikitext[:3000])["input_ids"][:300]))
     np.save(tmp_path / "calibration.npy", np.zeros((2, 8), dtype=np.int64))
-    fields = dict(model=str(tmp_path / "model"), test=str(tmp_path / "test.npy"), context=128, bits=3, group_size=32)
-    paths = dict(calibration=str(tmp_path / "calibration.npy"), iters=1, batch_size=2, seed=0)
+    fields = dict(model=str(tmp_path / "model"), test=str(tmp_path / "test.json"), context=128, bits=3, group_size=32)
+    paths = dict(calibration=str(tmp_path / "calibration.npy"), iters=1, batch_size=2, seed=0, is_encoder=False)
     path = tmp_path / "job.json"
     path.write_text(json.dumps({**fields, **paths, "options": {"training": "rtn"}}), encoding="utf-8")
     return job_module.Job(path)
@@ -315,7 +317,7 @@ def test_evaluator_agrees_with_the_compiled_graph(rtn_job: job_module.Job, monke
     model = rtn_job.load_model()
     config = teq_graph.QuantizationConfig(bits=3, group_size=32)
     compiled = teq_graph.compile(model, quantization=config, training=None)
-    tokens = torch.from_numpy(np.load(rtn_job.fields["test"]))
+    tokens = rtn_job.load_test()
 
     def ours(ids: torch.Tensor) -> torch.Tensor:
         return compiled(input_ids=ids).logits

@@ -171,7 +171,7 @@ def test_fake_quantize_tiles_and_strides(monkeypatch: pytest.MonkeyPatch) -> Non
         spec = WeightSpec(3, 32, symmetric)
         outcomes = []
         for tile in (2**18, 200, 1):
-            monkeypatch.setattr("teq_graph.quantization.grid._TILE", tile)
+            monkeypatch.setattr("teq_graph.quantization.grid.TILE", tile)
             for leaf in (weight.clone(), weight.t().contiguous().t()):
                 leaf.requires_grad_()
                 rounded = fake_quantize(leaf, spec)

@@ -4,7 +4,8 @@
 
 Every method is a process of its own, and every package has a virtual environment of its own below --venvs, made once
 from `peers/requirements/`. A method quantizes all linears but the vocabulary projection and leaves dequantized
-weights; the same evaluator measures them all. Writes compare.md, compare.json, compare.png (if matplotlib is
+weights; the same evaluator measures them all: a causal language model by its predictions, any other by the embeddings
+of sentences. Writes compare.md, compare.json, compare.png (if matplotlib is
 installed) and logs/ in --output. Methods, in the order of the table:
 
     {methods}
@@ -16,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -24,7 +26,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import transformers
 from peers import table
 from peers.methods import METHODS
 from peers.process import measure_method
@@ -32,7 +33,7 @@ from peers.process import measure_method
 from teq_graph.calibration import TokenInputs, make_batches
 from teq_graph.config import BITS, GROUP_SIZES
 from teq_graph.errors import InputError, TeqGraphError
-from teq_graph.loading import load_model
+from teq_graph.loading import load_model, quiet_transformers
 
 SHARED_FIELDS = ("bits", "group_size", "iters", "batch_size", "seed", "context")
 
@@ -86,17 +87,22 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], dic
     loaded = load_model(args.model)
     model, tokenizer = loaded.model.float(), loaded.tokenizer
     head = model.get_output_embeddings()
-    if head is None:
-        raise InputError(f"{args.model}: it is no causal language model")
+    is_encoder = head is None
     sizes = {m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
     if not sizes:
         raise InputError(f"{args.model}: it has no torch.nn.Linear but the vocabulary projection")
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and args.context > positions:
         raise InputError(f"--context {args.context}: {args.model} has {positions} positions")
-    ids = tokenizer(args.test.read_text(encoding="utf-8"), verbose=False)["input_ids"][: args.tokens]
-    if len(ids) < 2:
-        raise InputError(f"{args.test}: it has {len(ids)} tokens; accepted are two or more")
+    text = args.test.read_text(encoding="utf-8")
+    if is_encoder:
+        test: Any = sentences_of(text, tokenizer, args.tokens, args.context)
+        tokens = sum(map(len, test))
+    else:
+        test = tokenizer(text, verbose=False)["input_ids"][: args.tokens]
+        tokens = len(test)
+    if len(test) < 2:
+        raise InputError(f"{args.test}: accepted are two or more {'sentences' if is_encoder else 'tokens'}")
     batches = make_batches(
         args.calibration,
         samples=args.samples,
@@ -106,25 +112,35 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], dic
         tokenizer=tokenizer,
         tokens=TokenInputs(model.get_input_embeddings().num_embeddings, positions),
     )
-    arrays = {"test": np.array(ids), "calibration": torch.cat([batch["input_ids"] for batch in batches]).numpy()}
-    fields = {name: getattr(args, name) for name in SHARED_FIELDS}
+    calibration = torch.cat([batch["input_ids"] for batch in batches]).numpy()
+    fields = {**{name: getattr(args, name) for name in SHARED_FIELDS}, "is_encoder": is_encoder}
     settings = {
         "model": args.model,
         "test": args.test.name,
         "calibration": args.calibration.name,
         **fields,
-        "tokens": len(ids),
-        "calibration_shape": list(arrays["calibration"].shape),
-        "digest": hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest(),
+        "tokens": tokens,
+        "calibration_shape": list(calibration.shape),
+        "digest": hashlib.sha256(json.dumps(test).encode() + calibration.tobytes()).hexdigest(),
     }
     fields["model"] = str(folder / "model")
-    transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(fields["model"])
-    tokenizer.save_pretrained(fields["model"])
-    for name, array in arrays.items():
-        fields[name] = str(folder / f"{name}.npy")
-        np.save(fields[name], array)
+    with quiet_transformers():
+        model.save_pretrained(fields["model"])
+        tokenizer.save_pretrained(fields["model"])
+    fields["test"], fields["calibration"] = str(folder / "test.json"), str(folder / "calibration.npy")
+    Path(fields["test"]).write_text(json.dumps(test), encoding="utf-8")
+    np.save(fields["calibration"], calibration)
     return fields, settings, any(size % args.group_size for size in sizes)
+
+
+def sentences_of(text: str, tokenizer: Any, tokens: int, longest: int) -> list[list[int]]:
+    """Token ids of the sentences of running text, not of its headings, until they are `tokens` in all."""
+    sentences: list[list[int]] = []
+    for match in re.finditer(r"[A-Z][^\n=]{40,}?[.!?](?=\s)", text):
+        if sum(map(len, sentences)) >= tokens:
+            break
+        sentences.append(tokenizer(match[0], truncation=True, max_length=longest)["input_ids"])
+    return sentences
 
 
 def kept_rows(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -153,7 +169,8 @@ def compare(args: argparse.Namespace) -> None:
         fields, settings, ragged = prepare(args, Path(scratch))
         rows = kept_rows(args.output / "compare.json", settings) if args.resume else {}
         args.output.mkdir(parents=True, exist_ok=True)
-        print(table.table([]), flush=True)
+        columns = table.columns_of(settings)
+        print(table.table([], columns), flush=True)
         for name in args.methods:
             if name not in rows or rows[name].get("error"):
                 rows[name] = measure_method(
@@ -166,9 +183,9 @@ def compare(args: argparse.Namespace) -> None:
                 )
                 rows = {method: rows[method] for method in METHODS if method in rows}
                 write(args.output, settings, rows.values())
-            print(table.line(rows[name]), flush=True)
+            print(table.line(rows[name], columns), flush=True)
     write(args.output, settings, rows.values())
-    if not table.plot(rows.values(), args.output / "compare.png"):
+    if not table.plot(rows.values(), args.output / "compare.png", settings):
         print("no plot: matplotlib is not installed")
 
 

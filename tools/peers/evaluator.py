@@ -1,4 +1,7 @@
-"""The common measure: perplexity, KL to the float model's logits, top-1 agreement, and bytes by one formula.
+"""The common measure, and bytes by one formula.
+
+Of a language model perplexity, KL to the float model's logits and top-1 agreement; of an encoder how far the embeddings
+of sentences are from the float model's, and how many have the same nearest neighbour.
 
 As a script it measures the weights that a runner left: `evaluator.py job.json`.
 """
@@ -10,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from job import Job, block_linears
 from safetensors.torch import load_file
@@ -19,16 +21,41 @@ from torch import Tensor, nn
 from teq_graph.evaluation import LogitsFn, divergence, perplexity
 
 
-def measure(job: Job, reference: Any, logits_fn: LogitsFn) -> dict[str, float]:
-    """On the test tokens of the job, in windows that do not overlap."""
-    tokens, context = torch.from_numpy(np.load(job.fields["test"])), job.fields["context"]
+def predictions(job: Job, model: Any, **options: Any) -> LogitsFn:
+    """`input_ids` [b, s] -> logits [b, s, vocab] of a language model, last hidden states [b, s, h] of an encoder."""
+    if job.is_encoder:
+        return lambda ids: model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).last_hidden_state
+    return lambda ids: model(input_ids=ids, **options).logits
 
-    def expected(ids: Tensor) -> Tensor:
-        return reference(input_ids=ids, use_cache=False).logits
 
-    value = perplexity(logits_fn, tokens, context=context).value
-    apart = divergence(expected, logits_fn, tokens, context=context)
+def measure(job: Job, reference_fn: LogitsFn, predict_fn: LogitsFn) -> dict[str, float]:
+    """On the test tokens of the job, which are a text, or for an encoder one sentence after the other."""
+    if job.is_encoder:
+        return compare_embeddings(*(embeddings(job, function) for function in (reference_fn, predict_fn)))
+    tokens, context = job.load_test(), job.fields["context"]
+    value = perplexity(predict_fn, tokens, context=context).value
+    apart = divergence(reference_fn, predict_fn, tokens, context=context)
     return {"perplexity": value, "kl_divergence": apart.kl_divergence, "top1_agreement": apart.top1_agreement}
+
+
+def embeddings(job: Job, hidden_fn: LogitsFn) -> Tensor:
+    """The mean of each sentence's last hidden states, of length one: [sentences, h] float64."""
+    with torch.inference_mode():
+        rows = [hidden_fn(torch.tensor([ids])).double().mean(1) for ids in job.load_test()]
+    return nn.functional.normalize(torch.cat(rows), dim=-1)
+
+
+def compare_embeddings(expected: Tensor, actual: Tensor) -> dict[str, float]:
+    """Of rows of length one: one minus the cosine of each pair, mean and largest, and how often the other row that is
+    nearest is the same."""
+    distances = 1.0 - (expected * actual).sum(1)
+    nearest = [(rows @ rows.T).fill_diagonal_(-2.0).argmax(1) for rows in (expected, actual)]
+    agreement = (nearest[0] == nearest[1]).double().mean().item()
+    return {
+        "cosine_distance": distances.mean().item(),
+        "largest_distance": distances.max().item(),
+        "neighbour_agreement": agreement,
+    }
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -81,7 +108,8 @@ def main() -> None:
         )
     else:
         result["stored_bytes"] = sum(parameter.numel() * 4 for parameter in model.parameters())
-    result.update(measure(job, reference, lambda ids: model(input_ids=ids, use_cache=False).logits))
+    options = {} if job.is_encoder else {"use_cache": False}
+    result.update(measure(job, *(predictions(job, each, **options) for each in (reference, model))))
     (job.folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 

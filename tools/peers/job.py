@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 
 class Job:
@@ -36,13 +36,19 @@ class Job:
         self.iters: int = fields["iters"]
         self.batch_size: int = fields["batch_size"]
         self.seed: int = fields["seed"]
+        self.is_encoder: bool = fields["is_encoder"]
         self.options: dict[str, Any] = fields["options"]
         self.result: dict[str, Any] = {}
         self.calibration: Tensor = torch.from_numpy(np.load(fields["calibration"]))
         """int64 [samples, length]"""
 
     def load_model(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32).eval()
+        kind = AutoModel if self.is_encoder else AutoModelForCausalLM
+        return kind.from_pretrained(self.model_dir, dtype=torch.float32).eval()
+
+    def load_test(self) -> Any:
+        """Token ids of a text, of an encoder's test those of sentences."""
+        return json.loads(Path(self.fields["test"]).read_text(encoding="utf-8"))
 
     def load_tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.model_dir)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evaluator import measure, stored_bytes
+from evaluator import measure, predictions, stored_bytes
 from job import Job, block_linears, quantize_each, run
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def compile_and_measure(job: Job) -> None:
     quantized = [linear for linear in compiled.report.linears if linear.spec is not None]
     assert len(quantized) == len(block_linears(model)), "the graph and the model have other linears"
     size = stored_bytes(model, job.bits, job.group_size, zero_point_bits=job.bits)
-    job.finish(stored_bytes=size, **measure(job, model, lambda ids: compiled(input_ids=ids).logits))
+    job.finish(stored_bytes=size, **measure(job, predictions(job, model), predictions(job, compiled)))
 
 
 def runner(job: Job) -> None:
