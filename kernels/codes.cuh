@@ -1,0 +1,128 @@
+// Codes of 2, 3, 4 and 8 bits as MatMulNBits stores them, and how a thread turns them into pairs of 16-bit floats.
+//
+// A chunk is 32 consecutive codes of a row, BITS words. Its two halves' bit streams are read in step: a word of 16-bit
+// halves holds the same bits of two streams, so one instruction takes a code from both. Pair p of a chunk is codes
+//
+//     first(p) and first(p) + DISTANCE,    p = 0 .. 15
+//
+//     bits  words of halves             DISTANCE  pairs in a word
+//     2     w0 w1                       8         8
+//     3     made of w0 w1 w2, see read  16        16 over all three
+//     4     w0 w1 w2 w3                 4         4
+//     8     w0 .. w7                    2         2
+//
+// The order of k within a product is free, so the activations are laid out in this order of pairs.
+#pragma once
+
+#include "device.cuh"
+
+constexpr int CHUNK = 32;
+constexpr int PAIRS = CHUNK / 2;
+
+template <int BITS>
+constexpr int DISTANCE = BITS == 3 ? 16 : 16 / BITS;
+
+// The lower code of pair `p`.
+template <int BITS>
+DEVICE constexpr int first(int p) {
+  return p / DISTANCE<BITS> * 2 * DISTANCE<BITS> + p % DISTANCE<BITS>;
+}
+
+// A number that a code completes to a float: 2^10 in float16, 2^7 in bfloat16, whose lowest bit is worth one.
+template <typename T>
+struct Magic;
+template <>
+struct Magic<Float16> {
+  static constexpr int MANTISSA = 10;
+  static constexpr u32 BITS = 0x64006400u;
+};
+template <>
+struct Magic<BFloat16> {
+  static constexpr int MANTISSA = 7;
+  static constexpr u32 BITS = 0x43004300u;
+};
+
+// The bits of 2^exponent, in both halves.
+template <typename T>
+DEVICE constexpr u32 power_of_two(int exponent) {
+  constexpr int bias = Magic<T>::MANTISSA == 10 ? 15 : 127;
+  return static_cast<u32>(exponent + bias) << Magic<T>::MANTISSA;
+}
+
+template <typename T>
+DEVICE constexpr u32 both(u32 half) {
+  return half | half << 16;
+}
+
+// Where a code that begins at bit `at` of its half is brought down to fit in the mantissa: by as few distinct shifts
+// as there can be, as words shifted alike are shifted once.
+template <typename T, int BITS>
+DEVICE constexpr int shift_of(int at) {
+  if (at + BITS <= Magic<T>::MANTISSA) return 0;
+  if (Magic<T>::MANTISSA == 10) return 8;
+  if (BITS == 4) return at;
+  return at + BITS <= 12 ? 5 : 10;
+}
+
+// The words of a chunk as words of halves.
+template <int BITS>
+DEVICE void align_halves(u32 (&words)[BITS]) {
+  if constexpr (BITS == 3) {  // bits 0..47 are the one stream, 48..95 the other
+    const u32 w0 = words[0], w1 = words[1], w2 = words[2];
+    words[0] = permute_bytes(w0, w1, 0x7610);
+    words[1] = permute_bytes(w0, w2, 0x5432);
+    words[2] = permute_bytes(w1, w2, 0x7610);
+  }
+}
+
+// code - zero of pair P as floats, exactly. `zero`: the zero point, in both halves; `words`: of halves.
+template <typename T, int BITS, int P>
+DEVICE u32 centered_pair(const u32 (&words)[BITS], u32 zero) {
+  constexpr u32 MINUS_ONE = both<T>(0x8000u | power_of_two<T>(0));
+  constexpr int bit = BITS * (P % (BITS == 3 ? 16 : DISTANCE<BITS>));
+  constexpr int word = BITS == 3 ? bit / 16 : P / DISTANCE<BITS>;
+  constexpr int at = bit % 16;
+  constexpr u32 mask = both<T>((1u << BITS) - 1);
+  if constexpr (BITS == 8 && Magic<T>::MANTISSA == 7) {
+    // A byte is too long for this mantissa together with a magic number: by way of float32, 2^23 + code.
+    const float offset = 8388608.0f + to_float<T>(static_cast<u16>(zero));
+    const float low = as_float(permute_bytes(words[word], 0x4B000000u, 0x7440 + at / 8)) - offset;
+    const float high = as_float(permute_bytes(words[word], 0x4B000000u, 0x7440 + at / 8 + 2)) - offset;
+    return pack_bfloat16(low, high);
+  } else if constexpr (at + BITS > 16) {  // 3 bits, of which `here` are in this word and the others in the next
+    constexpr int here = 16 - at;
+    constexpr u32 low = both<T>((1u << here) - 1);
+    const u32 part = mask_or(words[word] >> at, low, Magic<T>::BITS);
+    const u32 whole = mask_or(words[word + 1] << here, mask & ~low, part);
+    const u32 offset = fma2<T>(zero, MINUS_ONE, both<T>(0x8000u) ^ Magic<T>::BITS);
+    return fma2<T>(whole, both<T>(power_of_two<T>(0)), offset);
+  } else {
+    // magic + code * 2^s, of which 2^-s makes code + magic * 2^-s
+    constexpr int shift = shift_of<T, BITS>(at);
+    constexpr int s = at - shift;
+    static_assert(s >= 0 && s + BITS <= Magic<T>::MANTISSA, "the code is outside the mantissa");
+    constexpr u32 base = both<T>(0x8000u | power_of_two<T>(Magic<T>::MANTISSA - s));
+    const u32 whole = mask_or(words[word] >> shift, mask << s, Magic<T>::BITS);
+    const u32 offset = fma2<T>(zero, MINUS_ONE, base);
+    return fma2<T>(whole, both<T>(power_of_two<T>(-s)), offset);
+  }
+}
+
+// Pairs of consecutive activations -> the pairs of `first`. x: 32 activations as they are in memory.
+template <int BITS>
+DEVICE void arrange_activations(const u32 (&x)[PAIRS], u32 (&pairs)[PAIRS]) {
+#pragma unroll
+  for (int p = 0; p < PAIRS; ++p) {
+    const int low = first<BITS>(p), high = low + DISTANCE<BITS>;
+    pairs[p] = permute_bytes(x[low / 2], x[high / 2], low % 2 ? 0x7632 : 0x5410);
+  }
+}
+
+// Code `index` of a stream of BITS-bit codes that is `bytes` long: the packed zero points of a row.
+template <int BITS>
+DEVICE u32 code_at(const u8* stream, int bytes, int index) {
+  const int bit = index * BITS, byte = bit / 8;
+  u32 window = stream[byte];
+  if (8 % BITS && byte + 1 < bytes) window |= stream[byte + 1] << 8;
+  return window >> bit % 8 & ((1u << BITS) - 1);
+}

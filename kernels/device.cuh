@@ -1,0 +1,130 @@
+// The instructions the kernels are written in, as functions: one PTX instruction or a few each.
+// tests/cuda_emulation/device.cuh is their twin for a CPU: included first, it takes the place of this file.
+#ifndef TEQ_GRAPH_DEVICE_CUH
+#define TEQ_GRAPH_DEVICE_CUH
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL __global__ void
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+struct Float16 {};
+struct BFloat16 {};
+
+struct alignas(16) Vector {
+  u32 x, y, z, w;
+};
+
+// The dynamic shared memory of the block, aligned to 16 bytes.
+DEVICE u8* shared_memory() {
+  extern __shared__ Vector shared[];
+  return reinterpret_cast<u8*>(shared);
+}
+
+// (a & mask) | with
+DEVICE u32 mask_or(u32 a, u32 mask, u32 with) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(with));
+  return d;
+}
+
+// Four of the eight bytes of (low, high), each chosen by a digit of `selector`.
+DEVICE u32 permute_bytes(u32 low, u32 high, u32 selector) { return __byte_perm(low, high, selector); }
+
+// a * b + c on pairs of 16-bit floats, rounded once.
+template <typename T>
+DEVICE u32 fma2(u32 a, u32 b, u32 c);
+template <>
+DEVICE u32 fma2<Float16>(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+template <>
+DEVICE u32 fma2<BFloat16>(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+template <typename T>
+DEVICE float to_float(u16 bits);
+template <>
+DEVICE float to_float<Float16>(u16 bits) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+}
+template <>
+DEVICE float to_float<BFloat16>(u16 bits) {
+  return __uint_as_float(static_cast<u32>(bits) << 16);
+}
+
+// Rounded to nearest, ties to even.
+template <typename T>
+DEVICE u16 from_float(float value);
+template <>
+DEVICE u16 from_float<Float16>(float value) {
+  u16 bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+template <>
+DEVICE u16 from_float<BFloat16>(float value) {
+  u16 bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+// Two floats as bfloat16, `low` in the lower half.
+DEVICE u32 pack_bfloat16(float low, float high) {
+  u32 d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
+
+// d[16, 8] += a[16, 16] b[16, 8] over a warp, in float32. With g = lane / 4 and t = lane % 4 a lane holds
+//   a: (g, 2t..2t+1), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..)   b: (2t.., g), (2t + 8.., g)
+//   d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+template <typename T>
+DEVICE void multiply_accumulate(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1);
+#define MMA(T, NAME)                                                                                        \
+  template <>                                                                                               \
+  DEVICE void multiply_accumulate<T>(float(&d)[4], const u32(&a)[4], u32 b0, u32 b1) {                      \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                              \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                              \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                    \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                    \
+  }
+MMA(Float16, "f16")
+MMA(BFloat16, "bf16")
+#undef MMA
+
+// Starts a copy of BYTES (4, 8 or 16) bytes from global to shared memory; zeros instead where not `valid`.
+template <int BYTES>
+DEVICE void copy_async(void* to, const void* from, bool valid) {
+  const u32 target = static_cast<u32>(__cvta_generic_to_shared(to));
+  const int size = valid ? BYTES : 0;
+  if constexpr (BYTES == 16) {  // past L1: a weight is read once
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(size) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(from), "n"(BYTES), "r"(size)
+                 : "memory");
+  }
+}
+
+// Closes a group of started copies of this thread.
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most PENDING of this thread's groups are under way.
+template <int PENDING>
+DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+#endif

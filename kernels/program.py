@@ -1,0 +1,85 @@
+"""Compiles a variant of the kernel with NVRTC, once for each kind of GPU: the result is kept on disk."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teq_graph.errors import KernelError
+from teq_graph.kernels.plan import Variant
+
+if TYPE_CHECKING:
+    from cuda.core import Kernel, ObjectCode
+
+FOLDER = Path(__file__).parent
+OLDEST = (8, 0)
+"""The compute capability from which on there are cp.async and products in bfloat16."""
+SHARED_WITHOUT_ASKING = 48 * 1024
+
+
+def source(name: str = "matmul_nbits.cu") -> str:
+    """The text of a source file with the files it includes in their places."""
+
+    def text_of(name: str, seen: set[str]) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = (FOLDER / name).read_text(encoding="utf-8")
+        return re.sub(r'^#include "(.+)"$', lambda match: text_of(match[1], seen), text, flags=re.MULTILINE)
+
+    return text_of(name, set())
+
+
+def compile_variant(variant: Variant, architecture: str, cache: Any = None, logs: Any = None) -> ObjectCode:
+    """A cubin for `architecture` ("sm_90", say), from `cache` where it is there; what ptxas says of it goes to `logs`."""
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        name="matmul_nbits",
+        std="c++17",
+        arch=architecture,
+        define_macro=list(variant.macros.items()),
+        ptxas_options=["-v"] if logs is not None else None,
+    )
+    return Program(source(), code_type="c++", options=options).compile("cubin", logs=logs, cache=cache)
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept, for all processes of a user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "teq_graph" / "kernels"
+
+
+@functools.cache
+def load(variant: Variant, device: int, shared_bytes: int) -> tuple[Kernel, Kernel]:
+    """The product and the sum of splits, ready for the CUDA device of that index.
+
+    Raises KernelError where the GPU or its driver is too old, or what compiles kernels is not installed.
+    """
+    import torch
+
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        raise KernelError(
+            f"cuda:{device} ({torch.cuda.get_device_name(device)}) has compute capability {capability[0]}."
+            f"{capability[1]}; accepted are 8.0 and later"
+        )
+    try:
+        from cuda.bindings import driver
+        from cuda.core.utils import FileStreamProgramCache
+    except ImportError as error:
+        raise KernelError(f"CUDA kernels are compiled by cuda-core ({error}); pip install 'teq-graph[cuda]'") from error
+    try:
+        code = compile_variant(variant, "sm_{}{}".format(*capability), cache=FileStreamProgramCache(cache_folder()))
+        product, total = code.get_kernel("matmul_nbits"), code.get_kernel("reduce_splits")
+        if shared_bytes > SHARED_WITHOUT_ASKING:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, product.handle, device)
+            if status != driver.CUresult.CUDA_SUCCESS:
+                raise RuntimeError(f"{shared_bytes} bytes of shared memory: {status.name}")
+    except Exception as error:  # of the compiler, the driver and the file system
+        first_lines = " ".join(str(error).split())[:300]
+        raise KernelError(f"CUDA kernel for cuda:{device}, {torch.cuda.get_device_name(device)}: {first_lines}") from error
+    return product, total

@@ -1,0 +1,136 @@
+#include "block.h"
+
+#include <ucontext.h>
+
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "device.cuh"
+
+namespace {
+
+constexpr int LANES = 32;
+constexpr int STACK = 256 * 1024;
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  bool valid;
+};
+
+struct Fiber {
+  ucontext_t context{};
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  bool done = false;
+  int waits_for = -1;  // barrier: 0 the block's, 1 + w that of warp w; -1 none
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> groups;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<int> arrived;
+  std::vector<u32> exchange;
+  std::vector<u8> shared;
+  u8* aligned = nullptr;
+  std::function<void(int)> body;
+  ucontext_t scheduler{};
+  int current = 0;
+  std::exception_ptr error;
+};
+
+Block* block = nullptr;
+
+void arrive(int barrier, int size) {
+  Fiber& self = block->fibers[block->current];
+  if (++block->arrived[barrier] == size) {
+    block->arrived[barrier] = 0;
+    for (Fiber& fiber : block->fibers)
+      if (fiber.waits_for == barrier) fiber.waits_for = -1;
+    return;
+  }
+  self.waits_for = barrier;
+  swapcontext(&self.context, &block->scheduler);
+}
+
+void enter() {
+  try {
+    block->body(block->current);
+  } catch (...) {
+    block->error = std::current_exception();
+  }
+  block->fibers[block->current].done = true;
+  swapcontext(&block->fibers[block->current].context, &block->scheduler);
+}
+
+}  // namespace
+
+u8* shared_memory() { return block->aligned; }
+void __syncthreads() { arrive(0, static_cast<int>(block->fibers.size())); }
+void __syncwarp() { arrive(1 + block->current / LANES, LANES); }
+u32* warp_exchange() { return block->exchange.data() + block->current / LANES * LANES * 6; }
+int lane_of_thread() { return block->current % LANES; }
+
+void start_copy(void* to, const void* from, int bytes, bool valid) {
+  if (reinterpret_cast<std::uintptr_t>(to) % bytes || (valid && reinterpret_cast<std::uintptr_t>(from) % bytes))
+    throw std::runtime_error("a copy is not aligned to its size");
+  block->fibers[block->current].open.push_back({to, from, bytes, valid});
+}
+
+void commit_copies() {
+  Fiber& self = block->fibers[block->current];
+  self.groups.push_back(std::move(self.open));
+  self.open.clear();
+}
+
+void wait_until_pending(int groups) {
+  Fiber& self = block->fibers[block->current];
+  for (; static_cast<int>(self.groups.size()) > groups; self.groups.pop_front())
+    for (const Copy& copy : self.groups.front()) {
+      if (copy.valid)
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      else
+        std::memset(copy.to, 0, copy.bytes);
+    }
+}
+
+void run_block(int threads, int shared_bytes, const std::function<void(int)>& body) {
+  constexpr int GUARD = 64;
+  constexpr u8 POISON = 0xFF;  // not-a-number in every float format
+  Block self;
+  block = &self;
+  self.fibers = std::vector<Fiber>(threads);
+  self.arrived.assign(1 + threads / LANES, 0);
+  self.exchange.assign(threads * 6, ~0u);
+  self.shared.assign(shared_bytes + GUARD + 16, POISON);
+  self.aligned = self.shared.data() + (16 - reinterpret_cast<std::uintptr_t>(self.shared.data()) % 16) % 16;
+  self.body = body;
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = self.fibers[i];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = STACK;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (int left = threads; left;) {
+    bool moved = false;
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = self.fibers[i];
+      if (fiber.done || fiber.waits_for >= 0) continue;
+      self.current = i;
+      swapcontext(&self.scheduler, &fiber.context);
+      moved = true;
+      left -= fiber.done;
+      if (self.error) std::rethrow_exception(self.error);
+    }
+    if (!moved) throw std::runtime_error("threads wait for each other for ever");
+  }
+  for (int i = 0; i < GUARD; ++i)
+    if (self.aligned[shared_bytes + i] != POISON) throw std::runtime_error("shared memory is written past its end");
+  block = nullptr;
+}
