@@ -41,6 +41,13 @@ def keep_only(values: Values, needed: set[Node]) -> Values:
     return {node: value for node, value in values.items() if node in needed}
 
 
+def advance(nodes: Iterable[Node], values: Values, needed: set[Node]) -> Values:
+    """What is `needed` of `values` and of what `nodes` make of them; all else can be freed."""
+    env = dict(values)
+    run(nodes, env)
+    return keep_only(env, needed)
+
+
 def needed_after(stretches: Sequence[Sequence[Node]]) -> list[set[Node]]:
     """For each stretch, the nodes that the later ones read."""
     needed: list[set[Node]] = []

@@ -26,6 +26,7 @@ from teq_graph.training.stages import (
     clip,
     compensate,
     correct_biases,
+    fast_products,
     round_to_nearest,
     tune,
 )
@@ -56,10 +57,14 @@ class BlockTrainer:
         """The block's error as it is now, on a few batches."""
         return self._error(self.tensors.constants())
 
-    def learn_scales(self, numbers: Sequence[int], samples: Mapping[str, Tensor], reference: FloatReference) -> None:
-        """Learn the scales of the equivalences `numbers`, with weights rounded to nearest; ones where that is worse."""
+    def learn_scales(
+        self, numbers: Sequence[int], samples: Mapping[str, Tensor], reference: FloatReference, before: float
+    ) -> float:
+        """Learn the scales of the equivalences `numbers`, with weights rounded to nearest; ones where that is worse.
+
+        Returns the block's error, which was `before`.
+        """
         learned = [fx.get_tensor(self.graph_module, self.inserted.scales[number]) for number in numbers]
-        before = self.error()
         for number, parameter in zip(numbers, learned, strict=True):
             parameter.data.copy_(starting_scale(self.inserted, number, self.config, samples, reference, self.specs))
         nodes = [*self.tensors.weight_nodes, *self.block.nodes]
@@ -73,12 +78,18 @@ class BlockTrainer:
             steps=self.config.steps_of_scales,
             smallest=SMALLEST_SCALE,
         )
-        if self.config.steps_of_scales and self.error() > before:
+        error = self.error()
+        if self.config.steps_of_scales and error > before:
             for parameter in learned:
                 parameter.data.fill_(1)
+            return before
+        return error
 
-    def choose_codes(self, names: Sequence[str], floats: Sequence[str], stages: Sequence[str]) -> Choice:
-        """Codes for the weights `names` by the stages; of the results on the way the one with the least error.
+    def choose_codes(
+        self, names: Sequence[str], floats: Sequence[str], stages: Sequence[str], before: float
+    ) -> tuple[Choice, float]:
+        """Codes for the weights `names` by the stages: of the results on the way the one with the least error, and
+        that. Rounded to nearest it is `before`.
 
         The gains and biases `floats` may change, too.
         """
@@ -92,13 +103,13 @@ class BlockTrainer:
             candidates.append(choice)
         if "tune" in stages and self.config.steps:
             candidates.append(tune(problem, choice, self.config, self.generator, self.bar))
-        errors = []
-        for candidate in candidates:
+        errors = [before]
+        for candidate in candidates[1:]:
             self._use(candidate, problem)
             errors.append(self.error())
         best = candidates[errors.index(min(errors))]
         self._use(best, problem)
-        return best
+        return best, min(errors)
 
     # ---------------------------------------------------------------------------------------------------- pieces
 
@@ -121,7 +132,8 @@ class BlockTrainer:
         vectors = {name: self.tensors.scaled(name, constants) for name in floats}
         for name, weight in weights.items():
             constants[self.inserted.quantized[name]] = weight
-        moments, means = self._moments(names, constants)
+        with fast_products(weights.values(), (self.specs[name] for name in names)):
+            moments, means = self._moments(names, constants)
 
         def loss_of(number: int, tensors: Mapping[str, Tensor]) -> Tensor:
             return self._loss(self.block.nodes, {**constants, **self.tensors.by_node(tensors)}, number)
@@ -148,7 +160,9 @@ class BlockTrainer:
                 run(self.block.nodes, env)
             for source in dict.fromkeys(source_of.values()):
                 read = env[source].reshape(-1, env[source].shape[-1]).float()
-                of_batch = (read.t() @ read).div_(len(read) * len(self.values)), read.mean(0) / len(self.values)
+                with torch.autocast(read.device.type, enabled=False):
+                    products = read.t() @ read
+                of_batch = products.div_(len(read) * len(self.values)), read.mean(0) / len(self.values)
                 for total, part in zip((moments, means), of_batch, strict=True):
                     total[source] = total[source].add_(part) if source in total else part
         return (

@@ -70,19 +70,22 @@ class FloatReference:
             targets: list[list[Tensor]] = []
             output_nodes = [self.twin[node.name] for node in blocks[index].outputs]
             is_last = index == len(stretches) - 1
-            inputs = [dict(env) for env in values] if is_last else []
-            for number, env in enumerate(values):
+            inputs = list(values) if is_last else []
+            linears = [n for n in nodes if fx.is_call(n, aten.linear.default) and fx.is_tensor_constant(n.args[1])]
+            for number in range(len(values)):
+                # Not to outlive the batch: all that the block computes on the way.
+                env = dict(values[number])
                 self._run(nodes, env, number)
-                for node in nodes:
-                    if fx.is_call(node, aten.linear.default) and fx.is_tensor_constant(node.args[1]):
-                        read = env[fx.operand(node)]
-                        samples.setdefault(fx.weight_name(node), []).append(self._some_rows(read, rows))
+                for node in linears:
+                    read = self._some_rows(env[fx.operand(node)], rows)
+                    samples.setdefault(fx.weight_name(node), []).append(read)
                 outputs = [env[node] for node in output_nodes]
                 if not all(bool(torch.isfinite(output).all()) for output in outputs):
                     raise NumericsError(f"calibration batch {number}: the float model gives NaN or infinity")
                 if not is_last:
                     targets.append(outputs)
                 values[number] = keep_only(env, kept[index])
+                del env, outputs, read
             joined = {name: torch.cat(parts) for name, parts in samples.items()}
             again = functools.partial(_computed_again, nodes, output_nodes, inputs)
             yield joined, again if is_last else targets.__getitem__

@@ -21,7 +21,7 @@ from teq_graph.analysis.blocks import Block
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import BLOCK_STAGES, TrainingConfig, WeightSpec
 from teq_graph.errors import InputError
-from teq_graph.execution import constant_ancestors, keep_only, needed_after, run
+from teq_graph.execution import advance, constant_ancestors, needed_after, run
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
 from teq_graph.progress import task
 from teq_graph.quantization import Grid
@@ -111,21 +111,19 @@ class Trainer:
                     bar,
                 )
                 if scales[index] or weights[index]:
-                    before = trainer.error()
+                    before = error = trainer.error()
                     if scales[index]:
-                        trainer.learn_scales(scales[index], samples, self.reference)
+                        error = trainer.learn_scales(scales[index], samples, self.reference, error)
                     if weights[index]:
                         floats = [name for name in trainer.tensors.gains_and_biases() if name in self.own[index]]
-                        choice = trainer.choose_codes(weights[index], floats, by_block)
+                        choice, error = trainer.choose_codes(weights[index], floats, by_block, error)
                         self.codes.update(choice.codes)
                         self.floats.update(choice.floats)
-                    self.reports.append(BlockReport(block.linears, before, trainer.error()))
+                    self.reports.append(BlockReport(block.linears, before, error))
                 constants = trainer.tensors.constants()
                 with torch.no_grad():
-                    for number, env in enumerate(values):
-                        env.update(constants)
-                        run(block.nodes, env)
-                        values[number] = keep_only(env, kept[index])
+                    for number in range(len(values)):
+                        values[number] = advance(block.nodes, {**values[number], **constants}, kept[index])
 
     def _train_model(self) -> None:
         """The paper's recipe: one loss over the whole model, here for all scales at once."""
