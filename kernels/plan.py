@@ -64,7 +64,7 @@ TILINGS = {
 }
 """The most tokens a tiling is for; more than the last are several of its blocks."""
 MOST_SCALED_SUMS = 16
-"""Tokens up to which scales multiply sums, where groups allow it: with more, two sets of sums are too many registers."""
+"""Tokens up to which scales multiply sums, where groups allow it: more would need too many registers for two sets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +138,7 @@ def make_plan(number: str, m: int, n: int, k: int, bits: int, block_size: int, p
     )
 
 
-def _longest_slice(
-    tiling: Tiling, bits: int, tokens: int, split: int, block_size: int | None
-) -> tuple[int, int]:
+def _longest_slice(tiling: Tiling, bits: int, tokens: int, split: int, block_size: int | None) -> tuple[int, int]:
     """Elements of K whose activations and grids are in shared memory at once, and the bytes of a block with them.
 
     Activations and grids may take 24 KiB, or 40 where tokens are many; the least slice is a round of the warps.

@@ -34,7 +34,7 @@ def source(name: str = "matmul_nbits.cu") -> str:
 
 
 def compile_variant(variant: Variant, architecture: str, cache: Any = None, logs: Any = None) -> ObjectCode:
-    """A cubin for `architecture` ("sm_90", say), from `cache` where it is there; what ptxas says of it goes to `logs`."""
+    """A cubin for `architecture` ("sm_90", say), from `cache` where it is there; what ptxas says goes to `logs`."""
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(
@@ -80,6 +80,6 @@ def load(variant: Variant, device: int, shared_bytes: int) -> tuple[Kernel, Kern
             if status != driver.CUresult.CUDA_SUCCESS:
                 raise RuntimeError(f"{shared_bytes} bytes of shared memory: {status.name}")
     except Exception as error:  # of the compiler, the driver and the file system
-        first_lines = " ".join(str(error).split())[:300]
-        raise KernelError(f"CUDA kernel for cuda:{device}, {torch.cuda.get_device_name(device)}: {first_lines}") from error
+        name, reason = torch.cuda.get_device_name(device), " ".join(str(error).split())[:300]
+        raise KernelError(f"CUDA kernel for cuda:{device}, {name}: {reason}") from error
     return product, total

@@ -11,20 +11,18 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from teq_graph import graph as fx
 from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.config import WeightSpec
-from teq_graph.quantization import Grid, QuantizedWeight, quantize_weight
+from teq_graph.quantization import QuantizedWeight, quantize_weight
 
 
 class QuantizeLinears(PassBase):
     """linear(x, W[N, K])   becomes   linear(x, dequantize_nbits(codes, scales, zero_points))
 
-    for the weights in `specs`, with the codes that were `chosen` for them or else rounded to nearest. `quantized`
-    holds the result by weight name. Codes and grid stand beside where the weight was, as `codes`, `scales` and
-    `zero_points`, in the layout of MatMulNBits.
+    for the weights in `specs`, as they were `chosen` or else rounded to nearest. `quantized` holds them by
+    weight name. Codes and grid stand beside where the weight was, as `codes`, `scales` and `zero_points`, in the
+    layout of MatMulNBits.
     """
 
-    def __init__(
-        self, specs: Mapping[str, WeightSpec], chosen: Mapping[str, tuple[torch.Tensor, Grid]] | None = None
-    ) -> None:
+    def __init__(self, specs: Mapping[str, WeightSpec], chosen: Mapping[str, QuantizedWeight] | None = None) -> None:
         self.specs = specs
         self.chosen = chosen or {}
         self.quantized: dict[str, QuantizedWeight] = {}
@@ -37,10 +35,8 @@ class QuantizeLinears(PassBase):
                 continue
             if name not in dequantized:
                 weight = fx.node_tensor(fx.operand(linear, 1))
-                self.quantized[name] = (
-                    QuantizedWeight.from_codes(*self.chosen[name], weight.dtype)
-                    if name in self.chosen
-                    else quantize_weight(weight.detach(), self.specs[name], weight.dtype)
+                self.quantized[name] = self.chosen.get(name) or quantize_weight(
+                    weight.detach(), self.specs[name], weight.dtype
                 )
                 # Before the first reader; later readers of the same weight follow it.
                 dequantized[name] = _dequantize_node(graph_module, linear, name, self.quantized[name])

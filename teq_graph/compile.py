@@ -33,7 +33,7 @@ from teq_graph.passes.normalize_linears import NormalizeLinears
 from teq_graph.passes.quantize_linears import QuantizeLinears
 from teq_graph.passes.remove_no_ops import RemoveNoOps
 from teq_graph.passes.untie_weights import UntieWeights
-from teq_graph.quantization import Grid
+from teq_graph.quantization import QuantizedWeight
 from teq_graph.report import BlockReport, LinearReport, Report
 from teq_graph.training import Trainer
 from teq_graph.training.sensitivity import choose_bits
@@ -124,7 +124,7 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
         analysis.choose_bits(batches, quantization.target_bits, training.seed)
     specs = analysis.specs
     equivalences, blocks = analysis.findings.equivalences, tuple[BlockReport, ...]()
-    chosen: Mapping[str, tuple[Tensor, Grid]] = {}
+    chosen: Mapping[str, QuantizedWeight] = {}
     stages = training.stages_for(specs.values()) if training is not None else ()
     if training is not None and specs and (equivalences or any(stage != "scales" for stage in stages)):
         batches = batches or calibration_batches(calibration, captured, training, tokenizer, example_inputs)
@@ -181,8 +181,8 @@ def transform(
 
 def train(
     analysis: Analysis, batches: Sequence[Any], training: TrainingConfig
-) -> tuple[tuple[Equivalence, ...], tuple[BlockReport, ...], Mapping[str, tuple[Tensor, Grid]]]:
-    """Run the stages: the equivalences with the scales that were folded, each block's error, and the codes chosen.
+) -> tuple[tuple[Equivalence, ...], tuple[BlockReport, ...], Mapping[str, QuantizedWeight]]:
+    """Run the stages: the equivalences with the scales that were folded, each block's error, and the weights chosen.
 
     Gains and biases that were tuned are written to the graph; weights are, but for their scales, as they were.
     """
@@ -196,7 +196,7 @@ def train(
     for name, tensor in trainer.floats.items():
         fx.set_tensor(captured.graph_module, name, tensor)
     learned = tuple(dataclasses.replace(e, scale=s) for e, s in zip(used, folder.learned, strict=True)) or found
-    return learned, tuple(trainer.reports), trainer.codes
+    return learned, tuple(trainer.reports), trainer.weights
 
 
 def choose_linears(

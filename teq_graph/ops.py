@@ -10,9 +10,7 @@ inference: a backward pass through `matmul_nbits` raises KernelError.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,11 +22,8 @@ from teq_graph.errors import InputError, KernelError
 from teq_graph.quantization.grid import SCALE_DTYPES, num_blocks
 from teq_graph.quantization.weight import dequantize_rows
 
-_CHUNK = 2**19
-"""Weights that the CPU dequantizes at once: 2 MiB of float32."""
-
-_CUDA_KERNELS = "teq_graph.kernels.cuda"
-"""Module with `matmul_nbits` and `dequantize_nbits` for CUDA tensors, of these operators' signatures."""
+_CHUNK = {"cpu": 2**19, "cuda": 2**24}
+"""Weights that are dequantized at once: 2 MiB of float32, which a core's cache holds, and 64 MiB."""
 
 _WEIGHT = "Tensor b, Tensor scales, Tensor? zero_points"
 _SIZES = "int K, int N, int bits, int block_size"
@@ -71,6 +66,9 @@ def _check_matmul(
         raise InputError(f"a {_describe(a)}: accepted is [..., {k}] of the dtype of scales, {scales.dtype}")
     if bias is not None:
         _check("bias", bias, (n,), (a.dtype,))
+    for name, tensor in (("b", b), ("scales", scales), ("zero_points", zero_points), ("bias", bias)):
+        if tensor is not None and tensor.device != a.device:
+            raise InputError(f"{name} is on {tensor.device}: accepted is that of a, {a.device}")
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -123,7 +121,7 @@ def _attention_fake(
     return query.new_empty((batch, length, num_heads * width)), present, torch.empty_like(present)
 
 
-def _matmul_cpu(
+def _matmul(
     a: Tensor,
     b: Tensor,
     scales: Tensor,
@@ -135,6 +133,8 @@ def _matmul_cpu(
     block: int,
 ) -> Tensor:
     _check_matmul(a, b, scales, zero_points, bias, k, n, bits, block)
+    if a.is_cuda and (fused := _cuda_kernel(a.dtype, k, block)) is not None:
+        return fused(a, b, scales, zero_points, bias, k, n, bits, block)
     rows = a.reshape(-1, k).to(torch.float32)
     result = a.new_empty((*a.shape[:-1], n))
     target = result.view(-1, n)
@@ -149,9 +149,7 @@ def _matmul_cpu(
     return result
 
 
-def _dequantize_cpu(
-    b: Tensor, scales: Tensor, zero_points: Tensor | None, k: int, n: int, bits: int, block: int
-) -> Tensor:
+def _dequantize(b: Tensor, scales: Tensor, zero_points: Tensor | None, k: int, n: int, bits: int, block: int) -> Tensor:
     _check_weight(b, scales, zero_points, k, n, bits, block)
     result = scales.new_empty((n, k))
     for start, weight in _dequantized_chunks(b, scales, zero_points, bits):
@@ -165,32 +163,19 @@ def _dequantized_chunks(
     """Runs of rows as float32 [rows, nb * block_size], each with the index of its first; they share one buffer."""
     n, blocks, width = b.shape
     columns = blocks * width * 8 // bits
-    rows = min(n, max(1, _CHUNK // columns))
-    scratch = torch.empty(rows, columns, dtype=torch.float32)
+    rows = min(n, max(1, _CHUNK[b.device.type] // columns))
+    scratch = torch.empty(rows, columns, dtype=torch.float32, device=b.device)
     for start in range(0, n, rows):
         of = slice(start, min(start + rows, n))
         zeros = None if zero_points is None else zero_points[of]
         yield start, dequantize_rows(b[of], scales[of], zeros, bits, out=scratch[: of.stop - start])
 
 
-def _cuda_kernels(operator: str) -> ModuleType:
-    try:
-        return importlib.import_module(_CUDA_KERNELS)
-    except ImportError as error:
-        raise KernelError(
-            f"teq_graph::{operator} on cuda: no CUDA kernel is built ({error}); move the model and its inputs to the "
-            'CPU with .to("cpu"), or run the exported ONNX model with onnxruntime\'s CUDA provider'
-        ) from error
+def _cuda_kernel(dtype: torch.dtype, k: int, block: int) -> Callable[..., Tensor] | None:
+    """The fused product, or None where there is none for these: they are dequantized, a run of rows at a time."""
+    from teq_graph.kernels import cuda
 
-
-def _matmul_cuda(a: Tensor, *arguments: Any) -> Tensor:
-    result: Tensor = _cuda_kernels("matmul_nbits").matmul_nbits(a, *arguments)
-    return result
-
-
-def _dequantize_cuda(b: Tensor, *arguments: Any) -> Tensor:
-    result: Tensor = _cuda_kernels("dequantize_nbits").dequantize_nbits(b, *arguments)
-    return result
+    return cuda.matmul_nbits if cuda.takes(dtype, k, block) else None
 
 
 def _refuse_backward(ctx: Any, *grads: Tensor) -> None:
@@ -208,11 +193,9 @@ def _register() -> None:
     torch.library.register_fake("teq_graph::matmul_nbits", _matmul_fake)
     torch.library.register_fake("teq_graph::dequantize_nbits", _dequantize_fake)
     torch.library.register_fake("teq_graph::group_query_attention", _attention_fake)
-    torch.library.impl("teq_graph::matmul_nbits", "cpu", _matmul_cpu)
-    torch.library.impl("teq_graph::dequantize_nbits", "cpu", _dequantize_cpu)
+    torch.library.impl("teq_graph::matmul_nbits", ("cpu", "cuda"), _matmul)
+    torch.library.impl("teq_graph::dequantize_nbits", ("cpu", "cuda"), _dequantize)
     torch.library.impl("teq_graph::group_query_attention", "CompositeExplicitAutograd", group_query_attention)
-    torch.library.impl("teq_graph::matmul_nbits", "cuda", _matmul_cuda)
-    torch.library.impl("teq_graph::dequantize_nbits", "cuda", _dequantize_cuda)
 
 
 if not hasattr(torch.ops.teq_graph, "matmul_nbits"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
-import sys
 from typing import Any
 
 import pytest
@@ -56,7 +55,7 @@ class Linear(torch.nn.Module):
 @pytest.mark.parametrize("k", [256, 300])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_values(spec: WeightSpec, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_CHUNK", 2000)  # several chunks, the last one shorter
+    monkeypatch.setitem(ops._CHUNK, "cpu", 2000)  # several chunks, the last one shorter
     weight = quantize_weight(torch.randn(37, k), spec, dtype)
     exact = weight.dequantize().double()
     tensors, sizes = weight_arguments(weight)
@@ -104,7 +103,7 @@ def test_scratch_is_bounded(bits: int, dtype: torch.dtype) -> None:
     weight = quantize_weight(torch.randn(3000, 1024), WeightSpec(bits, 128), dtype)
     tensors, sizes = weight_arguments(weight)
     with LargestAllocation() as seen:
-        ops._matmul_cpu(torch.randn(2, 1024).to(dtype), *tensors, None, *sizes)
+        ops._matmul(torch.randn(2, 1024).to(dtype), *tensors, None, *sizes)
     assert weight.packed.nbytes <= 4 * 2**20
     assert 2**20 < seen.nbytes <= 4 * 2**20 < 3000 * 1024 * 4
 
@@ -218,29 +217,11 @@ def test_refusals_real_and_fake() -> None:
                         dequantize_nbits(**changed)
 
 
-def test_cuda_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_CUDA_KERNELS", "teq_graph.kernels.not_built")
+def test_tensors_on_different_devices() -> None:
     weight = quantize_weight(torch.randn(12, 40), WeightSpec(4, 16))
     tensors, sizes = weight_arguments(weight)
-    for function in (
-        lambda: ops._matmul_cuda(torch.randn(3, 40), *tensors, None, *sizes),
-        lambda: ops._dequantize_cuda(*tensors, *sizes),
-    ):
-        with pytest.raises(KernelError, match="no CUDA kernel is built") as caught:
-            function()
-        assert "\n" not in str(caught.value)
-
-
-def test_cuda_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Kernels:
-        @staticmethod
-        def matmul_nbits(*arguments: Any) -> Any:
-            return arguments
-
-    monkeypatch.setitem(sys.modules, "a_kernel_module", Kernels)
-    monkeypatch.setattr(ops, "_CUDA_KERNELS", "a_kernel_module")
-    a = torch.ones(1)
-    assert ops._matmul_cuda(a, 1, 2) == (a, 1, 2)
+    with pytest.raises(InputError, match="b is on meta: accepted is that of a, cpu"):
+        ops._check_matmul(torch.randn(3, 40), tensors[0].to("meta"), *tensors[1:], None, *sizes)
 
 
 def test_second_import_registers_nothing() -> None:

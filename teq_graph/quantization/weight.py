@@ -63,6 +63,14 @@ class QuantizedWeight:
             block_size=grid.block_size,
         )
 
+    def to_codes(self) -> tuple[Tensor, Grid]:
+        """Codes uint8 [N, K] and their grid: what `from_codes` was given."""
+        zero_points = self.zero_points
+        if zero_points is not None:
+            zero_points = unpack_zero_points(zero_points, self.bits, self.scales.shape[1])
+        grid = Grid(self.scales.to(torch.float32), zero_points, self.bits, self.block_size)
+        return unpack_codes(self.packed, self.bits, self.k).contiguous(), grid
+
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""

@@ -24,7 +24,7 @@ from teq_graph.errors import InputError
 from teq_graph.execution import advance, constant_ancestors, needed_after, run
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
 from teq_graph.progress import task
-from teq_graph.quantization import Grid
+from teq_graph.quantization import QuantizedWeight
 from teq_graph.report import BlockReport
 from teq_graph.training.block import BlockTrainer, starting_scale
 from teq_graph.training.distillation import distill
@@ -43,7 +43,7 @@ class Trainer:
     """One training run over one graph.
 
     `reports` is filled as it goes, one entry for each trained block, or one with the loss of the whole model;
-    `codes` and `floats` are what the stages chose, by name of the weight, and of the gain or bias.
+    `weights` and `floats` are what the stages chose, by name of the weight, and of the gain or bias.
     """
 
     captured: CapturedGraph
@@ -52,7 +52,7 @@ class Trainer:
     batches: Sequence[Any]
     config: TrainingConfig
     reports: list[BlockReport] = dataclasses.field(default_factory=list)
-    codes: dict[str, tuple[Tensor, Grid]] = dataclasses.field(default_factory=dict)
+    weights: dict[str, QuantizedWeight] = dataclasses.field(default_factory=dict)
     floats: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -117,8 +117,7 @@ class Trainer:
                     if weights[index]:
                         floats = [name for name in trainer.tensors.gains_and_biases() if name in self.own[index]]
                         choice, error = trainer.choose_codes(weights[index], floats, by_block, error)
-                        self.codes.update(choice.codes)
-                        self.floats.update(choice.floats)
+                        self._keep(choice)
                     self.reports.append(BlockReport(block.linears, before, error))
                 constants = trainer.tensors.constants()
                 with torch.no_grad():
@@ -181,7 +180,8 @@ class Trainer:
         weights = {name: tensors.scaled(name, constants) for name in self.specs}
         floats = {name: tensors.scaled(name, constants) for name in tensors.gains_and_biases()}
         codes = {
-            name: self.codes.get(name) or rounded_to_nearest(weights[name], spec) for name, spec in self.specs.items()
+            name: self.weights[name].to_codes() if name in self.weights else rounded_to_nearest(weights[name], spec)
+            for name, spec in self.specs.items()
         }
         start = Choice(codes, {**floats, **self.floats})
 
@@ -195,11 +195,16 @@ class Trainer:
             return relative_error([env[node] for node in outputs], target)
 
         dtypes = {name: weight.dtype for name, weight in weights.items()}
-        choice = distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator)
-        self.codes.update(choice.codes)
-        self.floats.update(choice.floats)
+        self._keep(distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator))
 
     # ---------------------------------------------------------------------------------------------------- pieces
+
+    def _keep(self, choice: Choice) -> None:
+        """In storage's layout: a code for each byte would be the largest of what training keeps."""
+        for name, chosen in choice.codes.items():
+            dtype = fx.get_tensor(self.captured.graph_module, name).dtype
+            self.weights[name] = QuantizedWeight.from_codes(*chosen, dtype)
+        self.floats.update(choice.floats)
 
     def _scales_of(self, block: int) -> list[int]:
         """The equivalences that lie within one block and reach a linear that is quantized."""

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #define DEVICE inline
 
@@ -73,13 +74,23 @@ struct Format<BFloat16> {
 };
 
 template <typename T>
-double to_double(u16 bits) {
+double decode(u16 bits) {
   constexpr int mantissa = Format<T>::MANTISSA, bias = Format<T>::BIAS, top = 2 * bias + 1;
   const int exponent = bits >> mantissa & top, fraction = bits & ((1 << mantissa) - 1);
   const double sign = bits & 0x8000 ? -1.0 : 1.0;
   if (exponent == top) return fraction ? NAN : sign * INFINITY;
   if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias - mantissa);
   return sign * std::ldexp(fraction + (1 << mantissa), exponent - bias - mantissa);
+}
+
+template <typename T>
+double to_double(u16 bits) {
+  static const std::vector<double> values = [] {
+    std::vector<double> all(1 << 16);
+    for (int i = 0; i < 1 << 16; ++i) all[i] = decode<T>(static_cast<u16>(i));
+    return all;
+  }();
+  return values[bits];
 }
 
 template <typename T>

@@ -58,7 +58,8 @@ def function_of(variant: Variant) -> str:
 
 
 def defines_of(variant: Variant) -> list[str]:
-    return [f"-D{name}={value}" for name, value in (*variant.macros.items(), ("VARIANT_FUNCTION", function_of(variant)))]
+    macros = {**variant.macros, "VARIANT_FUNCTION": function_of(variant)}
+    return [f"-D{name}={value}" for name, value in macros.items()]
 
 
 def run(

@@ -1,0 +1,218 @@
+"""The CUDA kernel of matmul_nbits: emulated on the CPU, compiled for every GPU, and run where there is one."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import io
+import itertools
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import cuda_emulation
+from torch import Tensor
+
+from teq_graph.config import BITS, WeightSpec
+from teq_graph.errors import InputError
+from teq_graph.kernels import plan, program
+from teq_graph.kernels.plan import Plan, Variant, make_plan, variants
+from teq_graph.quantization import QuantizedWeight, quantize_weight
+
+matmul_nbits = torch.ops.teq_graph.matmul_nbits.default
+dequantize_nbits = torch.ops.teq_graph.dequantize_nbits.default
+NUMBERS = (torch.float16, torch.bfloat16)
+GROUPS = (32, 64, 128, 256, -1)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
+
+
+def name_of(variant: Variant) -> str:
+    return cuda_emulation.function_of(variant).removeprefix("run_")
+
+
+def check(result: Tensor, a: Tensor, weight: QuantizedWeight, bias: Tensor | None, exact_weight: bool) -> None:
+    """Against float64, as near as float32 sums and one rounding of the result are, and of weights unless exact."""
+    values = weight.dequantize() if exact_weight else weight.dequantize(a.dtype)
+    expected = a.double() @ values.double().t() + (0 if bias is None else bias.double())
+    bound = 2e-6 * (a.double().abs() @ values.double().abs().t()).max()
+    bound = bound + torch.finfo(a.dtype).eps / 2 * expected.abs()
+    error = (result.double() - expected).abs()
+    assert bool((error <= bound).all()), f"{float((error / bound).max())} times the bound"
+
+
+# ----------------------------------------------------------------------------------------------------- emulated
+
+
+@pytest.fixture(scope="session")
+def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
+    """Runs the kernel on the CPU; its processes share the compiled library."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    shared = tmp_path_factory.getbasetemp()
+    folder: Path = (shared.parent if shared.name.startswith("popen-") else shared) / "cuda_emulation"
+    folder.mkdir(exist_ok=True)
+    library: ctypes.CDLL = cuda_emulation.build(folder)
+
+    def run(made: Plan, a: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        return cuda_emulation.run(library, made, a, weight.packed, weight.scales, weight.zero_points, bias)
+
+    return run
+
+
+@pytest.mark.parametrize("variant", variants(), ids=name_of)
+def test_emulated_tiling(variant: Variant, emulate: Callable[..., Tensor]) -> None:
+    """Every variant on a product that ends inside a tile in M, N and K, in several slices, and split over blocks."""
+    dtype, tiling = getattr(torch, variant.number), variant.tiling
+    m = {1: 2}.get(tiling.row_tiles, tiling.tokens - 3) if tiling.tokens < 64 else 69
+    n, k = tiling.rows + 5, tiling.round * 2 + 72
+    weight = quantize_weight(torch.randn(n, k), WeightSpec(variant.bits, 128 if variant.scale_sums else 32), dtype)
+    a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    made = make_plan(variant.number, m, n, k, variant.bits, weight.block_size, processors=1)
+    assert made.variant == variant
+    whole = emulate(made, a, weight, bias)
+    check(whole, a, weight, bias, variant.scale_sums)
+    sliced = dataclasses.replace(made, slice=tiling.round)
+    assert torch.equal(emulate(sliced, a, weight, bias), whole)
+    split = dataclasses.replace(sliced, split=tiling.round, grid=(*made.grid[:2], 3))
+    check(emulate(split, a, weight, bias), a, weight, bias, variant.scale_sums)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+def test_emulated_codes(
+    bits: int, group_size: int, symmetric: bool, dtype: torch.dtype, emulate: Callable[..., Tensor]
+) -> None:
+    """Each code in its place: a product with the identity is the dequantized weight, to the last bit."""
+    n, k = 19, 288
+    weight = quantize_weight(torch.randn(n, k), WeightSpec(bits, group_size, symmetric), dtype)
+    rows = torch.eye(k, dtype=dtype)[:: 5 if group_size == 32 else 7]
+    results = []
+    for part in rows.split(2):
+        made = make_plan(str(dtype).removeprefix("torch."), len(part), n, k, bits, weight.block_size, processors=1)
+        results.append(emulate(made, part, weight, None))
+    expected = weight.dequantize(dtype).t()[:: 5 if group_size == 32 else 7]
+    assert torch.equal(torch.cat(results), expected)
+
+
+def test_emulation_sees_a_missing_wait(emulate: Callable[..., Tensor]) -> None:
+    """Shared memory that is read before it was written is not-a-number: here a slice that is longer than what the
+    block has room for."""
+    weight = quantize_weight(torch.randn(16, 2048), WeightSpec(4, 128), torch.float16)
+    made = make_plan("float16", 1, 16, 2048, 4, 128, processors=1)
+    small = dataclasses.replace(made, shared_bytes=made.shared_bytes - 64)
+    with pytest.raises(AssertionError, match="past its end"):
+        emulate(small, torch.randn(1, 2048).half(), weight, None)
+
+
+# ----------------------------------------------------------------------------------------------------- compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("number", plan.NUMBERS)
+@pytest.mark.parametrize("bits", BITS)
+def test_compiles_without_spills(bits: int, number: str, architecture: str) -> None:
+    """ptxas reports neither stack nor spills, and a block's registers are there."""
+    for variant in variants():
+        if (variant.bits, variant.number) != (bits, number):
+            continue
+        log = io.StringIO()
+        program.compile_variant(variant, architecture, logs=log)
+        text = log.getvalue()
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        registers = re.findall(r"Used (\d+) registers", text)
+        assert len(frames) == len(registers) == 2, text
+        assert all(frame == ("0", "0", "0") for frame in frames), text
+        assert max(map(int, registers)) * variant.tiling.threads <= 65536, text
+
+
+# ----------------------------------------------------------------------------------------------------- on a GPU
+
+
+def call(a: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    tensors = [None if t is None else t.to(a.device) for t in (weight.packed, weight.scales, weight.zero_points)]
+    sizes = (weight.k, weight.n, weight.bits, weight.block_size)
+    result: Tensor = matmul_nbits(a, *tensors, bias, *sizes)
+    return result
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+def test_gpu_values(bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> None:
+    for (n, k), m in itertools.product([(1000, 1096), (257, 4096)], (1, 2, 7, 16, 31, 64, 200)):
+        weight = quantize_weight(torch.randn(n, k), WeightSpec(bits, group_size, symmetric), dtype)
+        a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+        number = str(dtype).removeprefix("torch.")
+        made = make_plan(number, m, n, k, bits, weight.block_size, 132)
+        result = call(a.cuda(), weight, bias.cuda()).cpu()
+        exact = plan.refusal(k, weight.block_size) is not None or made.variant.scale_sums
+        check(result, a, weight, bias, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *NUMBERS], ids=str)
+@pytest.mark.parametrize("group_size", [16, 128])
+def test_gpu_what_the_kernel_does_not_take(dtype: torch.dtype, group_size: int) -> None:
+    weight = quantize_weight(torch.randn(70, 100), WeightSpec(3, group_size), dtype)
+    a = torch.randn(2, 3, 100).to(dtype)
+    result = call(a.cuda(), weight).cpu()
+    check(result.flatten(0, 1), a.flatten(0, 1), weight, None, True)
+    tensors = [None if t is None else t.cuda() for t in (weight.packed, weight.scales, weight.zero_points)]
+    values = dequantize_nbits(*tensors, weight.k, weight.n, weight.bits, weight.block_size)
+    assert torch.equal(values.cpu(), weight.dequantize(dtype))
+
+
+@pytest.mark.gpu
+def test_gpu_shapes_strides_and_alignment() -> None:
+    weight = quantize_weight(torch.randn(72, 256), WeightSpec(4, 64), torch.float16)
+    a = torch.randn(256, 9, device="cuda", dtype=torch.float16).t()
+    expected = call(a.contiguous(), weight)
+    assert torch.equal(call(a, weight), expected)
+    assert call(a[:0], weight).shape == (0, 72)
+    shifted = torch.empty(9 * 256 + 1, device="cuda", dtype=torch.float16)[1:].view(9, 256).copy_(a)
+    assert torch.equal(call(shifted, weight), expected)
+    assert torch.equal(call(a.reshape(3, 3, 256), weight).flatten(0, 1), expected)
+    with pytest.raises(InputError, match="accepted is that of a"):
+        matmul_nbits(a, weight.packed, weight.scales.cuda(), weight.zero_points.cuda(), None, 256, 72, 4, 64)
+
+
+@pytest.mark.gpu
+def test_gpu_graph_and_streams() -> None:
+    weight = quantize_weight(torch.randn(512, 1024), WeightSpec(3, 128), torch.float16)
+    a = torch.randn(1, 1024, device="cuda", dtype=torch.float16)
+    parts = [None if t is None else t.cuda() for t in (weight.packed, weight.scales, weight.zero_points)]
+    sizes = (weight.k, weight.n, weight.bits, weight.block_size)
+    expected = matmul_nbits(a, *parts, None, *sizes)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = matmul_nbits(a, *parts, None, *sizes)
+    a.copy_(torch.randn_like(a))
+    graph.replay()
+    assert torch.equal(captured, matmul_nbits(a, *parts, None, *sizes))
+    assert not torch.equal(captured, expected)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = matmul_nbits(a, *parts, None, *sizes)
+    stream.synchronize()
+    assert torch.equal(result, captured)
+
+
+@pytest.mark.gpu
+def test_gpu_compiled_by_torch() -> None:
+    weight = quantize_weight(torch.randn(512, 1024), WeightSpec(4, 128), torch.bfloat16)
+    a = torch.randn(5, 1024, device="cuda", dtype=torch.bfloat16)
+
+    def model(x: Tensor) -> Any:
+        return call(x.relu(), weight) * 2
+
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(a), model(a))

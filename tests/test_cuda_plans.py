@@ -1,0 +1,74 @@
+"""How products are cut up for the CUDA kernel; no GPU is needed for what a launch would be."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from teq_graph.config import BITS
+from teq_graph.kernels import cuda, plan, program
+
+SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (576, 576), (8, 32), (28672, 8192), (130000, 1000)]
+TOKENS = (1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 65, 512, 2048)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256, "row"])
+def test_every_plan_covers_the_product_within_the_limits(bits: int, block_size: int | str) -> None:
+    kinds = set(plan.variants())
+    for (n, k), m, processors in itertools.product(SHAPES, TOKENS, (1, 84, 132)):
+        block = -(-k // 32) * 32 if block_size == "row" else int(block_size)
+        made = plan.make_plan("float16", m, n, k, bits, block, processors)
+        tiling = made.variant.tiling
+        assert made.variant in kinds
+        assert made.grid[0] * tiling.rows >= n > (made.grid[0] - 1) * tiling.rows
+        assert made.grid[1] * tiling.tokens >= m > (made.grid[1] - 1) * tiling.tokens
+        assert made.grid[2] * made.split >= k > (made.grid[2] - 1) * made.split
+        # Warps take turns in whole rounds, or they would read each other's copies.
+        assert made.split % tiling.round == made.slice % tiling.round == 0
+        assert made.shared_bytes <= plan.SHARED_LIMIT
+        assert made.grid[1] <= 65535 and made.grid[2] <= 65535
+        assert tiling.threads <= 1024
+        assert made.chunks * 32 >= k
+        groups = {position >> made.log2_block for position in range(0, k, 32)}
+        assert groups == set(range(made.blocks)), "each chunk lies in a group"
+        # Only small groups have their scales multiplied into weights while there are few tokens.
+        assert made.variant.scale_sums == (tiling.tokens <= 16 and (made.blocks == 1 or block % 128 == 0))
+
+
+def test_few_rows_are_split_over_processors() -> None:
+    assert plan.make_plan("float16", 64, 4096, 4096, 4, 128, 132).grid == (16, 1, 8)
+    assert plan.make_plan("float16", 64, 4096, 4096, 4, 128, 16).grid == (16, 1, 1)
+    assert plan.make_plan("float16", 1, 4096, 4096, 4, 128, 132).grid == (256, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("k", "block_size", "taken"),
+    [(4096, 32, True), (4096, 16, False), (576, 576, True), (172, 176, False), (576, 96, False), (100, 128, True)],
+)
+def test_which_groups_are_taken(k: int, block_size: int, taken: bool) -> None:
+    reason = plan.refusal(k, block_size)
+    assert (reason is None) == taken
+    assert reason is None or f"block_size={block_size}" in reason
+    for dtype in (torch.float16, torch.bfloat16):
+        assert cuda.takes(dtype, k, block_size) == taken
+    assert not cuda.takes(torch.float32, k, block_size)
+
+
+def test_columns_and_addresses_are_made_to_fit() -> None:
+    a = torch.randn(3, 20).half()
+    padded = cuda.pad_columns(a)
+    assert torch.equal(padded, torch.nn.functional.pad(a, (0, 4)))
+    assert cuda.pad_columns(padded) is padded
+    odd = torch.arange(40, dtype=torch.uint8)[3:35]
+    assert cuda.aligned(odd).data_ptr() % 16 == 0
+    assert torch.equal(cuda.aligned(odd), odd)
+    assert cuda.aligned(padded) is padded
+
+
+def test_source_has_its_includes_in_place_once() -> None:
+    text = program.source()
+    assert "#include" not in text
+    assert text.count("struct Float16 {}") == text.count("struct Matmul {") == 1
