@@ -1,0 +1,260 @@
+"""Speed of teq_graph::matmul_nbits on a GPU beside cuBLAS, a device copy and other packages' kernels, in one run.
+
+    python tools/bench_matmul.py --markdown matmul.md --plot matmul.png
+
+Method: every product is checked against float64 first, on fresh random data. Then a CUDA graph of calls is replayed,
+each call on its own copy of the weights, so many that together they are twice the L2 cache: weights come from memory,
+as they do while a model decodes. One figure is the median over --rounds replays, by CUDA events, in which contenders
+take turns. GB/s count codes, scales, zero points, activations and results, each once; «of copy» is that beside the
+bytes per second, read and written, of a device-to-device copy; «× cuBLAS» is the time of torch's product of the same
+shape in the same dtype, with weights as cold, over ours.
+
+Contenders: teq_graph; `torch.ops.aten._weight_int4pack_mm` (4 bits, bfloat16); `gemlite` (2, 4, 8 bits) and
+`humming` (humming-kernels), each where it is installed. One that fails says why, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teq_graph import ops as _ops  # noqa: F401  registers the op
+from teq_graph.config import BITS, WeightSpec
+from teq_graph.quantization import QuantizedWeight, quantize_weight
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+SHAPES: dict[str, list[tuple[int, int]]] = {
+    "Llama-3-8B": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
+    "Llama-3-70B": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
+    "Llama-2-7B": [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)],
+    "SmolLM2-135M": [(960, 576), (576, 576), (3072, 576), (576, 1536)],
+}
+"""[N, K] of the linears of a layer, those that read the same input merged."""
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+COLUMNS = ("weights", "N × K", "M", "contender", "µs", "GB/s", "of copy", "TFLOP/s", "× cuBLAS")
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    n: int
+    k: int
+    m: int
+    bits: int
+    group_size: int
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    case: Case
+    contender: str
+    seconds: float
+    moved: int
+    cublas: float
+    copy_rate: float
+
+    def cells(self) -> list[str]:
+        case, rate = self.case, self.moved / self.seconds
+        flops = 2 * case.m * case.n * case.k / self.seconds
+        return [
+            f"W{case.bits}g{case.group_size}",
+            f"{case.n} × {case.k}",
+            str(case.m),
+            self.contender,
+            f"{self.seconds * 1e6:.1f}",
+            f"{rate / 1e9:.0f}",
+            f"{rate / self.copy_rate:.0%}",
+            f"{flops / 1e12:.2f}",
+            f"{self.cublas / self.seconds:.2f}",
+        ]
+
+
+def ours(weight: QuantizedWeight, dtype: torch.dtype) -> Product:
+    parts = [None if part is None else part.cuda() for part in (weight.packed, weight.scales, weight.zero_points)]
+    sizes = (weight.k, weight.n, weight.bits, weight.block_size)
+    return lambda a: torch.ops.teq_graph.matmul_nbits(a, *parts, None, *sizes)
+
+
+def int4pack(weight: QuantizedWeight, dtype: torch.dtype) -> Product:
+    """w = (code - 8) * scale + zero, in bfloat16."""
+    if weight.bits != 4 or dtype != torch.bfloat16:
+        raise ValueError("4 bits and bfloat16 only")
+    codes, grid = weight.to_codes()
+    pairs = codes.cuda().view(weight.n, -1, 2).to(torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack((pairs[..., 0] << 4 | pairs[..., 1]).to(torch.uint8), 8)
+    zeros = (8 - grid.zero_points_as_float()) * grid.scales
+    scales_and_zeros = torch.stack([grid.scales, zeros], -1).transpose(0, 1).contiguous().to("cuda", dtype)
+    return lambda a: torch.ops.aten._weight_int4pack_mm(a, packed, weight.block_size, scales_and_zeros)
+
+
+def gemlite(weight: QuantizedWeight, dtype: torch.dtype) -> Product:
+    from gemlite.core import DType, GemLiteLinear
+
+    kind = {torch.float16: DType.FP16, torch.bfloat16: DType.BF16}[dtype]
+    sizes = dict(group_size=weight.block_size, in_features=weight.k, out_features=weight.n)
+    layer = GemLiteLinear(weight.bits, **sizes, input_dtype=kind, output_dtype=kind)
+    codes, grid = weight.to_codes()
+    layer.pack(codes.cuda(), grid.scales.to("cuda", dtype), grid.zero_points_as_float().to("cuda", dtype), None)
+    return layer
+
+
+def humming(weight: QuantizedWeight, dtype: torch.dtype) -> Product:
+    """With weights of its own quantizer, of the same bits and groups: checked against those."""
+    from humming.layer import HummingLayer
+
+    config = {"dtype": f"uint{weight.bits}", "group_size": weight.block_size, "has_zero_point": True}
+    layer = HummingLayer(shape_n=weight.n, shape_k=weight.k, weight_config=config, torch_dtype=dtype).cuda()
+    layer.load_from_unquantized(weight.dequantize(dtype).cuda())
+    layer.transform()
+    layer.prepare_default_kernel_configs()
+    return layer
+
+
+CONTENDERS: dict[str, Callable[[QuantizedWeight, torch.dtype], Product]] = {
+    "teq_graph": ours,
+    "int4pack": int4pack,
+    "gemlite": gemlite,
+    "humming": humming,
+}
+
+
+def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int) -> dict[str, float]:
+    """Median seconds of a call in each graph of `calls`, the graphs taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds + 1):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) / 1e3 / calls)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def capture(products: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """A graph that calls each once, after each was called before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for product in products[:2]:
+            product()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for product in products:
+            product()
+    return graph
+
+
+def copy_rate(rounds: int) -> float:
+    """Bytes per second, read and written, of a copy of 1 GiB."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    graph = capture([lambda: target.copy_(source)])
+    return 2 * source.nbytes / time_graphs({"copy": graph}, 1, rounds)["copy"]
+
+
+def measure(case: Case, contenders: list[str], rounds: int, rate: float, failures: dict[str, str]) -> list[Row]:
+    """All contenders on one product. A package's first failure is noted, and the package left out of this product."""
+    float_weight = torch.randn(case.n, case.k) / case.k**0.5
+    weight = quantize_weight(float_weight, WeightSpec(case.bits, case.group_size), case.dtype)
+    a = torch.randn(case.m, case.k, device="cuda", dtype=case.dtype)
+    exact = a.double() @ weight.dequantize().cuda().double().t()
+    copies = max(2, -(-2 * torch.cuda.get_device_properties(0).L2_cache_size // weight.nbytes))
+    graphs = {}
+    for name in contenders:
+        try:
+            products = [CONTENDERS[name](weight, case.dtype) for _ in range(min(copies, 64))]
+            error = float((products[0](a).double() - exact).norm() / exact.norm())
+            if error > TOLERANCE[case.dtype] and name != "humming":
+                raise ValueError(f"relative error {error:.1e}")
+            graphs[name] = capture([lambda product=product: product(a) for product in products])
+        except Exception as error:
+            if name == "teq_graph":
+                raise
+            failures.setdefault(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    dense = [float_weight.to("cuda", case.dtype) for _ in range(min(copies, 64))]
+    graphs["cuBLAS"] = capture([lambda w=w: a @ w.t() for w in dense])
+    seconds = time_graphs(graphs, min(copies, 64), rounds)
+    moved = weight.nbytes + (case.m * (case.n + case.k)) * a.element_size()
+    return [Row(case, name, seconds[name], moved, seconds["cuBLAS"], rate) for name in contenders if name in graphs]
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    return "\n".join([*lines, *(f"| {' | '.join(row.cells())} |" for row in rows)])
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Times as fast as cuBLAS over M, the geometric mean over shapes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    for kind in dict.fromkeys((row.contender, row.case.bits) for row in rows):
+        of_kind = [row for row in rows if (row.contender, row.case.bits) == kind]
+        tokens = sorted({row.case.m for row in of_kind})
+        means = [
+            statistics.geometric_mean(row.cublas / row.seconds for row in of_kind if row.case.m == m) for m in tokens
+        ]
+        axes.plot(tokens, means, marker="o", label=f"{kind[0]}, {kind[1]} bits")
+    axes.axhline(1.0, color="gray", linestyle="--")
+    axes.set(xscale="log", xlabel="M, rows of activations", ylabel="times as fast as cuBLAS")
+    axes.legend()
+    axes.grid(visible=True, alpha=0.3)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--group-size", type=int, choices=(32, 64, 128, 256), default=128)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if not torch.cuda.is_available():
+        raise SystemExit("error: torch sees no NVIDIA GPU")
+    torch.manual_seed(0)
+    failures: dict[str, str] = {}
+    rate, rows = copy_rate(args.rounds), []
+    for n, k in dict.fromkeys(shape for model in args.models for shape in SHAPES[model]):
+        for bits in args.bits:
+            for m in args.tokens:
+                case = Case(n, k, m, bits, args.group_size, getattr(torch, args.dtype))
+                rows += measure(case, args.contenders, args.rounds, rate, failures)
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    name = torch.cuda.get_device_name()
+    head = f"{name}, torch {torch.__version__}, {args.dtype}; copy {rate / 1e9:.0f} GB/s; {args.rounds} rounds."
+    notes = [f"- {contender}: {reason}" for contender, reason in failures.items()]
+    text = "\n\n".join([head, table(rows), *(["\n".join(notes)] if notes else [])])
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text + "\n", encoding="utf-8")
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
