@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import dataclasses
 import io
@@ -17,10 +18,12 @@ import torch
 from support import cuda_emulation
 from torch import Tensor
 
-from teq_graph.config import BITS, WeightSpec
+import teq_graph
+from teq_graph.config import BITS, QuantizationConfig, WeightSpec
 from teq_graph.errors import InputError
 from teq_graph.kernels import plan, program
 from teq_graph.kernels.plan import Plan, Variant, make_plan, variants
+from teq_graph.loading import LoadedModel
 from teq_graph.quantization import QuantizedWeight, quantize_weight
 
 matmul_nbits = torch.ops.teq_graph.matmul_nbits.default
@@ -205,6 +208,18 @@ def test_gpu_graph_and_streams() -> None:
         result = matmul_nbits(a, *parts, None, *sizes)
     stream.synchronize()
     assert torch.equal(result, captured)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", BITS)
+def test_gpu_compiled_model(bits: int, stories260k: LoadedModel) -> None:
+    model = copy.deepcopy(stories260k.model).half()
+    config = QuantizationConfig(bits=bits, group_size=32)
+    compiled = teq_graph.compile(model, quantization=config, training=None)
+    ids = torch.randint(1, 500, (2, 40))
+    expected = compiled(input_ids=ids).logits.float()
+    result = compiled.to("cuda")(input_ids=ids.cuda()).logits.float().cpu()
+    assert float((result - expected).norm() / expected.norm()) < 5e-3
 
 
 @pytest.mark.gpu
