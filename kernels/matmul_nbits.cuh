@@ -117,7 +117,17 @@ DEVICE void read_chunk(const u8* stage, int half, int lane, u32 (&words)[Tile::B
   }
 }
 
-// Weights of the J-th four pairs of a chunk: operands of two products. `scale` where it is applied to weights.
+template <typename Tile>
+using Sums = float[Tile::ROW_TILES][Tile::TOKEN_TILES][4];
+
+// What a lane has of a step: chunks of the rows g and g + 8 of each tile, and their scales and zero points.
+template <typename Tile>
+struct Chunks {
+  u32 words[2 * Tile::ROW_TILES][Tile::BITS];
+  u32 grid[2 * Tile::ROW_TILES];
+};
+
+// Pair P of a chunk as weights, without their scale where that multiplies sums.
 template <typename T, typename Tile, bool SCALE_SUMS, int P>
 DEVICE u32 weight_pair(const u32 (&words)[Tile::BITS], u32 grid) {
   const u32 centered = centered_pair<T, Tile::BITS, P>(words, both_low(grid));
@@ -125,22 +135,19 @@ DEVICE u32 weight_pair(const u32 (&words)[Tile::BITS], u32 grid) {
   return fma2<T>(centered, both_high(grid), both<T>(0x8000u));  // + -0: a product
 }
 
+// The two products that the J-th four pairs of each chunk make.
 template <typename T, typename Tile, bool SCALE_SUMS, int J>
-DEVICE void multiply_quarter(float (&sums)[Tile::ROW_TILES][Tile::TOKEN_TILES][4],
-                             const u32 (&words)[2 * Tile::ROW_TILES][Tile::BITS],
-                             const u32 (&grid)[2 * Tile::ROW_TILES], const u8* activations, int stride, int tokens,
-                             int lane) {
+DEVICE void multiply_quarter(Sums<Tile>& sums, const Chunks<Tile>& chunks, const u8* activations, int stride,
+                             int tokens, int lane) {
   u32 weights[Tile::ROW_TILES][2][4];
 #pragma unroll
-  for (int r = 0; r < Tile::ROW_TILES; ++r) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const u32(&w)[Tile::BITS] = words[r * 2 + half];
-      weights[r][0][half] = weight_pair<T, Tile, SCALE_SUMS, J * 4>(w, grid[r * 2 + half]);
-      weights[r][0][half + 2] = weight_pair<T, Tile, SCALE_SUMS, J * 4 + 1>(w, grid[r * 2 + half]);
-      weights[r][1][half] = weight_pair<T, Tile, SCALE_SUMS, J * 4 + 2>(w, grid[r * 2 + half]);
-      weights[r][1][half + 2] = weight_pair<T, Tile, SCALE_SUMS, J * 4 + 3>(w, grid[r * 2 + half]);
-    }
+  for (int half = 0; half < 2 * Tile::ROW_TILES; ++half) {
+    const u32(&words)[Tile::BITS] = chunks.words[half];
+    u32(&of_tile)[2][4] = weights[half / 2];
+    of_tile[0][half % 2] = weight_pair<T, Tile, SCALE_SUMS, J * 4>(words, chunks.grid[half]);
+    of_tile[0][half % 2 + 2] = weight_pair<T, Tile, SCALE_SUMS, J * 4 + 1>(words, chunks.grid[half]);
+    of_tile[1][half % 2] = weight_pair<T, Tile, SCALE_SUMS, J * 4 + 2>(words, chunks.grid[half]);
+    of_tile[1][half % 2 + 2] = weight_pair<T, Tile, SCALE_SUMS, J * 4 + 3>(words, chunks.grid[half]);
   }
 #pragma unroll
   for (int tile = 0; tile < Tile::TOKEN_TILES; ++tile) {
@@ -154,6 +161,15 @@ DEVICE void multiply_quarter(float (&sums)[Tile::ROW_TILES][Tile::TOKEN_TILES][4
       multiply_accumulate<T>(sums[r][tile], weights[r][1], x.z, x.w);
     }
   }
+}
+
+template <typename T, typename Tile, bool SCALE_SUMS>
+DEVICE void multiply_step(Sums<Tile>& sums, const Chunks<Tile>& chunks, const u8* activations, int stride, int tokens,
+                          int lane) {
+  multiply_quarter<T, Tile, SCALE_SUMS, 0>(sums, chunks, activations, stride, tokens, lane);
+  multiply_quarter<T, Tile, SCALE_SUMS, 1>(sums, chunks, activations, stride, tokens, lane);
+  multiply_quarter<T, Tile, SCALE_SUMS, 2>(sums, chunks, activations, stride, tokens, lane);
+  multiply_quarter<T, Tile, SCALE_SUMS, 3>(sums, chunks, activations, stride, tokens, lane);
 }
 
 // SCALE_SUMS: a step lies in one group, whose scale multiplies its sums; otherwise each chunk does, and scales
@@ -175,7 +191,7 @@ DEVICE void matmul_block(const Matmul& p, int block_row, int block_token, int bl
   u8* activations = shared_memory() + Tile::RING;
   u32* grids = reinterpret_cast<u32*>(activations + min(Tile::TOKENS, p.m) * stride);
 
-  float sums[ROW_TILES][TOKEN_TILES][4] = {};
+  Sums<Tile> sums = {};
   int k_wanted = begin + warp_k * STEP;
 #pragma unroll
   for (int s = 0; s < Tile::STAGES; ++s, k_wanted += Tile::ROUND)
@@ -191,15 +207,15 @@ DEVICE void matmul_block(const Matmul& p, int block_row, int block_token, int bl
     const int k_end = min(k0 + p.slice, end);
     for (int k = k0 + warp_k * STEP; k < k_end; k += Tile::ROUND) {
       u8* from = ring + stage * Tile::STEP_BYTES;
-      u32 words[2 * ROW_TILES][Tile::BITS], grid[2 * ROW_TILES];
+      Chunks<Tile> chunks;
       const int group = ((SCALE_SUMS ? k : k + lane % 4 * CHUNK) >> p.log2_block) - group0;
       const u32* grid_rows = grids + group * Tile::ROWS + warp_n * ROW_TILES * 16 + lane / 4;
       wait_for_copies<Tile::STAGES - 1>();
 #pragma unroll
       for (int half = 0; half < 2 * ROW_TILES; ++half) {
-        read_chunk<Tile>(from, half, lane, words[half]);
-        align_halves<Tile::BITS>(words[half]);
-        grid[half] = grid_rows[half * 8];
+        read_chunk<Tile>(from, half, lane, chunks.words[half]);
+        align_halves<Tile::BITS>(chunks.words[half]);
+        chunks.grid[half] = grid_rows[half * 8];
       }
       __syncwarp();
       start_step<Tile>(p, from, warp_row, k_wanted, k_wanted < end, lane);
@@ -208,24 +224,19 @@ DEVICE void matmul_block(const Matmul& p, int block_row, int block_token, int bl
 
       const u8* x = activations + (k - k0) * 2;
       if constexpr (SCALE_SUMS) {
-        float part[ROW_TILES][TOKEN_TILES][4] = {};
-        multiply_quarter<T, Tile, SCALE_SUMS, 0>(part, words, grid, x, stride, tokens, lane);
-        multiply_quarter<T, Tile, SCALE_SUMS, 1>(part, words, grid, x, stride, tokens, lane);
-        multiply_quarter<T, Tile, SCALE_SUMS, 2>(part, words, grid, x, stride, tokens, lane);
-        multiply_quarter<T, Tile, SCALE_SUMS, 3>(part, words, grid, x, stride, tokens, lane);
+        Sums<Tile> part = {};
+        multiply_step<T, Tile, SCALE_SUMS>(part, chunks, x, stride, tokens, lane);
 #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r) {
-          const float low = to_float<T>(grid[r * 2] >> 16), high = to_float<T>(grid[r * 2 + 1] >> 16);
+          const float low = to_float<T>(static_cast<u16>(chunks.grid[r * 2] >> 16));
+          const float high = to_float<T>(static_cast<u16>(chunks.grid[r * 2 + 1] >> 16));
 #pragma unroll
           for (int tile = 0; tile < TOKEN_TILES; ++tile)
 #pragma unroll
             for (int i = 0; i < 4; ++i) sums[r][tile][i] += part[r][tile][i] * (i < 2 ? low : high);
         }
       } else {
-        multiply_quarter<T, Tile, SCALE_SUMS, 0>(sums, words, grid, x, stride, tokens, lane);
-        multiply_quarter<T, Tile, SCALE_SUMS, 1>(sums, words, grid, x, stride, tokens, lane);
-        multiply_quarter<T, Tile, SCALE_SUMS, 2>(sums, words, grid, x, stride, tokens, lane);
-        multiply_quarter<T, Tile, SCALE_SUMS, 3>(sums, words, grid, x, stride, tokens, lane);
+        multiply_step<T, Tile, SCALE_SUMS>(sums, chunks, x, stride, tokens, lane);
       }
     }
   }

@@ -120,10 +120,11 @@ def make_plan(number: str, m: int, n: int, k: int, bits: int, block_size: int, p
     uniform = blocks == 1 or block_size % STEP == 0
     variant = Variant(number, bits, tiling, uniform and tiling.tokens <= MOST_SCALED_SUMS)
     across = _ceil(n, tiling.rows) * _ceil(m, tiling.tokens)
-    rounds = _ceil(k, tiling.round)
-    # Few blocks leave processors idle: K is split over several, as long as each still has some rounds to do.
-    splits = max(1, min(processors // across, rounds // 4))
-    split = _ceil(rounds, splits) * tiling.round
+    # Few blocks leave processors idle: K is split over several, as long as each still has some rounds to do. Each
+    # begins with a group, so that a slice of it has no more groups than its length says.
+    splits = max(1, min(processors // across, _ceil(k, tiling.round) // 4))
+    unit = max(tiling.round, block_size) if blocks > 1 else tiling.round
+    split = _ceil(_ceil(k, unit), splits) * unit
     tokens = min(tiling.tokens, m)
     slice_, shared = _longest_slice(tiling, bits, tokens, split, block_size if blocks > 1 else None)
     return Plan(

@@ -10,7 +10,17 @@ import torch
 from teq_graph.config import BITS
 from teq_graph.kernels import cuda, plan, program
 
-SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (576, 576), (8, 32), (28672, 8192), (130000, 1000)]
+SHAPES = [
+    (256, 5 * 896),
+    (4096, 4096),
+    (1024, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (576, 576),
+    (8, 32),
+    (28672, 8192),
+    (130000, 1000),
+]
 TOKENS = (1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 65, 512, 2048)
 
 
@@ -34,6 +44,11 @@ def test_every_plan_covers_the_product_within_the_limits(bits: int, block_size: 
         assert made.chunks * 32 >= k
         groups = {position >> made.log2_block for position in range(0, k, 32)}
         assert groups == set(range(made.blocks)), "each chunk lies in a group"
+        for begin in range(0, k, made.split):
+            for start in range(begin, min(begin + made.split, k), made.slice):
+                last = min(start + made.slice, begin + made.split, k) - 1
+                groups_here = (last >> made.log2_block) - (start >> made.log2_block) + 1
+                assert groups_here <= ((made.slice - 1) >> made.log2_block) + 1, "room for the groups of every slice"
         # Only small groups have their scales multiplied into weights while there are few tokens.
         assert made.variant.scale_sums == (tiling.tokens <= 16 and (made.blocks == 1 or block % 128 == 0))
 
