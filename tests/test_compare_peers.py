@@ -368,3 +368,61 @@ def test_tensor_of_a_tied_weight_becomes_its_own(rtn_job: job_module.Job) -> Non
     evaluator.load_weights(model, rtn_job.folder / "weights.safetensors")
     assert torch.equal(embedding, before)
     assert not model.lm_head.weight.any()
+
+
+def test_embeddings_are_compared_by_angle_and_by_neighbours() -> None:
+    expected = torch.nn.functional.normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1)
+    same = evaluator.compare_embeddings(expected, expected)
+    assert same["cosine_distance"] == pytest.approx(0.0, abs=1e-12)
+    assert same["neighbour_agreement"] == 1.0
+    angle = torch.tensor(0.3, dtype=torch.float64)
+    rotation = torch.eye(8, dtype=torch.float64)
+    rotation[:2, :2] = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+    plane = torch.nn.functional.normalize(torch.randn(5, 2, dtype=torch.float64), dim=-1)
+    flat = torch.nn.functional.pad(plane, (0, 6))
+    turned = evaluator.compare_embeddings(flat, flat @ rotation.T)
+    assert turned["cosine_distance"] == pytest.approx(1 - float(angle.cos()))
+    assert turned["largest_distance"] == pytest.approx(1 - float(angle.cos()))
+    assert turned["neighbour_agreement"] == 1.0
+    # 0 and 1 are nearest to each other, and so are 2 and 3, until 1 and 2 change places.
+    pairs = torch.eye(4, dtype=torch.float64)[:2].repeat_interleave(2, 0) + 0.1 * torch.randn(4, 4, dtype=torch.float64)
+    pairs = torch.nn.functional.normalize(pairs, dim=-1)
+    assert evaluator.compare_embeddings(pairs, pairs[[0, 2, 1, 3]])["neighbour_agreement"] == 0.0
+
+
+def test_encoder_is_measured_by_sentences(
+    minilm: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path
+) -> None:
+    minilm.model.save_pretrained(tmp_path / "model")
+    assert minilm.tokenizer is not None
+    minilm.tokenizer.save_pretrained(tmp_path / "model")
+    folder = tmp_path / "job"
+    folder.mkdir()
+    text = data_dir / "wikitext-2" / "test.raw.txt"
+    fixed = ["--test", text, "--calibration", text, "--output", tmp_path / "out", "--bits", 8, "--tokens", 300]
+    size = ["--samples", 2, "--length", 16, "--batch-size", 2, "--group-size", 64]
+    arguments = [str(part) for part in (tmp_path / "model", *fixed, *size)]
+    fields, settings, ragged = compare_peers.prepare(compare_peers.parse_arguments(arguments), folder)
+    assert fields["is_encoder"] and settings["is_encoder"] and not ragged
+    assert settings["tokens"] >= 300
+    sentences = json.loads(Path(fields["test"]).read_text(encoding="utf-8"))
+    first = minilm.tokenizer.decode(sentences[0], skip_special_tokens=True)
+    assert first.startswith("robert boulter is an english film") and first.endswith(".")
+
+    for training in ({"training": "rtn"}, {"training": "stages", "stages": ["clip"]}):
+        path = folder / "job.json"
+        path.write_text(json.dumps({**fields, "options": training}), encoding="utf-8")
+        task = job_module.Job(path)
+        run_teq_graph.runner(task)
+        if training["training"] == "rtn":
+            (folder / "result.json").write_text(json.dumps(task.result), encoding="utf-8")
+            monkeypatch.setattr(sys, "argv", ["evaluator.py", str(path)])
+            evaluator.main()
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        else:
+            result = task.result
+        assert 0 < result["cosine_distance"] < 1e-3
+        assert result["cosine_distance"] <= result["largest_distance"] < 1e-2
+        assert result["neighbour_agreement"] > 0.8
+        line = table.line({"method": "rtn", **result}, table.columns_of(settings))
+        assert f"| {result['cosine_distance']:.6f} |" in line

@@ -19,6 +19,7 @@ from support import cuda_emulation
 from torch import Tensor
 
 import teq_graph
+from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.config import BITS, QuantizationConfig, WeightSpec
 from teq_graph.errors import InputError
 from teq_graph.kernels import plan, program
@@ -66,7 +67,7 @@ def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
     return run
 
 
-@pytest.mark.parametrize("variant", variants(), ids=name_of)
+@pytest.mark.parametrize("variant", list(variants()), ids=name_of)
 def test_emulated_tiling(variant: Variant, emulate: Callable[..., Tensor]) -> None:
     """Every variant on a product that ends inside a tile in M, N and K, in several slices, and split over blocks."""
     dtype, tiling = getattr(torch, variant.number), variant.tiling
