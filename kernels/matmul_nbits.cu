@@ -8,7 +8,7 @@ using Tile = Tiling<VARIANT_TILING>;
       int m, int n, int k, int blocks, int log2_block, int chunks, int slice, int split
 #define ARGUMENTS a, b, scales, zero_points, bias, y, partial, m, n, k, blocks, log2_block, chunks, slice, split
 
-extern "C" KERNEL __launch_bounds__(Tile::THREADS) matmul_nbits(PARAMETERS) {
+extern "C" KERNEL __launch_bounds__(Tile::THREADS, 1) matmul_nbits(PARAMETERS) {
   matmul_block<VARIANT_TYPE, Tile, VARIANT_SCALE_SUMS>(Matmul{ARGUMENTS}, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
 }
 
