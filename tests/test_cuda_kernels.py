@@ -9,6 +9,7 @@ import io
 import itertools
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 import teq_graph
 from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.config import BITS, QuantizationConfig, WeightSpec
-from teq_graph.errors import InputError
+from teq_graph.errors import InputError, KernelError
 from teq_graph.kernels import plan, program
 from teq_graph.kernels.plan import Plan, Variant, make_plan, variants
 from teq_graph.loading import LoadedModel
@@ -134,6 +135,63 @@ def test_compiles_without_spills(bits: int, number: str, architecture: str) -> N
         assert len(frames) == len(registers) == 2, text
         assert all(frame == ("0", "0", "0") for frame in frames), text
         assert max(map(int, registers)) * variant.tiling.threads <= 65536, text
+
+
+VARIANT = Variant("float16", 4, plan.DECODE, True)
+
+
+def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.core.utils import FileStreamProgramCache
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert program.cache_folder() == tmp_path / "teq_graph" / "kernels"
+
+    def compile_for(architecture: str, variant: Variant = VARIANT) -> bytes:
+        cache = FileStreamProgramCache(program.cache_folder())  # as every process opens it
+        return bytes(program.compile_variant(variant, architecture, cache=cache).code)
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in program.cache_folder().rglob("*") if path.is_file()}
+
+    first = compile_for("sm_80")
+    kept = files()
+    assert kept and compile_for("sm_80") == first and files() == kept
+    # Another architecture, another variant and another source are other entries.
+    assert compile_for("sm_90") != first
+    compile_for("sm_80", dataclasses.replace(VARIANT, bits=2))
+    text = program.source()
+    monkeypatch.setattr(program, "source", lambda: text + "// changed\n")
+    compile_for("sm_80")
+    assert len(files()) == 4 * len(kept)
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Any]:
+    """Loads a kernel for a GPU that is only said to be there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    program.load.cache_clear()
+    return lambda: program.load(VARIANT, 0, 1024)
+
+
+def test_gpu_that_is_too_old(load: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(KernelError, match=r"^cuda:0 \(a GPU\) has compute capability 7.5; accepted are 8.0 and later$"):
+        load()
+
+
+def test_compiler_that_is_not_installed(load: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core.utils", None)
+    with pytest.raises(KernelError, match=r"compiled by cuda-core .*pip install 'teq-graph\[cuda\]'$"):
+        load()
+
+
+def test_kernel_that_does_not_compile(load: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "source", lambda: "int broken")
+    with pytest.raises(KernelError, match=r"^CUDA kernel for cuda:0, a GPU: ") as caught:
+        load()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 # ----------------------------------------------------------------------------------------------------- on a GPU
