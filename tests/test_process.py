@@ -15,11 +15,12 @@ from support.command_line import QUICK, ROOT, save_tiny_llama, start
 
 from teq_graph.cli import run
 
-# a shell starts background jobs with SIGINT ignored, which children inherit
+# a shell starts background jobs with SIGINT ignored, nohup with SIGHUP, which children inherit
 MAIN = """
 import os, signal
 from teq_graph import cli, progress
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 progress.SHOW_AFTER = progress.LINE_EVERY = 0.0
 {}
 cli.main()
