@@ -7,7 +7,7 @@
 //
 //     bits  words of halves             DISTANCE  pairs in a word
 //     2     w0 w1                       8         8
-//     3     made of w0 w1 w2, see read  16        16 over all three
+//     3     made by align_halves        16        16 over all three
 //     4     w0 w1 w2 w3                 4         4
 //     8     w0 .. w7                    2         2
 //
@@ -28,38 +28,24 @@ DEVICE constexpr int first(int p) {
   return p / DISTANCE<BITS> * 2 * DISTANCE<BITS> + p % DISTANCE<BITS>;
 }
 
-// A number that a code completes to a float: 2^10 in float16, 2^7 in bfloat16, whose lowest bit is worth one.
-template <typename T>
-struct Magic;
-template <>
-struct Magic<Float16> {
-  static constexpr int MANTISSA = 10;
-  static constexpr u32 BITS = 0x64006400u;
-};
-template <>
-struct Magic<BFloat16> {
-  static constexpr int MANTISSA = 7;
-  static constexpr u32 BITS = 0x43004300u;
-};
-
-// The bits of 2^exponent, in both halves.
+// The bits of 2^exponent.
 template <typename T>
 DEVICE constexpr u32 power_of_two(int exponent) {
-  constexpr int bias = Magic<T>::MANTISSA == 10 ? 15 : 127;
-  return static_cast<u32>(exponent + bias) << Magic<T>::MANTISSA;
+  return static_cast<u32>(exponent + T::BIAS) << T::MANTISSA;
 }
 
+DEVICE constexpr u32 both(u32 half) { return half | half << 16; }
+
+// A number that a code completes to a float, as its lowest bit is worth one: 2^10 in float16, 2^7 in bfloat16.
 template <typename T>
-DEVICE constexpr u32 both(u32 half) {
-  return half | half << 16;
-}
+constexpr u32 MAGIC = both(power_of_two<T>(T::MANTISSA));
 
 // Where a code that begins at bit `at` of its half is brought down to fit in the mantissa: by as few distinct shifts
 // as there can be, as words shifted alike are shifted once.
 template <typename T, int BITS>
 DEVICE constexpr int shift_of(int at) {
-  if (at + BITS <= Magic<T>::MANTISSA) return 0;
-  if (Magic<T>::MANTISSA == 10) return 8;
+  if (at + BITS <= T::MANTISSA) return 0;
+  if (IS_FLOAT16<T>) return 8;
   if (BITS == 4) return at;
   return at + BITS <= 12 ? 5 : 10;
 }
@@ -78,33 +64,31 @@ DEVICE void align_halves(u32 (&words)[BITS]) {
 // code - zero of pair P as floats, exactly. `zero`: the zero point, in both halves; `words`: of halves.
 template <typename T, int BITS, int P>
 DEVICE u32 centered_pair(const u32 (&words)[BITS], u32 zero) {
-  constexpr u32 MINUS_ONE = both<T>(0x8000u | power_of_two<T>(0));
-  constexpr int bit = BITS * (P % (BITS == 3 ? 16 : DISTANCE<BITS>));
-  constexpr int word = BITS == 3 ? bit / 16 : P / DISTANCE<BITS>;
+  constexpr u32 SIGN = 0x8000u;
+  constexpr int bit = BITS * (P % DISTANCE<BITS>);
+  constexpr int word = P / DISTANCE<BITS> + bit / 16;
   constexpr int at = bit % 16;
-  constexpr u32 mask = both<T>((1u << BITS) - 1);
-  if constexpr (BITS == 8 && Magic<T>::MANTISSA == 7) {
+  constexpr u32 mask = both((1u << BITS) - 1);
+  if constexpr (BITS > T::MANTISSA) {
     // A byte is too long for this mantissa together with a magic number: by way of float32, 2^23 + code.
     const float offset = 8388608.0f + to_float<T>(static_cast<u16>(zero));
     const float low = as_float(permute_bytes(words[word], 0x4B000000u, 0x7440 + at / 8)) - offset;
     const float high = as_float(permute_bytes(words[word], 0x4B000000u, 0x7440 + at / 8 + 2)) - offset;
     return pack_bfloat16(low, high);
-  } else if constexpr (at + BITS > 16) {  // 3 bits, of which `here` are in this word and the others in the next
-    constexpr int here = 16 - at;
-    constexpr u32 low = both<T>((1u << here) - 1);
-    const u32 part = mask_or(words[word] >> at, low, Magic<T>::BITS);
-    const u32 whole = mask_or(words[word + 1] << here, mask & ~low, part);
-    const u32 offset = fma2<T>(zero, MINUS_ONE, both<T>(0x8000u) ^ Magic<T>::BITS);
-    return fma2<T>(whole, both<T>(power_of_two<T>(0)), offset);
   } else {
     // magic + code * 2^s, of which 2^-s makes code + magic * 2^-s
-    constexpr int shift = shift_of<T, BITS>(at);
-    constexpr int s = at - shift;
-    static_assert(s >= 0 && s + BITS <= Magic<T>::MANTISSA, "the code is outside the mantissa");
-    constexpr u32 base = both<T>(0x8000u | power_of_two<T>(Magic<T>::MANTISSA - s));
-    const u32 whole = mask_or(words[word] >> shift, mask << s, Magic<T>::BITS);
-    const u32 offset = fma2<T>(zero, MINUS_ONE, base);
-    return fma2<T>(whole, both<T>(power_of_two<T>(-s)), offset);
+    constexpr bool straddles = at + BITS > 16;  // 3 bits, of which `here` are in this word and the others in the next
+    constexpr int shift = straddles ? at : shift_of<T, BITS>(at), s = at - shift, here = 16 - at;
+    static_assert(s >= 0 && s + BITS <= T::MANTISSA, "the code is outside the mantissa");
+    u32 whole;
+    if constexpr (straddles) {
+      constexpr u32 low = both((1u << here) - 1);
+      whole = mask_or(words[word + 1] << here, mask & ~low, mask_or(words[word] >> at, low, MAGIC<T>));
+    } else {
+      whole = mask_or(words[word] >> shift, mask << s, MAGIC<T>);
+    }
+    const u32 offset = fma2<T>(zero, both(SIGN | power_of_two<T>(0)), both(SIGN | power_of_two<T>(T::MANTISSA - s)));
+    return fma2<T>(whole, both(power_of_two<T>(-s)), offset);
   }
 }
 

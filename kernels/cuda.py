@@ -52,7 +52,7 @@ def matmul_nbits(
     tensors = [rows, aligned(b), scales.contiguous(), _contiguous(zero_points), _contiguous(bias), y, partial]
     arguments = kernel_arguments(tensors, m, n, rows.shape[1], plan)
     with torch.cuda.device(index):
-        product, total = program.load(plan.variant, index, plan.shared_bytes)
+        product, total = program.load(plan.variant, index)
         stream: Any = torch.cuda.current_stream()
         _launch(stream, product, plan.grid, plan.variant.tiling.threads, plan.shared_bytes, arguments)
         if partial is not None:

@@ -3,20 +3,10 @@
 #ifndef TEQ_GRAPH_DEVICE_CUH
 #define TEQ_GRAPH_DEVICE_CUH
 
+#include "types.cuh"
+
 #define DEVICE __device__ __forceinline__
 #define KERNEL __global__ void
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-
-struct Float16 {};
-struct BFloat16 {};
-
-struct alignas(16) Vector {
-  u32 x, y, z, w;
-};
 
 // The dynamic shared memory of the block, aligned to 16 bytes.
 DEVICE u8* shared_memory() {
@@ -36,46 +26,31 @@ DEVICE u32 permute_bytes(u32 low, u32 high, u32 selector) { return __byte_perm(l
 
 // a * b + c on pairs of 16-bit floats, rounded once.
 template <typename T>
-DEVICE u32 fma2(u32 a, u32 b, u32 c);
-template <>
-DEVICE u32 fma2<Float16>(u32 a, u32 b, u32 c) {
+DEVICE u32 fma2(u32 a, u32 b, u32 c) {
   u32 d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-template <>
-DEVICE u32 fma2<BFloat16>(u32 a, u32 b, u32 c) {
-  u32 d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  if constexpr (IS_FLOAT16<T>)
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 
 template <typename T>
-DEVICE float to_float(u16 bits);
-template <>
-DEVICE float to_float<Float16>(u16 bits) {
+DEVICE float to_float(u16 bits) {
+  if constexpr (!IS_FLOAT16<T>) return __uint_as_float(static_cast<u32>(bits) << 16);
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
   return f;
 }
-template <>
-DEVICE float to_float<BFloat16>(u16 bits) {
-  return __uint_as_float(static_cast<u32>(bits) << 16);
-}
 
 // Rounded to nearest, ties to even.
 template <typename T>
-DEVICE u16 from_float(float value);
-template <>
-DEVICE u16 from_float<Float16>(float value) {
+DEVICE u16 from_float(float value) {
   u16 bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
-template <>
-DEVICE u16 from_float<BFloat16>(float value) {
-  u16 bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  if constexpr (IS_FLOAT16<T>)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
 

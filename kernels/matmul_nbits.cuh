@@ -132,7 +132,7 @@ template <typename T, typename Tile, bool SCALE_SUMS, int P>
 DEVICE u32 weight_pair(const u32 (&words)[Tile::BITS], u32 grid) {
   const u32 centered = centered_pair<T, Tile::BITS, P>(words, both_low(grid));
   if constexpr (SCALE_SUMS) return centered;
-  return fma2<T>(centered, both_high(grid), both<T>(0x8000u));  // + -0: a product
+  return fma2<T>(centered, both_high(grid), both(0x8000u));  // + -0: a product
 }
 
 // The two products that the J-th four pairs of each chunk make.

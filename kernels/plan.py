@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from teq_graph.config import BITS
+
 LANES = 32
 STEP = 128
 """Elements of K that a warp does at a time."""
@@ -15,7 +17,6 @@ SHARED_LIMIT = 99 * 1024
 """Bytes of shared memory for a block that every GPU from sm_80 on has."""
 NUMBERS = {"float16": "Float16", "bfloat16": "BFloat16"}
 """Types of activations, as torch and as the kernel call them."""
-BITS = (2, 3, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,16 @@ class Tiling:
         """Elements of K that all the warps do together."""
         return STEP * self.warps_k
 
-    def shared_bytes(self, bits: int, tokens: int, slice_: int, groups: int) -> int:
-        """Shared memory of a block: copies of B under way, activations and grids; at last the sums in their place."""
+    def staged_bytes(self, tokens: int, slice_: int, groups: int) -> int:
+        """Shared memory for the activations and grids of a slice of K."""
+        return tokens * (slice_ * 2 + 64) + groups * self.rows * 4
+
+    def shared_bytes(self, bits: int, staged: int) -> int:
+        """Shared memory of a block: copies of B under way beside what is staged; at last the sums in their place."""
         step = self.row_tiles * 16 * STEP * bits // 8
         ring = max(2, 4096 // step) * step * self.warps
         sums = self.warps_k * self.tokens * (self.rows + 1) * 4
-        return max(ring + tokens * (slice_ * 2 + 64) + groups * self.rows * 4, sums)
+        return max(ring + staged, sums)
 
 
 DECODE = Tiling(tokens=8, row_tiles=1, warps_n=1, warps_k=8)
@@ -125,36 +130,33 @@ def make_plan(number: str, m: int, n: int, k: int, bits: int, block_size: int, p
     splits = max(1, min(processors // across, _ceil(k, tiling.round) // 4))
     unit = max(tiling.round, block_size) if blocks > 1 else tiling.round
     split = _ceil(_ceil(k, unit), splits) * unit
-    tokens = min(tiling.tokens, m)
-    slice_, shared = _longest_slice(tiling, bits, tokens, split, block_size if blocks > 1 else None)
+    log2_block = block_size.bit_length() - 1 if blocks > 1 else 30
+    slice_, shared = _longest_slice(tiling, bits, min(tiling.tokens, m), split, 1 << log2_block)
     return Plan(
         variant=variant,
         grid=(_ceil(n, tiling.rows), _ceil(m, tiling.tokens), _ceil(k, split)),
         shared_bytes=shared,
         blocks=blocks,
-        log2_block=block_size.bit_length() - 1 if blocks > 1 else 30,
+        log2_block=log2_block,
         chunks=blocks * block_size // CHUNK,
         slice=slice_,
         split=split,
     )
 
 
-def _longest_slice(tiling: Tiling, bits: int, tokens: int, split: int, block_size: int | None) -> tuple[int, int]:
+def _longest_slice(tiling: Tiling, bits: int, tokens: int, split: int, group: int) -> tuple[int, int]:
     """Elements of K whose activations and grids are in shared memory at once, and the bytes of a block with them.
 
     Activations and grids may take 24 KiB, or 40 where tokens are many; the least slice is a round of the warps.
     """
     budget = 24 * 1024 if tokens <= MOST_SCALED_SUMS else 40 * 1024
-
-    def sizes(slice_: int) -> tuple[int, int]:
-        groups = 1 if block_size is None else _ceil(slice_, block_size)
-        own = tokens * (slice_ * 2 + 64) + groups * tiling.rows * 4
-        return own, tiling.shared_bytes(bits, tokens, slice_, groups)
-
-    slice_ = tiling.round
-    while slice_ < split and sizes(slice_ * 2)[0] <= budget and sizes(slice_ * 2)[1] <= SHARED_LIMIT:
-        slice_ *= 2
-    return slice_, sizes(slice_)[1]
+    slice_, staged = tiling.round, tiling.staged_bytes(tokens, tiling.round, _ceil(tiling.round, group))
+    while slice_ < split:
+        longer = tiling.staged_bytes(tokens, slice_ * 2, _ceil(slice_ * 2, group))
+        if longer > budget or tiling.shared_bytes(bits, longer) > SHARED_LIMIT:
+            break
+        slice_, staged = slice_ * 2, longer
+    return slice_, tiling.shared_bytes(bits, staged)
 
 
 def _ceil(a: int, b: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teq_graph.errors import KernelError
-from teq_graph.kernels.plan import Variant
+from teq_graph.kernels.plan import SHARED_LIMIT, Variant
 
 if TYPE_CHECKING:
     from cuda.core import Kernel, ObjectCode
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 OLDEST = (8, 0)
 """The compute capability from which on there are cp.async and products in bfloat16."""
-SHARED_WITHOUT_ASKING = 48 * 1024
 
 
 def source(name: str = "matmul_nbits.cu") -> str:
@@ -53,7 +52,7 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def load(variant: Variant, device: int, shared_bytes: int) -> tuple[Kernel, Kernel]:
+def load(variant: Variant, device: int) -> tuple[Kernel, Kernel]:
     """The product and the sum of splits, ready for the CUDA device of that index.
 
     Raises KernelError where the GPU or its driver is too old, or what compiles kernels is not installed.
@@ -74,11 +73,10 @@ def load(variant: Variant, device: int, shared_bytes: int) -> tuple[Kernel, Kern
     try:
         code = compile_variant(variant, "sm_{}{}".format(*capability), cache=FileStreamProgramCache(cache_folder()))
         product, total = code.get_kernel("matmul_nbits"), code.get_kernel("reduce_splits")
-        if shared_bytes > SHARED_WITHOUT_ASKING:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, product.handle, device)
-            if status != driver.CUresult.CUDA_SUCCESS:
-                raise RuntimeError(f"{shared_bytes} bytes of shared memory: {status.name}")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (status,) = driver.cuKernelSetAttribute(attribute, SHARED_LIMIT, product.handle, device)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{SHARED_LIMIT} bytes of shared memory: {status.name}")
     except Exception as error:  # of the compiler, the driver and the file system
         name, reason = torch.cuda.get_device_name(device), " ".join(str(error).split())[:300]
         raise KernelError(f"CUDA kernel for cuda:{device}, {name}: {reason}") from error

@@ -49,7 +49,7 @@ def test_every_plan_covers_the_product_within_the_limits(bits: int, block_size: 
                 last = min(start + made.slice, begin + made.split, k) - 1
                 groups_here = (last >> made.log2_block) - (start >> made.log2_block) + 1
                 assert groups_here <= ((made.slice - 1) >> made.log2_block) + 1, "room for the groups of every slice"
-        # Only small groups have their scales multiplied into weights while there are few tokens.
+        # Scales multiply sums where a step lies in one group, while tokens are few.
         assert made.variant.scale_sums == (tiling.tokens <= 16 and (made.blocks == 1 or block % 128 == 0))
 
 
@@ -86,4 +86,4 @@ def test_columns_and_addresses_are_made_to_fit() -> None:
 def test_source_has_its_includes_in_place_once() -> None:
     text = program.source()
     assert "#include" not in text
-    assert text.count("struct Float16 {}") == text.count("struct Matmul {") == 1
+    assert text.count("struct Float16 {") == text.count("struct Matmul {") == 1

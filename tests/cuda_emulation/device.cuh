@@ -12,19 +12,9 @@
 #include <cstring>
 #include <vector>
 
+#include "types.cuh"
+
 #define DEVICE inline
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-
-struct Float16 {};
-struct BFloat16 {};
-
-struct alignas(16) Vector {
-  u32 x, y, z, w;
-};
 
 // ------------------------------------------------------------------------------------------------ the block (block.cpp)
 
@@ -63,19 +53,8 @@ inline float as_float(u32 bits) {
 // 16-bit floats by their definition: sign, exponent, mantissa; ties to even. Computed in double, which holds products
 // and the sums that occur here exactly.
 template <typename T>
-struct Format;
-template <>
-struct Format<Float16> {
-  static constexpr int MANTISSA = 10, BIAS = 15;
-};
-template <>
-struct Format<BFloat16> {
-  static constexpr int MANTISSA = 7, BIAS = 127;
-};
-
-template <typename T>
 double decode(u16 bits) {
-  constexpr int mantissa = Format<T>::MANTISSA, bias = Format<T>::BIAS, top = 2 * bias + 1;
+  constexpr int mantissa = T::MANTISSA, bias = T::BIAS, top = 2 * bias + 1;
   const int exponent = bits >> mantissa & top, fraction = bits & ((1 << mantissa) - 1);
   const double sign = bits & 0x8000 ? -1.0 : 1.0;
   if (exponent == top) return fraction ? NAN : sign * INFINITY;
@@ -95,7 +74,7 @@ double to_double(u16 bits) {
 
 template <typename T>
 u16 from_double(double value) {
-  constexpr int mantissa = Format<T>::MANTISSA, bias = Format<T>::BIAS;
+  constexpr int mantissa = T::MANTISSA, bias = T::BIAS;
   const u16 sign = std::signbit(value) ? 0x8000 : 0, infinity = static_cast<u16>((2 * bias + 1) << mantissa);
   if (std::isnan(value)) return 0x7FFF;
   int exponent = 1 - bias;  // that of subnormal numbers
