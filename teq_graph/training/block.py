@@ -132,8 +132,7 @@ class BlockTrainer:
         vectors = {name: self.tensors.scaled(name, constants) for name in floats}
         for name, weight in weights.items():
             constants[self.inserted.quantized[name]] = weight
-        with fast_products(weights.values(), (self.specs[name] for name in names)):
-            moments, means = self._moments(names, constants)
+        moments, means = self._moments(weights, constants)
 
         def loss_of(number: int, tensors: Mapping[str, Tensor]) -> Tensor:
             return self._loss(self.block.nodes, {**constants, **self.tensors.by_node(tensors)}, number)
@@ -149,20 +148,19 @@ class BlockTrainer:
             len(self.values),
         )
 
-    def _moments(self, names: Sequence[str], constants: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Second moments [K, K] and means [K] of what each linear reads, float32, over all batches."""
-        source_of = {name: fx.operand(linear) for linear, name in self.tensors.linears.items() if name in names}
+    def _moments(self, weights: Mapping[str, Tensor], constants: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Second moments [K, K] and means [K] of what the linear of each weight reads, float32, over all batches."""
+        source_of = {name: fx.operand(linear) for linear, name in self.tensors.linears.items() if name in weights}
+        specs = [self.specs[name] for name in weights]
         moments: dict[Node, Tensor] = {}
         means: dict[Node, Tensor] = {}
         for values in self.values:
             env = {**values, **constants}
-            with torch.no_grad():
+            with torch.no_grad(), fast_products(weights.values(), specs):
                 run(self.block.nodes, env)
             for source in dict.fromkeys(source_of.values()):
                 read = env[source].reshape(-1, env[source].shape[-1]).float()
-                with torch.autocast(read.device.type, enabled=False):
-                    products = read.t() @ read
-                of_batch = products.div_(len(read) * len(self.values)), read.mean(0) / len(self.values)
+                of_batch = (read.t() @ read).div_(len(read) * len(self.values)), read.mean(0) / len(self.values)
                 for total, part in zip((moments, means), of_batch, strict=True):
                     total[source] = total[source].add_(part) if source in total else part
         return (

@@ -15,7 +15,7 @@ from teq_graph import graph as fx
 from teq_graph.analysis.blocks import Block
 from teq_graph.capture import CapturedGraph
 from teq_graph.errors import InputError, NumericsError
-from teq_graph.execution import Values, input_values, keep_only, needed_after, run
+from teq_graph.execution import Values, advance, input_values, keep_only, needed_after, run
 from teq_graph.files import one_line
 from teq_graph.graph import aten
 
@@ -64,37 +64,46 @@ class FloatReference:
         values = [self.inputs(number, self.graph_module) for number in range(len(self.batches))]
         stretches = [[self.twin[node.name] for node in block.nodes] for block in blocks]
         kept = needed_after(stretches)
-        rows = -(-ROWS // len(self.batches))
         for index, nodes in enumerate(stretches):
             samples: dict[str, list[Tensor]] = {}
             targets: list[list[Tensor]] = []
             output_nodes = [self.twin[node.name] for node in blocks[index].outputs]
             is_last = index == len(stretches) - 1
             inputs = list(values) if is_last else []
-            linears = [n for n in nodes if fx.is_call(n, aten.linear.default) and fx.is_tensor_constant(n.args[1])]
             for number in range(len(values)):
-                # Not to outlive the batch: all that the block computes on the way.
-                env = dict(values[number])
-                self._run(nodes, env, number)
-                for node in linears:
-                    read = self._some_rows(env[fx.operand(node)], rows)
-                    samples.setdefault(fx.weight_name(node), []).append(read)
+                env, reads = self._pass_batch(nodes, values[number], kept[index].union(output_nodes), number)
+                for name, read in reads.items():
+                    samples.setdefault(name, []).append(read)
                 outputs = [env[node] for node in output_nodes]
                 if not all(bool(torch.isfinite(output).all()) for output in outputs):
                     raise NumericsError(f"calibration batch {number}: the float model gives NaN or infinity")
                 if not is_last:
                     targets.append(outputs)
                 values[number] = keep_only(env, kept[index])
-                del env, outputs, read
             joined = {name: torch.cat(parts) for name, parts in samples.items()}
             again = functools.partial(_computed_again, nodes, output_nodes, inputs)
             yield joined, again if is_last else targets.__getitem__
+
+    def _pass_batch(
+        self, nodes: Sequence[Node], values: Values, needed: set[Node], number: int
+    ) -> tuple[Values, dict[str, Tensor]]:
+        """What a block makes of a batch, as far as it is `needed`, and some rows that its linears read, by weight name.
+
+        All else that it computes on the way is freed.
+        """
+        env = dict(values)
+        self._run(nodes, env, number)
+        linears = (n for n in nodes if fx.is_call(n, aten.linear.default) and fx.is_tensor_constant(n.args[1]))
+        reads = {fx.weight_name(node): self._some_rows(env[fx.operand(node)]) for node in linears}
+        return keep_only(env, needed), reads
 
     def _run(self, nodes: Sequence[Node], values: Values, number: int) -> None:
         with torch.no_grad(), batch_named(number):
             run(nodes, values)
 
-    def _some_rows(self, read: Tensor, rows: int) -> Tensor:
+    def _some_rows(self, read: Tensor) -> Tensor:
+        """So many that all batches together give `ROWS`."""
+        rows = -(-ROWS // len(self.batches))
         flat = read.reshape(-1, read.shape[-1])
         return flat[torch.randperm(flat.shape[0], generator=self.generator)[:rows].to(flat.device)]
 
@@ -115,7 +124,6 @@ def batch_named(number: int) -> Iterator[None]:
 def _computed_again(
     nodes: Sequence[Node], outputs: Sequence[Node], values: Sequence[Values], number: int
 ) -> list[Tensor]:
-    env = dict(values[number])
     with torch.no_grad():
-        run(nodes, env)
-    return [env[node] for node in outputs]
+        results = advance(nodes, values[number], set(outputs))
+    return [results[node] for node in outputs]
