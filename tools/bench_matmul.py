@@ -2,7 +2,8 @@
 
     python tools/bench_matmul.py --markdown matmul.md --plot matmul.png
 
-Method: every product is checked against float64 first, on fresh random data. Then a CUDA graph of calls is replayed,
+Method: every product (but humming's, whose weights are rounded by its own quantizer) is checked against float64 first,
+on fresh random data. Then a CUDA graph of calls is replayed,
 each call on its own copy of the weights, so many that together they are twice the L2 cache: weights come from memory,
 as they do while a model decodes. One figure is the median over --rounds replays, by CUDA events, in which contenders
 take turns. GB/s count codes, scales, zero points, activations and results, each once; «of copy» is that beside the
@@ -16,13 +17,15 @@ Contenders: teq_graph; `torch.ops.aten._weight_int4pack_mm` (4 bits, bfloat16); 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from cuda_timing import capture, median_seconds
 from torch import Tensor
 
 from teq_graph import ops as _ops  # noqa: F401  registers the op
@@ -38,6 +41,10 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
 }
 """[N, K] of the linears of a layer, those that read the same input merged."""
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+MOST_COPIES = 64
+OURS, CUBLAS = "teq_graph", "cuBLAS"
+OTHER_WEIGHTS = (CUBLAS, "humming")
+"""Those whose weights are not the quantized ones: float, or rounded by a quantizer of their own."""
 COLUMNS = ("weights", "N × K", "M", "contender", "µs", "GB/s", "of copy", "TFLOP/s", "× cuBLAS")
 
 Product = Callable[[Tensor], Tensor]
@@ -108,7 +115,7 @@ def gemlite(weight: QuantizedWeight, dtype: torch.dtype) -> Product:
 
 
 def humming(weight: QuantizedWeight, dtype: torch.dtype) -> Product:
-    """With weights of its own quantizer, of the same bits and groups: checked against those."""
+    """With weights of its own quantizer, of the same bits and groups."""
     from humming.layer import HummingLayer
 
     config = {"dtype": f"uint{weight.bits}", "group_size": weight.block_size, "has_zero_point": True}
@@ -120,40 +127,11 @@ def humming(weight: QuantizedWeight, dtype: torch.dtype) -> Product:
 
 
 CONTENDERS: dict[str, Callable[[QuantizedWeight, torch.dtype], Product]] = {
-    "teq_graph": ours,
+    OURS: ours,
     "int4pack": int4pack,
     "gemlite": gemlite,
     "humming": humming,
 }
-
-
-def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a call in each graph of `calls`, the graphs taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds + 1):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) / 1e3 / calls)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
-def capture(products: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """A graph that calls each once, after each was called before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for product in products[:2]:
-            product()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for product in products:
-            product()
-    return graph
 
 
 def copy_rate(rounds: int) -> float:
@@ -161,33 +139,51 @@ def copy_rate(rounds: int) -> float:
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     graph = capture([lambda: target.copy_(source)])
-    return 2 * source.nbytes / time_graphs({"copy": graph}, 1, rounds)["copy"]
+    return 2 * source.nbytes / median_seconds({"copy": graph.replay}, rounds)["copy"]
 
 
-def measure(case: Case, contenders: list[str], rounds: int, rate: float, failures: dict[str, str]) -> list[Row]:
-    """All contenders on one product. A package's first failure is noted, and the package left out of this product."""
-    float_weight = torch.randn(case.n, case.k) / case.k**0.5
-    weight = quantize_weight(float_weight, WeightSpec(case.bits, case.group_size), case.dtype)
-    a = torch.randn(case.m, case.k, device="cuda", dtype=case.dtype)
-    exact = a.double() @ weight.dequantize().cuda().double().t()
-    copies = max(2, -(-2 * torch.cuda.get_device_properties(0).L2_cache_size // weight.nbytes))
-    graphs = {}
-    for name in contenders:
+class Bench:
+    """The contenders on one weight, each with as many copies as fill twice the L2 cache, up to `MOST_COPIES`."""
+
+    def __init__(
+        self, weight: QuantizedWeight, float_weight: Tensor, contenders: list[str], dtype: torch.dtype
+    ) -> None:
+        wanted = -(-2 * torch.cuda.get_device_properties(0).L2_cache_size // weight.nbytes)
+        self.copies = min(max(2, wanted), MOST_COPIES)
+        self.weight, self.dtype = weight, dtype
+        self.exact = weight.dequantize().cuda().double().t()
+        dense = [float_weight.to("cuda", dtype) for _ in range(self.copies)]
+        self.products: dict[str, list[Product]] = {CUBLAS: [lambda a, w=w: a @ w.t() for w in dense]}
+        self.failures: dict[str, str] = {}
+        for name in contenders:
+            with self._noting(name):
+                self.products[name] = [CONTENDERS[name](weight, dtype) for _ in range(self.copies)]
+
+    @contextlib.contextmanager
+    def _noting(self, name: str) -> Iterator[None]:
+        """A package's failure, once; ours is an error."""
         try:
-            products = [CONTENDERS[name](weight, case.dtype) for _ in range(min(copies, 64))]
-            error = float((products[0](a).double() - exact).norm() / exact.norm())
-            if error > TOLERANCE[case.dtype] and name != "humming":
-                raise ValueError(f"relative error {error:.1e}")
-            graphs[name] = capture([lambda product=product: product(a) for product in products])
+            yield
         except Exception as error:
-            if name == "teq_graph":
+            if name in (OURS, CUBLAS):
                 raise
-            failures.setdefault(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    dense = [float_weight.to("cuda", case.dtype) for _ in range(min(copies, 64))]
-    graphs["cuBLAS"] = capture([lambda w=w: a @ w.t() for w in dense])
-    seconds = time_graphs(graphs, min(copies, 64), rounds)
-    moved = weight.nbytes + (case.m * (case.n + case.k)) * a.element_size()
-    return [Row(case, name, seconds[name], moved, seconds["cuBLAS"], rate) for name in contenders if name in graphs]
+            self.failures.setdefault(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+    def measure(self, case: Case, rounds: int, rate: float) -> list[Row]:
+        """Every contender that has not failed, on one number of tokens."""
+        a = torch.randn(case.m, case.k, device="cuda", dtype=self.dtype)
+        expected = a.double() @ self.exact
+        replays = {}
+        for name, products in self.products.items():
+            with self._noting(name):
+                error = float((products[0](a).double() - expected).norm() / expected.norm())
+                if error > TOLERANCE[self.dtype] and name not in OTHER_WEIGHTS:
+                    raise ValueError(f"relative error {error:.1e}")
+                replays[name] = capture([functools.partial(product, a) for product in products]).replay
+        seconds = {name: value / self.copies for name, value in median_seconds(replays, rounds).items()}
+        moved = self.weight.nbytes + (case.m * (case.n + case.k)) * a.element_size()
+        cublas = seconds.pop(CUBLAS)
+        return [Row(case, name, value, moved, cublas, rate) for name, value in seconds.items()]
 
 
 def table(rows: list[Row]) -> str:
@@ -237,14 +233,18 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("error: torch sees no NVIDIA GPU")
     torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
     failures: dict[str, str] = {}
     rate, rows = copy_rate(args.rounds), []
     for n, k in dict.fromkeys(shape for model in args.models for shape in SHAPES[model]):
+        float_weight = torch.randn(n, k) / k**0.5
         for bits in args.bits:
+            weight = quantize_weight(float_weight, WeightSpec(bits, args.group_size), dtype)
+            bench = Bench(weight, float_weight, args.contenders, dtype)
             for m in args.tokens:
-                case = Case(n, k, m, bits, args.group_size, getattr(torch, args.dtype))
-                rows += measure(case, args.contenders, args.rounds, rate, failures)
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
+                rows += bench.measure(Case(n, k, m, bits, args.group_size, dtype), args.rounds, rate)
+            print(f"{n} × {k}, {bits} bits: measured", flush=True)
+            failures = {**bench.failures, **failures}
     name = torch.cuda.get_device_name()
     head = f"{name}, torch {torch.__version__}, {args.dtype}; copy {rate / 1e9:.0f} GB/s; {args.rounds} rounds."
     notes = [f"- {contender}: {reason}" for contender, reason in failures.items()]

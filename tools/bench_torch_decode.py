@@ -11,12 +11,12 @@ model by torch.compile(mode="reduce-overhead"). Medians over --rounds, contender
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from cuda_timing import capture, median_seconds
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import teq_graph
@@ -65,16 +65,7 @@ def ours(model: Any, bits: int, past: int) -> Step:
         return compiled(input_ids=token, attention_mask=mask, past_key_values=cache)
 
     with torch.no_grad():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-    return graph.replay
+        return capture([step]).replay
 
 
 def eager(model: Any, past: int) -> Step:
@@ -93,16 +84,6 @@ def compiled_by_torch(model: Any, past: int) -> Step:
     position = torch.tensor([past], device="cuda")
     forward = torch.compile(model.forward, mode="reduce-overhead")
     return lambda: forward(input_ids=token, past_key_values=cache, cache_position=position)
-
-
-def seconds_of(step: Step) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(STEPS):
-        step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / STEPS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -125,12 +106,8 @@ def main() -> None:
     model = model.cuda()
     steps["float16, eager"] = eager(model, args.past)
     steps["float16, torch.compile"] = compiled_by_torch(model, args.past)
-    times: dict[str, list[float]] = {name: [] for name in steps}
     with torch.inference_mode():
-        for _ in range(args.rounds + 1):
-            for name, step in steps.items():
-                times[name].append(seconds_of(step))
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+        medians = median_seconds(steps, args.rounds, repeats=STEPS)
     base = medians["float16, eager"]
     lines = [
         f"{args.model}, {torch.cuda.get_device_name()}, torch {torch.__version__}, {args.past} tokens in the cache.",
