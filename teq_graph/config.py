@@ -22,7 +22,13 @@ TUNED = ("rounding", "group_scales", "zero_points", "floats")
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"stages": ("clip", "gptq")},
     "default": {},
-    "best": {"stages": ("clip", "gptq", "tune", "distill"), "steps": 200, "samples": 128, "length": 512},
+    "best": {
+        "stages": ("scales", "clip", "gptq", "tune", "distill"),
+        "steps": 200,
+        "scale_steps": 50,
+        "samples": 128,
+        "length": 512,
+    },
 }
 """What `TrainingConfig.preset` sets."""
 

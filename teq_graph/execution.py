@@ -42,9 +42,15 @@ def keep_only(values: Values, needed: set[Node]) -> Values:
 
 
 def advance(nodes: Iterable[Node], values: Values, needed: set[Node]) -> Values:
-    """What is `needed` of `values` and of what `nodes` make of them; all else can be freed."""
+    """What is `needed` of `values` and of what `nodes` make of them; all else is let go as soon as it has been read."""
+    nodes = list(nodes)
+    last_reader = {source: node for node in nodes for source in node.all_input_nodes}
     env = dict(values)
-    run(nodes, env)
+    for node in nodes:
+        run([node], env)
+        for source in node.all_input_nodes:
+            if last_reader[source] is node and source not in needed:
+                env.pop(source, None)
     return keep_only(env, needed)
 
 

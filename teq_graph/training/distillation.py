@@ -18,6 +18,9 @@ from teq_graph.training.losses import LOSS_BATCHES
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.stages import Choice, LearnedVector
 
+ValueOf = Callable[[str], Tensor]
+"""Name of a tensor -> what it is now, with its gradient."""
+
 SCALE_RATE = 5e-4
 """Of the logarithm of group scales."""
 FLOAT_RATE = 5e-4
@@ -27,28 +30,27 @@ FLOAT_RATE = 5e-4
 def distill(
     start: Choice,
     dtypes: Mapping[str, torch.dtype],
-    loss_of: Callable[[int, Mapping[str, Tensor]], Tensor],
+    loss_of: Callable[[int, ValueOf], Tensor],
     batches: int,
     config: TrainingConfig,
     generator: torch.Generator,
 ) -> Choice:
     """Group scales and floats that bring the loss down.
 
-    `dtypes` are those in which each weight's scales are stored, and `loss_of` takes the number of a batch and the
-    tensors of `start` by name. What does not bring the loss down is not kept.
+    `dtypes` are those in which each weight's scales are stored, and `loss_of` takes the number of a batch and what
+    gives a tensor of `start` as it is now. What does not bring the loss down is not kept.
     """
     weights = {name: _ScaledCodes(*chosen, dtypes[name]) for name, chosen in start.codes.items()}
     floats = {name: LearnedVector(tensor) for name, tensor in start.floats.items()}
+    learned_of: dict[str, _ScaledCodes | LearnedVector] = {**weights, **floats}
 
-    def tensors() -> dict[str, Tensor]:
-        values = {name: weight.value() for name, weight in weights.items()}
-        return {**values, **{name: vector.value() for name, vector in floats.items()}}
+    def value_of(name: str) -> Tensor:
+        return learned_of[name].value()
 
     def mean_loss() -> float:
         numbers = range(min(LOSS_BATCHES, batches))
         with torch.no_grad():
-            values = tensors()
-            return sum(float(loss_of(number, values)) for number in numbers) / len(numbers)
+            return sum(float(loss_of(number, value_of)) for number in numbers) / len(numbers)
 
     before = mean_loss()
     learned = [
@@ -56,7 +58,7 @@ def distill(
         Learned([vector.change for vector in floats.values()], FLOAT_RATE),
     ]
     with task("distilling", config.steps) as bar:
-        optimize(learned, lambda number: loss_of(number, tensors()), batches, config, generator, bar)
+        optimize(learned, lambda number: loss_of(number, value_of), batches, config, generator, bar)
     if mean_loss() >= before:
         return start
     codes = {name: weight.result() for name, weight in weights.items()}

@@ -52,9 +52,11 @@ class FloatReference:
 
     def outputs(self, block: Sequence[Node], wanted: Sequence[Node], number: int) -> list[Tensor]:
         """The float values of `wanted` for a batch, where `block` are all nodes up to them."""
-        values = self.inputs(number, self.graph_module)
-        self._run([self.twin[node.name] for node in block], values, number)
-        return [values[self.twin[node.name]] for node in wanted]
+        nodes = [self.twin[node.name] for node in block]
+        outputs = [self.twin[node.name] for node in wanted]
+        with torch.no_grad(), batch_named(number):
+            values = advance(nodes, self.inputs(number, self.graph_module), set(outputs))
+        return [values[node] for node in outputs]
 
     def walk(self, blocks: Sequence[Block]) -> Iterator[tuple[dict[str, Tensor], TargetOf]]:
         """For each block, samples [T, K] of its linears' inputs by weight name, and its outputs per batch.

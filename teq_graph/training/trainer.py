@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils.checkpoint import checkpoint
 
 from teq_graph import graph as fx
 from teq_graph.analysis.blocks import Block
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import BLOCK_STAGES, TrainingConfig, WeightSpec
 from teq_graph.errors import InputError
-from teq_graph.execution import advance, constant_ancestors, needed_after, run
+from teq_graph.execution import Values, advance, constant_ancestors, needed_after, run
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
 from teq_graph.progress import task
 from teq_graph.quantization import QuantizedWeight
 from teq_graph.report import BlockReport
 from teq_graph.training.block import BlockTrainer, starting_scale
-from teq_graph.training.distillation import distill
+from teq_graph.training.distillation import ValueOf, distill
 from teq_graph.training.losses import next_token_loss, next_tokens, prediction_divergence, relative_error
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.reference import FloatReference, batch_named
@@ -185,14 +186,24 @@ class Trainer:
         }
         start = Choice(codes, {**floats, **self.floats})
 
-        def loss_of(number: int, changed: Mapping[str, Tensor]) -> Tensor:
-            env = {**self.reference.inputs(number), **constants, **tensors.by_node(changed)}
+        stretches = [StretchTensors(self.inserted, block.nodes) for block in self.blocks]
+        kept = needed_after([block.nodes for block in self.blocks])
+        kept[-1] = set(outputs)
+
+        def through(stretch: StretchTensors, values: Values, needed: set[Node], value_of: ValueOf) -> Values:
+            changed = {name: value_of(name) for name in stretch.nodes_of if name in start.codes or name in start.floats}
+            return advance(stretch.nodes, {**values, **constants, **stretch.by_node(changed)}, needed)
+
+        def loss_of(number: int, value_of: ValueOf) -> Tensor:
+            values = self.reference.inputs(number)
             with fast_products(weights.values(), self.specs.values()):
                 target = self.reference.outputs(nodes, outputs, number)
-                run(nodes, env)
+                # The backward pass computes each block once more, so that no more than one block's values are alive.
+                for stretch, needed in zip(stretches, kept, strict=True):
+                    values = checkpoint(through, stretch, values, needed, value_of, use_reentrant=False)
             if self.captured.decoder is not None:
-                return prediction_divergence(env[outputs[0]], target[0], self.batches[number])
-            return relative_error([env[node] for node in outputs], target)
+                return prediction_divergence(values[outputs[0]], target[0], self.batches[number])
+            return relative_error([values[node] for node in outputs], target)
 
         dtypes = {name: weight.dtype for name, weight in weights.items()}
         self._keep(distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator))
