@@ -51,13 +51,14 @@ def _inverse_factor(moments: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped moments, float32 [K, K]."""
     if not bool(moments.isfinite().all()):
         raise NumericsError("second moments of a linear's inputs: NaN or infinity; accepted are finite numbers")
-    damped = moments.to(torch.float64)
-    mean = damped.diagonal().mean().clamp(min=1e-12)
+    # One name for all, so that no more than two such matrices are alive.
+    matrix = moments.to(torch.float64, copy=True)
     # A channel that is always zero has no say; any positive number keeps the matrix invertible.
-    damped.diagonal().add_(damping * mean)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.to(torch.float32)
+    matrix.diagonal().add_(damping * matrix.diagonal().mean().clamp(min=1e-12))
+    matrix = torch.linalg.cholesky(matrix)
+    matrix = torch.cholesky_inverse(matrix)
+    matrix = torch.linalg.cholesky(matrix, upper=True)
+    return matrix.to(torch.float32)
 
 
 def _per_column(values: Tensor, block: int, k: int) -> Tensor:

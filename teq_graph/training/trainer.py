@@ -18,6 +18,7 @@ from torch.fx import Node
 from torch.utils.checkpoint import checkpoint
 
 from teq_graph import graph as fx
+from teq_graph import memory
 from teq_graph.analysis.blocks import Block
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import BLOCK_STAGES, TrainingConfig, WeightSpec
@@ -124,6 +125,8 @@ class Trainer:
                 with torch.no_grad():
                     for number in range(len(values)):
                         values[number] = advance(block.nodes, {**values[number], **constants}, kept[index])
+                del trainer, constants
+                memory.trim()
 
     def _train_model(self) -> None:
         """The paper's recipe: one loss over the whole model, here for all scales at once."""
