@@ -290,7 +290,8 @@ def generate(
     stream = TextStream(decoder.tokenizer, ids)
     started = time.perf_counter()
     first, count = started, 0
-    for token in decoder.stream(ids, max_new_tokens, temperature, top_k, top_p, seed, text=False):
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    for token in decoder.stream(ids, max_new_tokens, text=False, **sampling):
         count += 1
         if count == 1:
             first = time.perf_counter()

@@ -18,6 +18,10 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 METADATA_FILE = "teq_graph.json"
 GENAI_FILE = "genai_config.json"
+GENERATION_FILE = "generation_config.json"
+
+LOGITS_FROM = "logits_from"
+"""Input of a decoder, with the default [0]: the position from which on logits are computed; [-1] the last alone."""
 
 WRITTEN = "a directory that export_onnx or teq-graph quantize wrote"
 

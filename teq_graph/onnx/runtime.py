@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Generic, Self, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from onnxruntime import OrtValue
 
 from teq_graph.errors import InputError, ModelFileError
 from teq_graph.files import one_line
 from teq_graph.onnx import arguments
-from teq_graph.onnx.directory import Metadata
+from teq_graph.onnx.decoding import Continuation, DecoderSession
+from teq_graph.onnx.directory import GENERATION_FILE, Metadata
+from teq_graph.onnx.generation import GenerationOptions
 from teq_graph.onnx.sampling import Sampler
 from teq_graph.onnx.session import CPU, Provider, open_directory
-from teq_graph.onnx.text import TextStream
+from teq_graph.onnx.text import StoppedText, TextStream
 
-IntArray = npt.NDArray[np.int64]
+T = TypeVar("T")
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | npt.NDArray[Any]
-
-# Longer prompts are prefilled in parts, which bounds the memory of their logits and attention scores.
-PREFILL_TOKENS = 512
 
 _NUMPY_TYPES = {
     "tensor(float)": np.float32,
@@ -36,7 +36,6 @@ _NUMPY_TYPES = {
     "tensor(bool)": np.bool_,
     "tensor(uint8)": np.uint8,
 }
-_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 
 
 def load(
@@ -98,12 +97,27 @@ def _as_array(name: str, value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         raise InputError(f"{name}: accepted are values of {np.dtype(dtype)}, not {one_line(error)}") from error
 
 
-@dataclasses.dataclass
-class _Cache:
-    """Keys and values of each layer, in turn, and what binds them to the session."""
+class Stream(Iterator[T], Generic[T]):
+    """Pieces of one sequence, each as soon as it is there.
 
-    values: list[OrtValue]
-    binding: onnxruntime.IOBinding
+    `tokens` are those that were generated so far, and `finish_reason` says, once the pieces are at an end, what ended
+    them: "stop" (an end token, a stop string) or "length".
+    """
+
+    def __init__(self, continuation: Continuation, pieces: Iterator[T]) -> None:
+        self._continuation = continuation
+        self._pieces = pieces
+
+    def __next__(self) -> T:
+        return next(self._pieces)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self._continuation.tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._continuation.finish_reason
 
 
 class OnnxDecoder:
@@ -116,11 +130,6 @@ class OnnxDecoder:
         self.metadata = metadata
         self.directory = directory
         self.shape = metadata.decoder
-        self._dtype = np.dtype(metadata.dtype)
-        provider = session.get_providers()[0]
-        self._device = _DEVICES.get(provider, "cpu")
-        self._device_id = int(session.get_provider_options().get(provider, {}).get("device_id", 0))
-        self._tokenizer: Any = None
 
     @classmethod
     def load(
@@ -139,17 +148,29 @@ class OnnxDecoder:
         session, metadata = open_directory(directory, providers, threads, session_options)
         return cls(session, metadata, Path(directory))
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Any:
         """The exported Hugging Face tokenizer; raises ModelFileError where the directory has none."""
-        if self._tokenizer is None:
-            # Without its files, transformers would make up an empty tokenizer from the config.
-            if not (self.directory / "tokenizer_config.json").is_file():
-                raise ModelFileError(f"{self.directory} has no usable tokenizer: its files are missing")
-            from teq_graph.loading import load_tokenizer
+        # Without its files, transformers would make up an empty tokenizer from the config.
+        if not (self.directory / "tokenizer_config.json").is_file():
+            raise ModelFileError(f"{self.directory} has no usable tokenizer: its files are missing")
+        from teq_graph.loading import load_tokenizer
 
-            self._tokenizer = load_tokenizer(str(self.directory), str(self.directory), local_files_only=True)
-        return self._tokenizer
+        return load_tokenizer(str(self.directory), str(self.directory), local_files_only=True)
+
+    @functools.cached_property
+    def generation_options(self) -> GenerationOptions:
+        """What the exported `generation_config.json` sets; raises ModelFileError where it is damaged."""
+        path = self.directory / GENERATION_FILE
+        if not path.is_file():
+            return GenerationOptions()
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            names = {field.name for field in dataclasses.fields(GenerationOptions)} - {"eos_token_id"}
+            given = {name: content[name] for name in names if content.get(name) is not None}
+            return GenerationOptions(**given)
+        except (OSError, ValueError, AttributeError, InputError) as error:
+            raise ModelFileError(f"{path} cannot be read: {one_line(error)}") from None
 
     def logits(self, input_ids: Any, attention_mask: Any = None) -> npt.NDArray[np.float32]:
         """Logits float32 [b, s, vocab] of whole sequences int [b, s]; mask [b, s], 0 where there is padding."""
@@ -158,50 +179,48 @@ class OnnxDecoder:
         self._check_tokens(ids)
         if mask.shape != ids.shape:
             raise InputError(f"attention_mask {list(mask.shape)}: accepted is input_ids' shape, {list(ids.shape)}")
-        return self._step(ids, mask, self._new_cache(*ids.shape)).astype(np.float32)
+        return self._decoding.logits(ids, mask)
 
     def generate(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop_tokens: Sequence[int] | None = None,
+        max_new_tokens: int | None = None,
+        generation_config: Any = None,
         callback: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> Any:
         """Continue a prompt, or a batch of prompts at once.
 
         A string gives a string, token ids give a list of ids, a list of either gives a list of results; prompts
-        of a batch may differ in length. Sampling as in `Sampler`. A sequence ends before one of `stop_tokens`
-        (None: the model's own), after `max_new_tokens`, or where the context is full. `callback(row, token)` is
-        told each new token. Raises InputError for an empty prompt, one longer than the context, tokens outside
-        the vocabulary, and arguments of another type; NumericsError where the model's logits are not finite.
+        of a batch may differ in length. Options are those of `GenerationOptions`, of transformers' names and meanings:
+        what is given here goes before `generation_config` (transformers' object, or a mapping), and that before what
+        was exported. A sequence ends before an end token or a stop string (of a result in tokens, with the token that
+        completes it), after `max_new_tokens`, or where the context is full. `callback(row, token)` is told each new
+        token. Raises InputError for an empty prompt, one longer than the context, tokens outside the vocabulary, and
+        arguments of another type; NumericsError where the model's logits are not finite.
         """
         prompts, single, text = self._prompts(prompt)
-        sampler = Sampler(temperature, top_k, top_p, seed)
-        results: list[list[int]] = [[] for _ in prompts]
-        for row, token in self._tokens(prompts, max_new_tokens, sampler, stop_tokens):
-            results[row].append(token)
+        chosen = self._options(max_new_tokens, generation_config, options)
+        rows = [self._continuation(row, chosen, text) for row in prompts]
+        pieces: list[list[str]] = [[] for _ in rows]
+        for index, token, piece in self._decode(rows, chosen):
+            pieces[index].append(piece)
             if callback is not None:
-                callback(row, token)
-        outputs: list[Any] = list(results)
+                callback(index, token)
+        results: list[Any] = [row.tokens for row in rows]
         if text:
-            outputs = [self.decode(new, after=old) for old, new in zip(prompts, results, strict=True)]
-        return outputs[0] if single else outputs
+            rest = [row.text.finish() for row in rows if row.text is not None]
+            results = ["".join([*parts, end]) for parts, end in zip(pieces, rest, strict=True)]
+        return results[0] if single else results
 
     def stream(
         self,
         prompt: str | Sequence[int],
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop_tokens: Sequence[int] | None = None,
+        max_new_tokens: int | None = None,
+        generation_config: Any = None,
         text: bool | None = None,
-    ) -> Iterator[Any]:
+        **options: Any,
+    ) -> Stream[Any]:
         """Continue one prompt, giving each piece as soon as it is there; arguments and errors as for `generate`.
 
         Pieces are strings of whole characters if `text` (None: if the prompt is a string), otherwise token ids.
@@ -209,9 +228,14 @@ class OnnxDecoder:
         prompts, single, from_text = self._prompts(prompt)
         if not single:
             raise InputError(f"prompt: a batch of {len(prompts)}; accepted by stream is a single one")
-        sampler = Sampler(temperature, top_k, top_p, seed)
-        tokens = (token for _, token in self._tokens(prompts, max_new_tokens, sampler, stop_tokens))
-        return self._pieces(prompts[0], tokens) if (from_text if text is None else text) else tokens
+        chosen = self._options(max_new_tokens, generation_config, options)
+        text = from_text if text is None else text
+        row = self._continuation(prompts[0], chosen, text)
+        steps = self._decode([row], chosen)
+        if not text:
+            return Stream(row, (token for _, token, _ in steps))
+        assert row.text is not None
+        return Stream(row, _pieces(steps, row.text))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens that the tokenizer puts around it."""
@@ -236,18 +260,47 @@ class OnnxDecoder:
         old, new = arguments.tokens("after", after), arguments.tokens("tokens", tokens)
         if old or new:
             self._check_tokens(np.array([old + new], dtype=object))
-        return "".join(self._pieces(old, new))
+        stream = TextStream(self.tokenizer, old)
+        return "".join([*map(stream.push, new), stream.finish()])
+
+    # ---------------------------------------------------------------------------------------------------- pieces
+
+    @functools.cached_property
+    def _decoding(self) -> DecoderSession:
+        return DecoderSession(self.session, self.metadata)
+
+    def _options(self, max_new_tokens: int | None, config: Any, options: dict[str, Any]) -> GenerationOptions:
+        chosen = self.generation_options
+        if config is not None:
+            chosen = chosen.with_config(config)
+        if max_new_tokens is not None:
+            options = {**options, "max_new_tokens": max_new_tokens}
+        return chosen.changed(**options)
+
+    def _continuation(self, prompt: list[int], options: GenerationOptions, text: bool) -> Continuation:
+        stops = self.metadata.eos_token_ids if options.eos_token_id is None else options.eos_token_id
+        if not text and not options.stop_strings:
+            return Continuation(prompt, frozenset(stops))
+        stream = TextStream(self.tokenizer, prompt)
+        return Continuation(prompt, frozenset(stops), StoppedText(stream, options.stop_strings))
+
+    def _decode(self, rows: list[Continuation], options: GenerationOptions) -> Iterator[tuple[int, int, str]]:
+        """What the rows become; checks the arguments before the first token is asked for."""
+        for row in rows:
+            self._check_tokens(np.array([row.prompt], dtype=object))  # whatever their size
+        for name in ("suppress_tokens", "eos_token_id"):
+            wrong = [token for token in getattr(options, name) or () if token >= self.shape.vocab_size]
+            if wrong:
+                raise InputError(f"{name}: token {wrong[0]}; accepted are 0 to {self.shape.vocab_size - 1}")
+        length = max(len(row.prompt) for row in rows)
+        count = options.new_tokens(length)
+        if self.shape.max_positions is not None:
+            # The last position that fits still gives one token.
+            count = min(count, self.shape.max_positions - length + 1)
+        return self._decoding.decode(rows, count, Sampler(options, sorted(rows[0].eos_tokens)))
 
     def _encode(self, text: str, **options: Any) -> list[int]:
         return [int(token) for token in self.tokenizer(arguments.text("prompt", text), **options)["input_ids"]]
-
-    def _pieces(self, prompt: Sequence[int], tokens: Any) -> Iterator[str]:
-        stream = TextStream(self.tokenizer, prompt)
-        for token in tokens:
-            if piece := stream.push(token):
-                yield piece
-        if piece := stream.finish():
-            yield piece
 
     def _prompts(self, prompt: Prompt) -> tuple[list[list[int]], bool, bool]:
         """Token ids of each prompt; whether it is a single one; whether it is text."""
@@ -257,94 +310,6 @@ class OnnxDecoder:
             return [self.encode(item) for item in prompt], False, True
         rows, batch = arguments.token_rows(prompt)
         return rows, not batch, False
-
-    def _tokens(
-        self, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler, stop_tokens: Sequence[int] | None
-    ) -> Iterator[tuple[int, int]]:
-        """(row, token) as they are generated; checks the arguments before the first is asked for."""
-        max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens, 0)
-        for row in prompts:
-            self._check_tokens(np.array([row], dtype=object))  # whatever their size
-        stops = set(
-            self.metadata.eos_token_ids if stop_tokens is None else arguments.tokens("stop_tokens", stop_tokens)
-        )
-        length = max(map(len, prompts))
-        if self.shape.max_positions is not None:
-            # The last position that fits still gives one token.
-            max_new_tokens = min(max_new_tokens, self.shape.max_positions - length + 1)
-        # Left padding: the last position of every row is its newest token.
-        ids = np.full((len(prompts), length), self.metadata.pad_token_id or 0, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for index, row in enumerate(prompts):
-            ids[index, length - len(row) :] = row
-            mask[index, length - len(row) :] = 1
-        return self._generate(ids, mask, max_new_tokens, sampler, stops)
-
-    def _generate(
-        self, ids: IntArray, mask: IntArray, count: int, sampler: Sampler, stops: set[int]
-    ) -> Iterator[tuple[int, int]]:
-        cache = self._new_cache(len(ids), ids.shape[1] + count)
-        # The operator that shares buffers takes several new tokens after a past for one sequence only.
-        prefill = ids.shape[1] if self.metadata.shared_buffers and len(ids) > 1 else PREFILL_TOKENS
-        running = np.ones(len(ids), dtype=bool)
-        fresh = ids
-        for index in range(count):
-            seen = mask.shape[1] - fresh.shape[1]
-            for start in range(0, fresh.shape[1], prefill):
-                part = fresh[:, start : start + prefill]
-                logits = self._step(part, mask[:, : seen + start + part.shape[1]], cache)
-            tokens = sampler(logits[:, -1].astype(np.float32))
-            for row in np.flatnonzero(running):
-                if int(tokens[row]) in stops:
-                    running[row] = False
-                else:
-                    yield int(row), int(tokens[row])
-            if not running.any() or index == count - 1:
-                return
-            fresh = tokens[:, None]
-            mask = np.concatenate([mask, np.ones_like(fresh)], axis=1)
-
-    def _step(self, ids: IntArray, mask: IntArray, cache: _Cache) -> npt.NDArray[Any]:
-        """Logits [b, s, vocab]; the cache, which stays on the session's device, holds the new tokens afterwards."""
-        try:
-            binding = cache.binding
-            binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
-            binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
-            # onnxruntime writes into this array, and does not keep it alive.
-            logits = np.empty((*ids.shape, self.shape.vocab_size), self._dtype)
-            binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(logits))
-            if not self.metadata.shared_buffers:
-                for name, value in zip(self._cache_names("past_key_values"), cache.values, strict=True):
-                    binding.bind_ortvalue_input(name, value)
-                for name in self._cache_names("present"):
-                    binding.bind_output(name, self._device, self._device_id)
-            self.session.run_with_iobinding(binding)
-            if not self.metadata.shared_buffers:
-                cache.values = binding.get_outputs()[1:]
-        except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
-            raise InputError(f"onnxruntime refuses input_ids {list(ids.shape)}: {one_line(error)}") from error
-        return logits
-
-    def _cache_names(self, prefix: str) -> list[str]:
-        return [f"{prefix}.{index}.{kind}" for index in range(len(self.shape.layers)) for kind in ("key", "value")]
-
-    def _new_cache(self, batch: int, positions: int) -> _Cache:
-        """Buffers for `positions` tokens where past and present share them, otherwise a past of no tokens."""
-        values, length = [], positions if self.metadata.shared_buffers else 0
-        for c in self.shape.layers:
-            for heads, dim in ((c.key_heads, c.key_dim), (c.value_heads, c.value_dim)):
-                zeros = np.zeros((batch, heads, length, dim), dtype=self._dtype)
-                values.append(OrtValue.ortvalue_from_numpy(zeros, self._device, self._device_id))
-        cache = _Cache(values, self.session.io_binding())
-        if self.metadata.shared_buffers:
-            # Once for all steps: binding a hundred names anew takes a fifth of a small model's step.
-            for prefix, bind in (
-                ("past_key_values", cache.binding.bind_ortvalue_input),
-                ("present", cache.binding.bind_ortvalue_output),
-            ):
-                for name, value in zip(self._cache_names(prefix), values, strict=True):
-                    bind(name, value)
-        return cache
 
     def _check_tokens(self, ids: npt.NDArray[Any]) -> None:
         if ids.ndim != 2 or ids.size == 0:
@@ -357,4 +322,12 @@ class OnnxDecoder:
             raise InputError(f"prompt of {ids.shape[1]} tokens: accepted are up to the model's context of {limit}")
 
 
-__all__ = ["OnnxDecoder", "OnnxModel", "Sampler", "load"]
+def _pieces(steps: Iterator[tuple[int, int, str]], text: StoppedText) -> Iterator[str]:
+    for _, _, piece in steps:
+        if piece:
+            yield piece
+    if rest := text.finish():
+        yield rest
+
+
+__all__ = ["GenerationOptions", "OnnxDecoder", "OnnxModel", "Sampler", "Stream", "load"]

@@ -1,0 +1,161 @@
+"""The loop of decoding: prompts through the session, then token after token, with the KV cache between the steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime import OrtValue
+
+from teq_graph.errors import InputError
+from teq_graph.files import one_line
+from teq_graph.onnx.directory import LOGITS_FROM, Metadata
+from teq_graph.onnx.sampling import Sampler
+from teq_graph.onnx.text import StoppedText
+
+IntArray = npt.NDArray[np.int64]
+
+# Longer prompts are prefilled in parts, which bounds the memory of their attention scores.
+PREFILL_TOKENS = 512
+
+_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+
+
+@dataclasses.dataclass
+class Continuation:
+    """A prompt and what follows it.
+
+    `finish_reason` is None while it goes on, "stop" after an end token or a stop string, and "length" where it was as
+    long as it may be. `text`, where asked for, turns tokens into pieces.
+    """
+
+    prompt: list[int]
+    eos_tokens: frozenset[int]
+    text: StoppedText | None = None
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+
+    def push(self, token: int) -> str | None:
+        """Append `token`; returns the text that is certain now, None where the sequence ended before the token."""
+        if token in self.eos_tokens:
+            self.finish_reason = "stop"
+            return None
+        self.tokens.append(token)
+        piece = "" if self.text is None else self.text.push(token)
+        if self.text is not None and self.text.stopped:
+            self.finish_reason = "stop"
+        return piece
+
+
+@dataclasses.dataclass
+class Cache:
+    """Keys and values of each layer, in turn, and what binds them to the session."""
+
+    values: list[OrtValue]
+    binding: onnxruntime.IOBinding
+
+
+class DecoderSession:
+    """An onnxruntime session with a decoder's inputs and outputs."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, metadata: Metadata) -> None:
+        assert metadata.decoder is not None
+        self.session = session
+        self.metadata = metadata
+        self.shape = metadata.decoder
+        self._dtype = np.dtype(metadata.dtype)
+        provider = session.get_providers()[0]
+        self._device = _DEVICES.get(provider, "cpu")
+        self._device_id = int(session.get_provider_options().get(provider, {}).get("device_id", 0))
+        self._chooses_logits = any(item.name == LOGITS_FROM for item in session.get_overridable_initializers())
+        self._logits_from = [OrtValue.ortvalue_from_numpy(np.array([start])) for start in (-1, 0)]
+
+    def logits(self, ids: IntArray, mask: IntArray) -> npt.NDArray[np.float32]:
+        """Logits float32 [b, s, vocab] of whole sequences."""
+        return self._step(ids, mask, self._new_cache(*ids.shape), all_logits=True).astype(np.float32)
+
+    def decode(self, rows: Sequence[Continuation], count: int, sampler: Sampler) -> Iterator[tuple[int, int, str]]:
+        """(row, token, text) as they are generated, `count` tokens for each row at most."""
+        length = max(len(row.prompt) for row in rows)
+        # Left padding: the last position of every row is its newest token.
+        ids = np.full((len(rows), length), self.metadata.pad_token_id or 0, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, length - len(row.prompt) :] = row.prompt
+            mask[index, length - len(row.prompt) :] = 1
+        cache = self._new_cache(len(ids), length + count)
+        # The operator that shares buffers takes several new tokens after a past for one sequence only.
+        prefill = length if self.metadata.shared_buffers and len(rows) > 1 else PREFILL_TOKENS
+        running, fresh = list(range(len(rows))), ids
+        for step in range(count):
+            seen = mask.shape[1] - fresh.shape[1]
+            for start in range(0, fresh.shape[1], prefill):
+                part = fresh[:, start : start + prefill]
+                logits = self._step(part, mask[:, : seen + start + part.shape[1]], cache)
+            sequences = [[*row.prompt, *row.tokens] for row in rows]
+            tokens = sampler(logits[:, -1].astype(np.float32), sequences, [len(row.prompt) for row in rows])
+            for index in running:
+                token = int(tokens[index])
+                piece = rows[index].push(token)
+                if step == count - 1 and rows[index].finish_reason is None:
+                    rows[index].finish_reason = "length"
+                if piece is not None:
+                    yield index, token, piece
+            running = [index for index in running if rows[index].finish_reason is None]
+            if not running:
+                return
+            fresh = tokens[:, None]
+            mask = np.concatenate([mask, np.ones_like(fresh)], axis=1)
+
+    def _step(self, ids: IntArray, mask: IntArray, cache: Cache, all_logits: bool = False) -> npt.NDArray[Any]:
+        """Logits [b, s or 1, vocab]; the cache, which stays on the session's device, holds the new tokens afterwards.
+
+        Only the last position's unless `all_logits`, where the graph has a choice.
+        """
+        try:
+            binding = cache.binding
+            binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
+            binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
+            rows, positions = ids.shape
+            if self._chooses_logits:
+                binding.bind_ortvalue_input(LOGITS_FROM, self._logits_from[all_logits])
+                positions = positions if all_logits else 1
+            # onnxruntime writes into this array, and does not keep it alive.
+            logits = np.empty((rows, positions, self.shape.vocab_size), self._dtype)
+            binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(logits))
+            if not self.metadata.shared_buffers:
+                for name, value in zip(self._cache_names("past_key_values"), cache.values, strict=True):
+                    binding.bind_ortvalue_input(name, value)
+                for name in self._cache_names("present"):
+                    binding.bind_output(name, self._device, self._device_id)
+            self.session.run_with_iobinding(binding)
+            if not self.metadata.shared_buffers:
+                cache.values = binding.get_outputs()[1:]
+        except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
+            raise InputError(f"onnxruntime refuses input_ids {list(ids.shape)}: {one_line(error)}") from error
+        return logits
+
+    def _cache_names(self, prefix: str) -> list[str]:
+        return [f"{prefix}.{index}.{kind}" for index in range(len(self.shape.layers)) for kind in ("key", "value")]
+
+    def _new_cache(self, batch: int, positions: int) -> Cache:
+        """A cache of `positions` where past and present share buffers, otherwise a past of no tokens."""
+        values, length = [], positions if self.metadata.shared_buffers else 0
+        for c in self.shape.layers:
+            for heads, dim in ((c.key_heads, c.key_dim), (c.value_heads, c.value_dim)):
+                zeros = np.zeros((batch, heads, length, dim), dtype=self._dtype)
+                values.append(OrtValue.ortvalue_from_numpy(zeros, self._device, self._device_id))
+        cache = Cache(values, self.session.io_binding())
+        if self.metadata.shared_buffers:
+            # Once for all steps: binding a hundred names anew takes a fifth of a small model's step.
+            for prefix, bind in (
+                ("past_key_values", cache.binding.bind_ortvalue_input),
+                ("present", cache.binding.bind_ortvalue_output),
+            ):
+                for name, value in zip(self._cache_names(prefix), values, strict=True):
+                    bind(name, value)
+        return cache

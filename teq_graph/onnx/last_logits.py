@@ -1,0 +1,67 @@
+"""Let the caller choose from which position on logits are computed."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from teq_graph.onnx.directory import LOGITS_FROM
+
+POSITION_WISE = {"MatMul", "MatMulNBits", "Gemm", "Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"}
+"""Operators that make of each position [b, s, …] what they make of it alone, where the rest is constant."""
+PRODUCTS = {"MatMul", "MatMulNBits", "Gemm"}
+
+_POSITIONS = 1
+"""The axis of [b, s, …]."""
+
+
+def add_logits_from(model: ir.Model) -> bool:
+    """x → head → logits   becomes   x → Slice(logits_from, …) → head → logits
+
+    `logits_from` int64 [1] is an input with the default [0]: runtimes that do not know it get all logits. The
+    vocabulary projection of a long prompt is a fifth of a small model's work, and its logits are the largest tensor
+    by far; generation needs the last position's only. Returns whether there is such a head.
+    """
+    graph = model.graph
+    logits, found = graph.outputs[0], False
+    value, readers = logits, []
+    while True:
+        node = value.producer()
+        if node is None or node.op_type not in POSITION_WISE or (value is not logits and len(value.uses()) > 1):
+            break
+        computed = [item for item in node.inputs if item is not None and not _is_constant(item)]
+        if len(computed) != 1:
+            break
+        found = found or node.op_type in PRODUCTS
+        value, readers = computed[0], [node]
+    if not found or value in graph.inputs:
+        return False
+    (reader,) = readers
+    start = ir.Value(name=LOGITS_FROM, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+    start.const_value = ir.tensor(np.zeros(1, dtype=np.int64), name=LOGITS_FROM)
+    end = _constant(graph, f"{LOGITS_FROM}.end", np.iinfo(np.int64).max)
+    axis = _constant(graph, f"{LOGITS_FROM}.axis", _POSITIONS)
+    graph.inputs.append(start)
+    graph.register_initializer(start)
+    chosen = ir.node("Slice", [value, start, end, axis])
+    chosen.outputs[0].name = f"{value.name}.{LOGITS_FROM}"
+    graph.insert_before(reader, chosen)
+    for index, item in enumerate(reader.inputs):
+        if item is value:
+            reader.replace_input_with(index, chosen.outputs[0])
+    return True
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Whether it is a tensor, or a transposed one, as the weight of a tied head is."""
+    node = value.producer()
+    if node is None:
+        return value.is_initializer()
+    return node.op_type == "Transpose" and all(item is not None and _is_constant(item) for item in node.inputs)
+
+
+def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+    value.const_value = ir.tensor(np.array([number], dtype=np.int64), name=name)
+    graph.register_initializer(value)
+    return value
