@@ -58,7 +58,8 @@ def _inverse_factor(moments: Tensor, damping: float) -> Tensor:
     matrix = torch.linalg.cholesky(matrix)
     matrix = torch.cholesky_inverse(matrix)
     matrix = torch.linalg.cholesky(matrix, upper=True)
-    return matrix.to(torch.float32)
+    factor: Tensor = matrix.to(torch.float32)
+    return factor
 
 
 def _per_column(values: Tensor, block: int, k: int) -> Tensor:
