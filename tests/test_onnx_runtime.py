@@ -16,17 +16,18 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from teq_graph.capture import capture
 from teq_graph.config import WeightSpec
-from teq_graph.errors import InputError, ModelFileError, NumericsError
+from teq_graph.errors import InputError, ModelFileError
 from teq_graph.graph import linears, weight_name
 from teq_graph.loading import LoadedModel, load_model
-from teq_graph.onnx import runtime
+from teq_graph.onnx import decoding
 from teq_graph.onnx.export import export_onnx
-from teq_graph.onnx.runtime import OnnxDecoder, OnnxModel, Sampler, load
+from teq_graph.onnx.runtime import OnnxDecoder, OnnxModel, load
 from teq_graph.onnx.session import MAX_THREADS
-from teq_graph.onnx.text import TextStream
+from teq_graph.onnx.text import StoppedText, TextStream
 from teq_graph.passes.fold_constants import FoldConstants
 from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
 from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
@@ -130,11 +131,11 @@ def test_a_batch_gives_what_its_rows_give(decoder: OnnxDecoder) -> None:
 
 def test_a_row_that_stops_leaves_the_others_running(decoder: OnnxDecoder) -> None:
     tokens = [decoder.encode(PROMPT), decoder.encode("Lily and her mom went to the")]
-    free = decoder.generate(tokens, 25, stop_tokens=())
+    free = decoder.generate(tokens, 25, eos_token_id=())
     stop = next(token for token in free[0][:10] if token not in free[1])
     first = free[0].index(stop)
-    assert decoder.generate(tokens, 25, stop_tokens=[stop]) == [free[0][:first], free[1]]
-    assert decoder.generate(tokens[0], 25, stop_tokens=[stop]) == free[0][:first]
+    assert decoder.generate(tokens, 25, eos_token_id=[stop]) == [free[0][:first], free[1]]
+    assert decoder.generate(tokens[0], 25, eos_token_id=[stop]) == free[0][:first]
 
 
 def test_the_model_s_own_stop_tokens(stories_dir: Path, decoder: OnnxDecoder, tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_half_precision(stories: LoadedModel, tmp_path: Path) -> None:
 def test_prefill_in_parts_changes_nothing(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [PROMPT, "Lily and her mom went to the park to play with the"]
     expected = [*decoder.generate(prompts, 12), decoder.generate(prompts[1], 12)]
-    monkeypatch.setattr(runtime, "PREFILL_TOKENS", 4)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 4)
     assert [*decoder.generate(prompts, 12), decoder.generate(prompts[1], 12)] == expected
 
 
@@ -207,68 +208,18 @@ def test_sampling_is_repeatable_and_bounded(decoder: OnnxDecoder) -> None:
     assert decoder.generate(PROMPT, 30, temperature=1.0, top_p=1e-6) == decoder.generate(PROMPT, 30)
 
 
-def test_samples_follow_the_distribution() -> None:
-    logits = np.log([0.5, 0.05, 0.3, 0.15])
-    draws = np.repeat(logits[None], 20000, axis=0)
-    cases: list[tuple[dict[str, Any], list[float]]] = [
-        ({}, [0.5, 0.05, 0.3, 0.15]),
-        ({"top_k": 2}, [0.625, 0.0, 0.375, 0.0]),
-        ({"top_p": 0.9}, [0.5 / 0.95, 0.0, 0.3 / 0.95, 0.15 / 0.95]),
-        ({"top_p": 0.79}, [0.625, 0.0, 0.375, 0.0]),
-    ]
-    for options, expected in cases:
-        counts = np.bincount(Sampler(temperature=1.0, seed=1, **options)(draws), minlength=4) / len(draws)
-        # Five standard deviations of a share.
-        assert np.abs(counts - expected).max() < 5 * 0.5 / len(draws) ** 0.5
-        assert (counts[np.array(expected) == 0] == 0).all()
-    sharp = np.bincount(Sampler(temperature=0.5, seed=1)(draws), minlength=4) / len(draws)
-    squared = np.array([0.5, 0.05, 0.3, 0.15]) ** 2
-    assert np.abs(sharp - squared / squared.sum()).max() < 5 * 0.5 / len(draws) ** 0.5
-
-
-def test_extreme_temperatures_and_logits() -> None:
-    logits = np.array([[1e4, -1e4, np.inf * -1, 3.0]])
-    assert Sampler(temperature=1e-30, seed=0)(logits).tolist() == [0]
-    assert Sampler(temperature=1e30, seed=0)(logits)[0] in (0, 1, 3)
-    sampler = Sampler(temperature=1.0, top_p=0.5, seed=0)
-    masked = np.array([[-np.inf, 2.0, -np.inf]])
-    assert Sampler()(masked).tolist() == sampler(masked).tolist() == [1]
-
-
-@pytest.mark.parametrize("row", [[0.0, np.nan], [0.0, np.inf], [np.inf, -np.inf], [-np.inf, -np.inf]], ids=repr)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite(row: list[float], temperature: float) -> None:
-    for dtype in (np.float32, np.float64):
-        with pytest.raises(NumericsError, match="NaN or infinite"):
-            Sampler(temperature, top_k=1)(np.array([[0.0, 1.0], row], dtype=dtype))
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        *(("temperature", value) for value in (-1.0, float("nan"), float("inf"), 10**400, "x", "1", None, True)),
-        *(("top_k", value) for value in (-1, 1.5, 2.0, "2", None, True)),
-        *(("top_p", value) for value in (0.0, 2, "x", None)),
-        *(("seed", value) for value in (-1, 0.5, "x")),
-    ],
-)
-def test_wrong_sampling_options(option: str, value: Any) -> None:
-    with pytest.raises(InputError, match=f"^{option}=[^\n]*: accepted are"):
-        Sampler(**{option: value})
-
-
 def test_numbers_of_numpy_are_numbers(decoder: OnnxDecoder) -> None:
     tokens = decoder.encode(PROMPT)
-    plain = decoder.generate(tokens, 8, temperature=0.5, top_k=5, top_p=0.5, seed=3, stop_tokens=[2])
+    plain = decoder.generate(tokens, 8, temperature=0.5, top_k=5, top_p=0.5, seed=3, eos_token_id=2)
     given: dict[str, Any] = dict(
         temperature=np.float32(0.5), top_k=np.int64(5), top_p=np.float64(0.5), seed=np.int32(3)
     )
     stops: Any
     for prompt in (np.array(tokens), np.array(tokens, np.int32), torch.tensor(tokens), [*np.array(tokens)]):
-        for stops in (np.array([2]), {2}, (np.uint8(2),)):
-            assert decoder.generate(prompt, np.int16(8), stop_tokens=stops, **given) == plain  # type: ignore[arg-type]
+        for stops in (np.array([2]), {2}, (np.uint8(2),), np.int64(2)):
+            assert decoder.generate(prompt, np.int16(8), eos_token_id=stops, **given) == plain
     batch = torch.tensor([tokens, tokens])
-    assert decoder.generate(batch, 8, **given, stop_tokens=[2])[0] == plain  # type: ignore[arg-type]
+    assert decoder.generate(batch, 8, **given, eos_token_id=[2])[0] == plain  # type: ignore[arg-type]
 
 
 class Bytes:
@@ -294,6 +245,108 @@ def test_text_of_random_characters() -> None:
     assert "".join(stream.push(byte) for byte in text.encode()) + stream.finish() == text
 
 
+def test_stop_strings_across_pieces() -> None:
+    text = "one two three, two"
+    for stops, expected in ((("two",), "one "), (("ee,", "three"), "one two "), (("four",), text), (("o", "e tw"), "")):
+        stopped = StoppedText(TextStream(Bytes()), stops)
+        pieces = [stopped.push(byte) for byte in text.encode()]
+        assert "".join(pieces) + stopped.finish() == expected
+        assert stopped.stopped == (expected != text)
+    waiting = StoppedText(TextStream(Bytes()), ["abc"])
+    assert [waiting.push(byte) for byte in b"xababd"] == ["x", "", "", "ab", "", "abd"]
+
+
+def test_stop_strings_end_text_and_tokens(decoder: OnnxDecoder) -> None:
+    free = decoder.generate(PROMPT, 40)
+    stop = free[20:26]
+    cut = free[: free.index(stop)]
+    assert decoder.generate(PROMPT, 40, stop_strings=stop) == cut
+    assert "".join(decoder.stream(PROMPT, 40, stop_strings=["never there", stop])) == cut
+    tokens = decoder.encode(PROMPT)
+    ended = decoder.generate(tokens, 40, stop_strings=stop)
+    assert stop in decoder.decode(ended, after=tokens)
+    assert stop not in decoder.decode(ended[:-1], after=tokens)
+    batch = decoder.generate([PROMPT, "Tom"], 40, stop_strings=stop)
+    assert batch == [cut, decoder.generate("Tom", 40, stop_strings=stop)]
+
+
+def test_a_stream_knows_its_end(decoder: OnnxDecoder) -> None:
+    tokens = decoder.encode(PROMPT)
+    stream = decoder.stream(tokens, 5)
+    assert stream.finish_reason is None and stream.tokens == []
+    assert [next(stream)] == stream.tokens
+    assert stream.finish_reason is None
+    assert len([*stream]) == 4 and stream.finish_reason == "length"
+    ended = decoder.stream(tokens, 20, eos_token_id=stream.tokens[3])
+    assert [*ended] == stream.tokens[:3] == ended.tokens and ended.finish_reason == "stop"
+    text = decoder.stream(PROMPT, 40, stop_strings=decoder.decode(stream.tokens, after=tokens))
+    assert [*text] == [] and text.finish_reason == "stop"
+
+
+def test_generation_configs(stories: LoadedModel, decoder: OnnxDecoder) -> None:
+    """Token for token what transformers gives, for what is no matter of chance."""
+    tokens = decoder.encode(PROMPT)
+    ids = torch.tensor([tokens])
+    configs: list[dict[str, Any]] = [
+        dict(max_new_tokens=40, repetition_penalty=1.3),
+        dict(max_length=30, no_repeat_ngram_size=2),
+        dict(max_new_tokens=40, suppress_tokens=[decoder.generate(tokens, 1)[0]]),
+        dict(max_new_tokens=60, repetition_penalty=0.8, no_repeat_ngram_size=3, temperature=0.5, do_sample=False),
+    ]
+    free = decoder.generate(tokens, 40)
+    for options in configs:
+        config = GenerationConfig(**options)
+        output: Any = stories.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        expected = output[0, len(tokens) :].tolist()
+        assert decoder.generate(tokens, generation_config=config) == expected != free
+        assert decoder.generate(tokens, generation_config=options) == expected
+    late = GenerationConfig(max_new_tokens=30, min_new_tokens=10, eos_token_id=free[4], pad_token_id=0)
+    output = stories.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=late)
+    assert decoder.generate(tokens, generation_config=late) == [
+        token for token in output[0, len(tokens) :].tolist() if token != free[4]
+    ]
+
+
+def test_an_exported_generation_config_is_the_default(stories_dir: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "out"
+    shutil.copytree(stories_dir, directory)
+    file = directory / "generation_config.json"
+    file.write_text(json.dumps({"do_sample": True, "temperature": 0.5, "max_new_tokens": 7, "num_beams": 4}))
+    decoder = OnnxDecoder.load(directory, threads=1)
+    tokens = decoder.encode(PROMPT)
+    sampled = decoder.generate(tokens, seed=1)
+    assert len(sampled) == 7
+    assert sampled == decoder.generate(tokens, 7, do_sample=True, temperature=0.5, seed=1)
+    assert decoder.generate(tokens, do_sample=False) == decoder.generate(tokens, temperature=0)
+    for damaged in ("{", "[1]", json.dumps({"temperature": "hot"})):
+        file.write_text(damaged)
+        with pytest.raises(ModelFileError, match=r"generation_config.json cannot be read: [^\n]*$"):
+            OnnxDecoder.load(directory, threads=1).generate(tokens)
+    file.unlink()
+    assert len(OnnxDecoder.load(directory, threads=1).generate(tokens, eos_token_id=())) == 128
+
+
+def test_prefill_gives_the_last_logits_alone(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the graph has the choice; other runtimes, which do not know of it, get all logits."""
+    tokens = decoder.encode(PROMPT)
+    expected, shapes = decoder.generate(tokens, 3), []
+    step = decoding.DecoderSession._step
+
+    def watched(self: Any, *args: Any, **options: Any) -> Any:
+        logits = step(self, *args, **options)
+        shapes.append(logits.shape)
+        return logits
+
+    monkeypatch.setattr(decoding.DecoderSession, "_step", watched)
+    assert decoder.generate(tokens, 3) == expected
+    assert shapes == [(1, 1, 512)] * 3
+    assert decoder.logits([tokens]).shape == (1, len(tokens), 512)
+    empty = [np.zeros((1, c.key_heads, 0, c.key_dim), np.float32) for c in decoder.shape.layers for _ in range(2)]
+    names = [item.name for item in decoder.session.get_inputs()]
+    feeds = dict(zip(names, [np.array([tokens]), np.ones((1, len(tokens)), np.int64), *empty], strict=True))
+    assert decoder.session.run(["logits"], feeds)[0].shape == (1, len(tokens), 512)
+
+
 def test_the_context_is_a_limit(decoder: OnnxDecoder) -> None:
     limit = decoder.shape.max_positions
     assert limit == 512
@@ -302,8 +355,8 @@ def test_the_context_is_a_limit(decoder: OnnxDecoder) -> None:
         decoder.generate(tokens)
     with pytest.raises(InputError, match=r"513 tokens.* 512"):
         decoder.stream(tokens)
-    assert len(decoder.generate(tokens[:512], stop_tokens=())) == 1
-    assert len(decoder.generate(tokens[:510], stop_tokens=())) == 3
+    assert len(decoder.generate(tokens[:512], eos_token_id=())) == 1
+    assert len(decoder.generate(tokens[:510], eos_token_id=())) == 3
 
 
 WRONG_PROMPTS = [
@@ -339,12 +392,12 @@ def test_other_wrong_arguments(decoder: OnnxDecoder) -> None:
     with pytest.raises(InputError, match="chat template"):
         decoder.encode_chat("hello")
     wrong: Any
-    for wrong in (2.5, "3", None, [1]):
+    for wrong in (2.5, "3", [1]):
         with pytest.raises(InputError, match=r"^max_new_tokens="):
             decoder.generate([1], wrong)
-    for wrong in (2, "x", ["x"], [2.0], {2: 3}, 2.5):
-        with pytest.raises(InputError, match=r"^stop_tokens: "):
-            decoder.generate([1], 2, stop_tokens=wrong)
+    for wrong in (True, "x", ["x"], [2.0], {2: 3}, 2.5, [512], 512, -1):
+        with pytest.raises(InputError, match=r"^eos_token_id(: |=)"):
+            decoder.generate([1], 2, eos_token_id=wrong)
     for wrong in ([[1, 2], [3]], [[1.5]], {"input_ids": [[1]]}, "x", [["a"]], None, np.array([[0.5]])):
         with pytest.raises(InputError, match=r"^input_ids[:=].*accepted are integers \[batch, sequence\]$"):
             decoder.logits(wrong)

@@ -85,7 +85,7 @@ def export(loaded: LoadedModel, directory: Path, bits: int | None) -> Path:
 
 def onnx_decoder(directory: Path, threads: int) -> Generate:
     decoder = OnnxDecoder.load(directory, threads=threads)
-    return lambda prompt, tokens: decoder.generate(prompt, tokens, stop_tokens=[]) and None
+    return lambda prompt, tokens: decoder.generate(prompt, tokens, eos_token_id=(), do_sample=False) and None
 
 
 def build_with_genai(loaded: LoadedModel, directory: Path) -> Path:

@@ -289,7 +289,7 @@ class OnnxDecoder:
         for row in rows:
             self._check_tokens(np.array([row.prompt], dtype=object))  # whatever their size
         for name in ("suppress_tokens", "eos_token_id"):
-            wrong = [token for token in getattr(options, name) or () if token >= self.shape.vocab_size]
+            wrong = [token for token in getattr(options, name) or () if not 0 <= token < self.shape.vocab_size]
             if wrong:
                 raise InputError(f"{name}: token {wrong[0]}; accepted are 0 to {self.shape.vocab_size - 1}")
         length = max(len(row.prompt) for row in rows)
