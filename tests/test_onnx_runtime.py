@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from support.onnx import genai_tokens
 from torch import nn
 from transformers import GenerationConfig
 
@@ -631,18 +632,10 @@ def test_load_tells_decoders_from_others(stories_dir: Path) -> None:
 
 def test_onnxruntime_genai_gives_the_same_tokens(stories_dir: Path, decoder: OnnxDecoder) -> None:
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    model = genai.Model(str(stories_dir))
     tokens = decoder.encode(PROMPT)
-    params = genai.GeneratorParams(model)
-    params.set_search_options(max_length=len(tokens) + 40)
-    generator = genai.Generator(model, params)
-    generator.append_tokens(np.array(tokens, dtype=np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    expected = decoder.generate(tokens, 40)
-    assert generator.get_sequence(0)[len(tokens) :].tolist() == expected
+    assert genai_tokens(stories_dir, tokens, 40) == decoder.generate(tokens, 40)
     # Its tokenizer leaves out the special token in front until it is asked for it, as the README says.
-    tokenizer = genai.Tokenizer(model)
+    tokenizer = genai.Tokenizer(genai.Model(str(stories_dir)))
     assert [1, *tokenizer.encode(PROMPT).tolist()] == tokens
     tokenizer.update_options(add_special_tokens="true")
     assert tokenizer.encode(PROMPT).tolist() == tokens

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.onnx import genai_tokens
 from torch.nn import functional
 
 import teq_graph
@@ -69,8 +71,17 @@ def test_smollm2_from_weights_to_text(smollm2: LoadedModel, wikitext: str, tmp_p
     ids = tokens[None, :64]
     expected = compiled(input_ids=ids).logits.numpy()
     np.testing.assert_allclose(decoder.logits(ids.numpy()), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-    reply = decoder.generate(decoder.encode_chat("What is the capital of France?"), max_new_tokens=24)
+    chat = decoder.encode_chat("What is the capital of France?")
+    reply = decoder.generate(chat, max_new_tokens=24)
     assert "Paris" in decoder.decode(reply)
+
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    tokenizer = genai.Tokenizer(genai.Model(str(directory)))
+    messages = json.dumps([{"role": "user", "content": "What is the capital of France?"}])
+    rendered = tokenizer.apply_chat_template(messages=messages, add_generation_prompt=True)
+    assert tokenizer.encode(rendered).tolist() == chat
+    for prompt in (chat, tokens[:100].tolist(), decoder.encode("Once upon a time")):
+        assert genai_tokens(directory, prompt, 64) == decoder.generate(prompt, max_new_tokens=64)
 
 
 @pytest.mark.slow

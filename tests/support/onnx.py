@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from teq_graph.compiled import CompiledModel
+from teq_graph.onnx.directory import Metadata
 
 
 class OnnxModel:
@@ -46,3 +48,19 @@ class OnnxModel:
         feeds = {name: value.contiguous().numpy() for name, value in zip(names, values, strict=True)}
         logits, *present = map(torch.from_numpy, self.session.run(None, feeds))
         return logits, present
+
+
+def genai_tokens(directory: Path, prompt: list[int], count: int) -> list[int]:
+    """What onnxruntime-genai generates after a prompt, greedily: up to `count` tokens, the end token left out."""
+    import onnxruntime_genai as genai
+
+    model = genai.Model(str(directory))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(prompt) + count)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(np.array(prompt, dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    tokens: list[int] = generator.get_sequence(0)[len(prompt) :].tolist()
+    stops = Metadata.read(directory).eos_token_ids
+    return tokens[:-1] if tokens[-1] in stops else tokens
