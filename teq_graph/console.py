@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import itertools
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from teq_graph.errors import InputError
 
 if TYPE_CHECKING:
     from teq_graph.analysis.blocks import Block
@@ -119,6 +123,25 @@ class Stopwatch:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in self._laps)
         return f"{sum(seconds for _, seconds in self._laps):.0f} s ({parts})"
+
+
+def lines_of_input() -> Iterator[str]:
+    """Lines of standard input that are not empty, asked for on a terminal. Raises InputError for what is no text."""
+    if sys.stdin is None:  # closed
+        return
+    asks = sys.stdin.isatty()
+    if asks:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("readline")  # editing and history of what `input` reads
+    while True:
+        try:
+            line = input("> " if asks else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input: {error.reason}; accepted is text in {error.encoding}") from error
+        if line.strip():
+            yield line
 
 
 def describe_report(report: Report, trained: bool) -> list[tuple[str, str]]:

@@ -394,6 +394,47 @@ def test_the_chat_template_is_used_where_there_is_one(
         assert f"prompt of {len(rendered)} tokens" in capsys.readouterr().err
 
 
+def test_without_a_prompt_each_line_is_one(
+    out: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from teq_graph.onnx.runtime import OnnxDecoder
+
+    (out / "chat_template.jinja").write_text(CHAT, encoding="utf-8")
+    decoder = OnnxDecoder.load(out, threads=1)
+    arguments = ["generate", str(out), "--max-new-tokens", "3", "--threads", "1"]
+
+    def replies(text: str, *options: str) -> list[str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert run([*arguments, *options]) == 0
+        return capsys.readouterr().out.split("\n")[:-1]
+
+    assert replies("Hi\n\n  \nHo\n", "--raw") == [decoder.generate(text, 3) for text in ("Hi", "Ho")]
+    start = {"role": "system", "content": "S"}
+    messages = [start]
+    expected = []
+    for text in ("Hi", "Ho"):
+        messages.append({"role": "user", "content": text})
+        expected.append("".join(decoder.stream(decoder.encode_chat(messages), 3, text=True)))
+        messages.append({"role": "assistant", "content": expected[-1]})
+    assert replies("Hi\nHo", "--system", "S") == expected
+    assert replies("") == []
+    # The oldest messages make room: the context is of 64 tokens, one for each byte.
+    long = "x" * 40
+    assert replies(f"{long}\n{long}\n")[1] == replies(f"{long}\n")[0]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    assert "standard input: invalid start byte; accepted is text in utf-8" in refused(*arguments)
+    assert "system='S'" in refused(*arguments, "--raw", "--system", "S")
+
+
+def test_stop_strings_end_a_reply(quantized: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(quantized[0]), "-p", "Hello", "--max-new-tokens", "20", "--raw"]
+    assert run(arguments) == 0
+    free = capsys.readouterr().out
+    stop = free[6:9]
+    assert run([*arguments, "--stop", "never there", "--stop", stop]) == 0
+    assert capsys.readouterr().out == free[: free.index(stop)] + "\n"
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 
 MISSING = "no/such/model"  # the options are looked at before the model, or its error would be reported
@@ -440,7 +481,6 @@ def test_bad_options(options: list[str], named: str, tmp_path: Path, refused: Ca
 def test_bad_usage(refused: Callable[..., str]) -> None:
     assert "'MODEL'" in refused("quantize")
     assert "'--output'" in refused("quantize", MISSING)
-    assert "'--prompt'" in refused("generate", "out")
     assert "No such command 'export'" in refused("export")
 
 
