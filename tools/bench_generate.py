@@ -1,4 +1,4 @@
-"""Speed of text generation on the CPU: our export beside other graphs and runtimes, on one model, in one run.
+"""Text generation on the CPU: our export beside other graphs and runtimes, on one model, in one run.
 
     python tools/bench_generate.py smollm2 --markdown bench.md
 
@@ -10,51 +10,100 @@ Contenders, each with 4-bit weights in blocks of 32, the vocabulary projection i
   float32        our export of the float model, driven by `OnnxDecoder`
   llama.cpp      the model's GGUF file, where MODEL is one or `smollm2`
 
-`builder` and `genai` need `pip install --no-deps onnxruntime-genai==0.18.0`, `llama.cpp` needs `llama-cpp-python`;
-a contender that is not installed is left out, by name. Method: every round runs each contender once, in turn, so that
-the machine's drift hits all alike; the first round is not counted; medians and ratios of medians to teq_graph. One
-decode step is one token for a batch of one, after the prompt; a fresh random prompt each round.
+`builder` and `genai` need onnxruntime-genai, `llama.cpp` needs `llama-cpp-python`; a contender that is not installed is
+left out, by name. Method: each contender is loaded in a process of its own. Every round runs each once, in turn, so
+that the machine's drift hits all alike; the first round is not counted; medians and ratios of medians to teq_graph. One
+decode step is one token for a batch of one, after the prompt; a fresh random prompt each round. Load and memory are
+those of the process from before it opens the model, libraries imported: the most that its memory grew by. What making
+a directory took: seconds from the float model to the files, and memory, the float model's included, beside the size of
+its weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
+import multiprocessing
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from peers.job import peak_bytes, resident_bytes
 
 import teq_graph
 from teq_graph.capture.pretrained import probe_decoder
-from teq_graph.loading import DEFAULT_MODEL, LoadedModel, load_model
+from teq_graph.loading import DEFAULT_MODEL, load_model
 from teq_graph.onnx.directory import Metadata
 from teq_graph.onnx.runtime import OnnxDecoder
 
 GROUP_SIZE = 32
+SPAWN = multiprocessing.get_context("spawn")
 Generate = Callable[[list[int], int], None]
 """Continues a prompt by a number of tokens, greedily, whatever comes."""
 
 
 @dataclasses.dataclass
+class Made:
+    """What making a directory took: seconds, and the growth of memory as a multiple of the float weights."""
+
+    seconds: float
+    memory: float
+
+
 class Contender:
-    name: str
-    generate: Generate
-    megabytes: float
-    prefill: list[float] = dataclasses.field(default_factory=list)
-    decode: list[float] = dataclasses.field(default_factory=list)
+    """A loaded model in a process of its own."""
+
+    def __init__(self, name: str, megabytes: float, load: Callable[..., Generate], *arguments: Any) -> None:
+        self.name = name
+        self.megabytes = megabytes
+        self.prefill: list[float] = []
+        self.decode: list[float] = []
+        self.grown = 0.0
+        here, there = SPAWN.Pipe()
+        self._connection: Connection = here
+        self._process = SPAWN.Process(target=_serve, args=(there, load, arguments), daemon=True)
+        self._process.start()
+        self.load_seconds = self._answer()
 
     def measure(self, prompt: list[int], tokens: int) -> None:
         """Tokens per second of the prompt, and of what follows its first token."""
-        first = _seconds(self.generate, prompt, 1)
+        self._connection.send((prompt, tokens))
+        first, all_tokens = self._answer()
         self.prefill.append(len(prompt) / first)
-        self.decode.append(tokens / (_seconds(self.generate, prompt, tokens + 1) - first))
+        self.decode.append(tokens / (all_tokens - first))
+
+    def close(self) -> None:
+        """Ends the process, and keeps by how many megabytes it grew."""
+        self._connection.send(None)
+        self.grown = self._answer()
+        self._process.join()
+
+    def _answer(self) -> Any:
+        try:
+            return self._connection.recv()
+        except EOFError:
+            sys.exit(f"error: {self.name}: its process ended")
+
+
+def _serve(connection: Connection, load: Callable[..., Generate], arguments: tuple[Any, ...]) -> None:
+    before, started = resident_bytes(), time.perf_counter()
+    generate = load(*arguments)
+    connection.send(time.perf_counter() - started)
+    with contextlib.suppress(EOFError):  # another contender failed
+        while (request := connection.recv()) is not None:
+            prompt, tokens = request
+            connection.send((_seconds(generate, prompt, 1), _seconds(generate, prompt, tokens + 1)))
+        connection.send((peak_bytes() - before) / 1e6)
 
 
 def _seconds(generate: Generate, prompt: list[int], tokens: int) -> float:
@@ -74,13 +123,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def export(loaded: LoadedModel, directory: Path, bits: int | None) -> Path:
+def export(model: str, directory: Path, bits: int | None) -> Made:
     """Our export, rounded to nearest (speed does not depend on how codes are chosen), or of the float model."""
+    before = resident_bytes()
+    loaded = load_model(model)
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    started = time.perf_counter()
     quantization = teq_graph.QuantizationConfig(
         bits=bits or 4, group_size=GROUP_SIZE, symmetric=True, quantize_lm_head=True, skip=() if bits else ("*",)
     )
     compiled = teq_graph.compile(loaded.model, quantization=quantization, training=None, tokenizer=loaded.tokenizer)
-    return compiled.export_onnx(directory)
+    compiled.export_onnx(directory)
+    return Made(time.perf_counter() - started, (peak_bytes() - before) / weights)
 
 
 def onnx_decoder(directory: Path, threads: int) -> Generate:
@@ -88,17 +142,21 @@ def onnx_decoder(directory: Path, threads: int) -> Generate:
     return lambda prompt, tokens: decoder.generate(prompt, tokens, eos_token_id=(), do_sample=False) and None
 
 
-def build_with_genai(loaded: LoadedModel, directory: Path) -> Path:
+def build_with_genai(model: str, directory: Path) -> Made:
     """The builder's graph, with what `OnnxDecoder` must know of it."""
     source, target = directory / "float", directory / "builder"
+    loaded = load_model(model)
     loaded.model.save_pretrained(source)
     loaded.tokenizer.save_pretrained(source)
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", target, "-p", "int4"]
     options = ["-e", "cpu", "-c", directory / "cache", "--extra_options", f"int4_block_size={GROUP_SIZE}"]
+    started = time.perf_counter()
     subprocess.run([*map(str, command), *map(str, options)], check=True, capture_output=True)
+    seconds = time.perf_counter() - started
     shape = probe_decoder(loaded.model)
     Metadata("float32", accuracy_level=4, opset=21, decoder=shape, shared_buffers=True).write(target)
-    return target
+    return Made(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / weights)
 
 
 def genai(directory: Path, threads: int) -> Generate:
@@ -142,61 +200,85 @@ def gguf_file(model: str) -> Path | None:
     return next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
 
 
-def contenders(args: argparse.Namespace, directory: Path) -> list[Contender]:
-    loaded = load_model(args.model)
-    ours = export(loaded, directory / "teq_graph", 4)
-    found = [Contender("teq_graph", onnx_decoder(ours, args.threads), _megabytes(ours))]
-    if importlib.util.find_spec("onnxruntime_genai"):
-        built = build_with_genai(loaded, directory)
-        found.append(Contender("builder", onnx_decoder(built, args.threads), _megabytes(built)))
-        found.append(Contender("genai", genai(ours, args.threads), _megabytes(ours)))
+def contenders(args: argparse.Namespace, directory: Path) -> tuple[list[Contender], dict[str, Made]]:
+    ours, in_float, built = (directory / name for name in ("teq_graph", "float32", "builder"))
+    has_genai = importlib.util.find_spec("onnxruntime_genai") is not None
+    made = {}
+    # One process each: what they take is theirs alone.
+    with SPAWN.Pool(1, maxtasksperchild=1) as pool:
+        made["teq_graph"] = pool.apply(export, (args.model, ours, 4))
+        made["float32"] = pool.apply(export, (args.model, in_float, None))
+        if has_genai:
+            made["builder"] = pool.apply(build_with_genai, (args.model, directory))
+    found = [Contender("teq_graph", _megabytes(ours), onnx_decoder, ours, args.threads)]
+    if has_genai:
+        found.append(Contender("builder", _megabytes(built), onnx_decoder, built, args.threads))
+        found.append(Contender("genai", _megabytes(ours), genai, ours, args.threads))
     else:
         print("builder, genai: onnxruntime-genai is not installed")
-    in_float = export(loaded, directory / "float32", None)
-    found.append(Contender("float32", onnx_decoder(in_float, args.threads), _megabytes(in_float)))
+    found.append(Contender("float32", _megabytes(in_float), onnx_decoder, in_float, args.threads))
     file = gguf_file(args.model)
     if file is None or not importlib.util.find_spec("llama_cpp"):
         print("llama.cpp: llama-cpp-python is not installed, or the model is no GGUF file")
     else:
-        run = llama_cpp(file, args.threads, args.prompt + args.tokens + 1)
-        found.append(Contender("llama.cpp", run, file.stat().st_size / 1e6))
-    return found
+        context = args.prompt + args.tokens + 1
+        found.append(Contender("llama.cpp", file.stat().st_size / 1e6, llama_cpp, file, args.threads, context))
+    return found, made
 
 
 def _megabytes(directory: Path) -> float:
     return sum(file.stat().st_size for file in directory.glob("model.onnx*")) / 1e6
 
 
-def table(args: argparse.Namespace, found: list[Contender]) -> str:
+def table(args: argparse.Namespace, found: list[Contender], made: dict[str, Made]) -> str:
     def row(contender: Contender) -> str:
         cells = []
         for kind in ("prefill", "decode"):
             values, reference = getattr(contender, kind)[1:], getattr(found[0], kind)[1:]
             middle = statistics.median(values)
             ratio = statistics.median(reference) / middle
-            cells.append(f"{middle:.0f} ({min(values):.0f}–{max(values):.0f}) | {ratio:.2f}×")
-        return f"| {contender.name} | {' | '.join(cells)} | {contender.megabytes:.0f} |"
+            cells += [f"{middle:.0f} ({min(values):.0f}–{max(values):.0f})", f"{ratio:.2f}×"]
+        cells += [f"{contender.megabytes:.0f}", f"{contender.load_seconds:.2f}"]
+        cells += [f"{contender.grown:.0f} ({contender.grown / contender.megabytes:.2f}×)"]
+        making = made.get(contender.name)
+        cells += ["", ""] if making is None else [f"{making.seconds:.0f}", f"{making.memory:.1f}×"]
+        return f"| {contender.name} | {' | '.join(cells)} |"
 
     head = (
         f"`{args.model}`, {args.threads} threads, prompt of {args.prompt} tokens, {args.tokens} decoded, "
-        f"{args.rounds} rounds in turn: medians (smallest–largest), and how many times as fast teq_graph is."
+        f"{args.rounds} rounds in turn: medians (smallest–largest), and how many times as fast teq_graph is; "
+        "growth of memory, also beside the files; seconds that making the files took, and memory beside the float "
+        "weights."
     )
-    columns = (
-        "| | prefill, tokens/s | teq_graph | decode, tokens/s | teq_graph | model, MB |\n|---|---|---|---|---|---|"
+    names = (
+        "",
+        "prefill, tokens/s",
+        "teq_graph",
+        "decode, tokens/s",
+        "teq_graph",
+        "files, MB",
+        "load, s",
+        "grows by, MB",
     )
+    names += ("made in, s", "memory")
+    columns = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
     return "\n".join([head, "", columns, *map(row, found)])
 
 
 def main() -> None:
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as scratch:
-        found = contenders(args, Path(scratch))
-        random = np.random.default_rng()
+        found, made = contenders(args, Path(scratch))
+        shape = Metadata.read(Path(scratch) / "teq_graph").decoder
+        assert shape is not None
+        vocabulary, random = shape.vocab_size, np.random.default_rng()
         for _ in range(args.rounds + 1):
-            prompt = random.integers(100, 30000, args.prompt).tolist()
+            prompt = random.integers(vocabulary // 100, vocabulary, args.prompt).tolist()
             for contender in found:
                 contender.measure(prompt, args.tokens)
-    result = table(args, found)
+        for contender in found:
+            contender.close()
+    result = table(args, found, made)
     print(result)
     if args.markdown:
         args.markdown.write_text(result + "\n", encoding="utf-8")

@@ -74,10 +74,18 @@ class Job:
 
 def peak_bytes() -> int:
     """The largest resident memory of this process. What getrusage gives includes that of the process it came from."""
+    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """The resident memory of this process as it is now; 0 where the system does not tell."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int:
     status = Path("/proc/self/status")
-    if status.is_file():
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="utf-8"))[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = re.search(rf"{field}:\s*(\d+)", status.read_text(encoding="utf-8")) if status.is_file() else None
+    return int(found[1]) * 1024 if found else 0
 
 
 def block_linears(model: Any) -> dict[str, nn.Linear]:
