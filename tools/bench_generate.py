@@ -4,13 +4,14 @@
 
 Contenders, each with 4-bit weights in blocks of 32, the vocabulary projection included:
 
-  teq_graph      what `teq-graph quantize` writes, driven by `OnnxDecoder`
-  builder        the graph of onnxruntime-genai's model builder, driven by the same `OnnxDecoder`
-  genai          our directory, driven by onnxruntime-genai
-  float32        our export of the float model, driven by `OnnxDecoder`
-  llama.cpp      the model's GGUF file, where MODEL is one or `smollm2`
+  teq_graph         what `teq-graph quantize` writes, driven by `OnnxDecoder`
+  builder           the graph of onnxruntime-genai's model builder, driven by the same `OnnxDecoder`
+  builder in genai  the same, driven by onnxruntime-genai, as its users run it
+  genai             our directory, driven by onnxruntime-genai
+  float32           our export of the float model, driven by `OnnxDecoder`
+  llama.cpp         the model's GGUF file, where MODEL is one or `smollm2`
 
-`builder` and `genai` need onnxruntime-genai, `llama.cpp` needs `llama-cpp-python`; a contender that is not installed is
+The builder's and genai need onnxruntime-genai, `llama.cpp` needs `llama-cpp-python`; a contender that is not installed is
 left out, by name. Method: each contender is loaded in a process of its own. Every round runs each once, in turn, so
 that the machine's drift hits all alike; the first round is not counted; medians and ratios of medians to teq_graph. One
 decode step is one token for a batch of one, after the prompt; a fresh random prompt each round. Load and memory are
@@ -33,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -205,17 +207,18 @@ def contenders(args: argparse.Namespace, directory: Path) -> tuple[list[Contende
     has_genai = importlib.util.find_spec("onnxruntime_genai") is not None
     made = {}
     # One process each: what they take is theirs alone.
-    with SPAWN.Pool(1, maxtasksperchild=1) as pool:
-        made["teq_graph"] = pool.apply(export, (args.model, ours, 4))
-        made["float32"] = pool.apply(export, (args.model, in_float, None))
+    with ProcessPoolExecutor(1, mp_context=SPAWN, max_tasks_per_child=1) as pool:
+        made["teq_graph"] = pool.submit(export, args.model, ours, 4).result()
+        made["float32"] = pool.submit(export, args.model, in_float, None).result()
         if has_genai:
-            made["builder"] = pool.apply(build_with_genai, (args.model, directory))
+            made["builder"] = pool.submit(build_with_genai, args.model, directory).result()
     found = [Contender("teq_graph", _megabytes(ours), onnx_decoder, ours, args.threads)]
     if has_genai:
         found.append(Contender("builder", _megabytes(built), onnx_decoder, built, args.threads))
+        found.append(Contender("builder in genai", _megabytes(built), genai, built, args.threads))
         found.append(Contender("genai", _megabytes(ours), genai, ours, args.threads))
     else:
-        print("builder, genai: onnxruntime-genai is not installed")
+        print("builder, builder in genai, genai: onnxruntime-genai is not installed")
     found.append(Contender("float32", _megabytes(in_float), onnx_decoder, in_float, args.threads))
     file = gguf_file(args.model)
     if file is None or not importlib.util.find_spec("llama_cpp"):
