@@ -11,7 +11,7 @@ Contenders, each with 4-bit weights in blocks of 32, the vocabulary projection i
   float32           our export of the float model, driven by `OnnxDecoder`
   llama.cpp         the model's GGUF file, where MODEL is one or `smollm2`
 
-The builder's and genai need onnxruntime-genai, `llama.cpp` needs `llama-cpp-python`; a contender that is not installed is
+The builder's and genai need onnxruntime-genai, `llama.cpp` needs `llama-cpp-python`; what is not installed is
 left out, by name. Method: each contender is loaded in a process of its own. Every round runs each once, in turn, so
 that the machine's drift hits all alike; the first round is not counted; medians and ratios of medians to teq_graph. One
 decode step is one token for a batch of one, after the prompt; a fresh random prompt each round. Load and memory are
