@@ -166,7 +166,8 @@ def quantize(
         int | None, typer.Option(metavar="N", help=f"Seed of sampling and training.  {_default('seed')}")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="NAME", help="float32 or float16, of activations and weights that stay in float.")
+        str,
+        typer.Option(metavar="NAME", help="Of what stays in float: float32, float16 or bfloat16."),
     ] = options.DTYPES[0],
     accuracy_level: Annotated[
         int, typer.Option(metavar="0-4", help="MatMulNBits computes in int8 at 4, in float32 at 1.")

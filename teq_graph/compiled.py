@@ -85,7 +85,7 @@ class CompiledModel:
     def export_onnx(
         self,
         directory: str | PathLike[str],
-        dtype: Literal["float32", "float16"] = "float32",
+        dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         accuracy_level: int = 4,
         overwrite: bool = False,
     ) -> Path:

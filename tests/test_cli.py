@@ -452,7 +452,7 @@ MISSING = "no/such/model"  # the options are looked at before the model, or its 
         (["--init", "zeros"], "init='zeros': accepted are"),
         (["--method", "teq+x"], "--method teq+x: accepted are rtn, and any of teq, clip, gptq"),
         (["--method", "rtn", "--batch-size", "2"], "--batch-size: no effect with --method rtn"),
-        (["--dtype", "bfloat16"], "--dtype bfloat16: accepted are float32, float16"),
+        (["--dtype", "float64"], "--dtype float64: accepted are float32, float16, bfloat16"),
         (["--accuracy-level", "5"], "--accuracy-level 5: accepted are 0, 1, 2, 3, 4"),
         (["--override", "bits=4"], "--override 'bits=4': accepted is PATTERN:"),
         (["--override", "*:bits"], "--override '*:bits': accepted is PATTERN:"),

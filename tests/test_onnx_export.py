@@ -329,7 +329,7 @@ def test_export_and_session_say_nothing(tmp_path: Path, capfd: pytest.CaptureFix
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("dtype", "bfloat16"), ("accuracy_level", 5), ("accuracy_level", None), ("opset", 20)],
+    [("dtype", "float64"), ("accuracy_level", 5), ("accuracy_level", None), ("opset", 20)],
 )
 def test_wrong_options(option: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=option):

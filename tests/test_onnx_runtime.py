@@ -24,7 +24,7 @@ from teq_graph.config import WeightSpec
 from teq_graph.errors import InputError, ModelFileError
 from teq_graph.graph import linears, weight_name
 from teq_graph.loading import LoadedModel, load_model
-from teq_graph.onnx import decoding
+from teq_graph.onnx import decoding, tensors
 from teq_graph.onnx.export import export_onnx
 from teq_graph.onnx.runtime import OnnxDecoder, OnnxModel, load
 from teq_graph.onnx.session import MAX_THREADS
@@ -185,6 +185,23 @@ def test_half_precision(stories: LoadedModel, tmp_path: Path) -> None:
     tokens = decoder.generate(decoder.encode(PROMPT), 20)
     replayed = decoder.logits([[*decoder.encode(PROMPT), *tokens]])[0].argmax(-1)
     assert replayed[4:-1].tolist() == tokens
+
+
+def test_bfloat16(stories: LoadedModel, tmp_path: Path) -> None:
+    """onnxruntime has its kernels on GPUs only: the CPU finds the graph well typed, and itself without them."""
+    export_language_model(stories, tmp_path / "out", bits=4, dtype="bfloat16")
+    proto = onnx.load(tmp_path / "out" / "model.onnx")
+    types = {item.name: item.type.tensor_type.elem_type for item in (*proto.graph.input, *proto.graph.output)}
+    cached = [kind for name, kind in types.items() if name.startswith(("past", "present"))]
+    assert {*cached, types["logits"]} == {onnx.TensorProto.BFLOAT16} and len(cached) == 20
+    kinds = {tensor.data_type for tensor in proto.graph.initializer}
+    assert onnx.TensorProto.FLOAT16 not in kinds and onnx.TensorProto.BFLOAT16 in kinds
+    with pytest.raises(ModelFileError, match=r"NOT_IMPLEMENTED.*Could not find an implementation for"):
+        OnnxDecoder.load(tmp_path / "out")
+    values = torch.randn(1000).bfloat16()
+    array = values.view(torch.uint16).numpy()
+    assert tensors.as_value(array, "bfloat16").data_type() == "tensor(bfloat16)"
+    assert np.array_equal(tensors.as_float32(array), values.float().numpy())
 
 
 def test_prefill_in_parts_changes_nothing(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from onnxruntime import OrtValue
 
 from teq_graph.errors import InputError
 from teq_graph.files import one_line
+from teq_graph.onnx import tensors
 from teq_graph.onnx.directory import LOGITS_FROM, Metadata
 from teq_graph.onnx.sampling import Sampler
 from teq_graph.onnx.text import StoppedText
@@ -67,7 +68,7 @@ class DecoderSession:
         self.session = session
         self.metadata = metadata
         self.shape = metadata.decoder
-        self._dtype = np.dtype(metadata.dtype)
+        self._dtype = metadata.dtype
         provider = session.get_providers()[0]
         self._device = _DEVICES.get(provider, "cpu")
         self._device_id = int(session.get_provider_options().get(provider, {}).get("device_id", 0))
@@ -76,7 +77,7 @@ class DecoderSession:
 
     def logits(self, ids: IntArray, mask: IntArray) -> npt.NDArray[np.float32]:
         """Logits float32 [b, s, vocab] of whole sequences."""
-        return self._step(ids, mask, self._new_cache(*ids.shape), all_logits=True).astype(np.float32)
+        return self._step(ids, mask, self._new_cache(*ids.shape), all_logits=True)
 
     def decode(self, rows: Sequence[Continuation], count: int, sampler: Sampler) -> Iterator[tuple[int, int, str]]:
         """(row, token, text) as they are generated, `count` tokens for each row at most."""
@@ -97,7 +98,7 @@ class DecoderSession:
                 part = fresh[:, start : start + prefill]
                 logits = self._step(part, mask[:, : seen + start + part.shape[1]], cache)
             sequences = [[*row.prompt, *row.tokens] for row in rows]
-            tokens = sampler(logits[:, -1].astype(np.float32), sequences, [len(row.prompt) for row in rows])
+            tokens = sampler(logits[:, -1], sequences, [len(row.prompt) for row in rows])
             for index in running:
                 token = int(tokens[index])
                 piece = rows[index].push(token)
@@ -111,7 +112,7 @@ class DecoderSession:
             fresh = tokens[:, None]
             mask = np.concatenate([mask, np.ones_like(fresh)], axis=1)
 
-    def _step(self, ids: IntArray, mask: IntArray, cache: Cache, all_logits: bool = False) -> npt.NDArray[Any]:
+    def _step(self, ids: IntArray, mask: IntArray, cache: Cache, all_logits: bool = False) -> npt.NDArray[np.float32]:
         """Logits [b, s or 1, vocab]; the cache, which stays on the session's device, holds the new tokens afterwards.
 
         Only the last position's unless `all_logits`, where the graph has a choice.
@@ -125,8 +126,8 @@ class DecoderSession:
                 binding.bind_ortvalue_input(LOGITS_FROM, self._logits_from[all_logits])
                 positions = positions if all_logits else 1
             # onnxruntime writes into this array, and does not keep it alive.
-            logits = np.empty((rows, positions, self.shape.vocab_size), self._dtype)
-            binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(logits))
+            logits = np.empty((rows, positions, self.shape.vocab_size), tensors.array_type(self._dtype))
+            binding.bind_ortvalue_output("logits", tensors.as_value(logits, self._dtype))
             if not self.metadata.shared_buffers:
                 for name, value in zip(self._cache_names("past_key_values"), cache.values, strict=True):
                     binding.bind_ortvalue_input(name, value)
@@ -137,7 +138,7 @@ class DecoderSession:
                 cache.values = binding.get_outputs()[1:]
         except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
             raise InputError(f"onnxruntime refuses input_ids {list(ids.shape)}: {one_line(error)}") from error
-        return logits
+        return tensors.as_float32(logits)
 
     def _cache_names(self, prefix: str) -> list[str]:
         return [f"{prefix}.{index}.{kind}" for index in range(len(self.shape.layers)) for kind in ("key", "value")]
@@ -147,8 +148,8 @@ class DecoderSession:
         values, length = [], positions if self.metadata.shared_buffers else 0
         for c in self.shape.layers:
             for heads, dim in ((c.key_heads, c.key_dim), (c.value_heads, c.value_dim)):
-                zeros = np.zeros((batch, heads, length, dim), dtype=self._dtype)
-                values.append(OrtValue.ortvalue_from_numpy(zeros, self._device, self._device_id))
+                zeros = np.zeros((batch, heads, length, dim), tensors.array_type(self._dtype))
+                values.append(tensors.as_value(zeros, self._dtype, self._device, self._device_id))
         cache = Cache(values, self.session.io_binding())
         if self.metadata.shared_buffers:
             # Once for all steps: binding a hundred names anew takes a fifth of a small model's step.

@@ -35,7 +35,7 @@ from teq_graph.passes.fuse_attention import FuseAttention
 from teq_graph.passes.match_onnxruntime_layout import MatchOnnxruntimeLayout
 from teq_graph.passes.remove_no_ops import RemoveNoOps
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 # The first with Attention, RMSNormalization and RotaryEmbedding.
 OPSETS = (23, 24)
@@ -61,7 +61,8 @@ def export_onnx(
 ) -> Path:
     """Write `captured` as `directory`/model.onnx with its neighbours; returns the directory.
 
-    `dtype` is that of weights, activations and KV cache: "float32" or "float16". `accuracy_level` is
+    `dtype` is that of weights, activations and KV cache: "float32", "float16" or "bfloat16"
+    (which onnxruntime has on GPUs only). `accuracy_level` is
     MatMulNBits': 4 computes in int8 (fast), 1 in float32. `tokenizer`, `config` and `generation_config` are
     Hugging Face objects, saved beside the model where given. `progress` is told each stage as it starts.
     `captured` is left as it is. Raises ConfigError for options outside what is accepted, ExportError where

@@ -55,6 +55,8 @@ class OnnxModel:
     """An exported model that is no decoder."""
 
     def __init__(self, session: onnxruntime.InferenceSession, metadata: Metadata) -> None:
+        if metadata.dtype not in ("float32", "float16"):
+            raise ModelFileError(f"dtype {metadata.dtype}: numpy has none; accepted are float32 and float16")
         self.session = session
         self.metadata = metadata
 

@@ -37,7 +37,7 @@ _MATMUL_NBITS = values.Op(
         ],
         outputs=[_Schema.FormalParameter("Y", "T1")],
         type_constraints=[
-            ("T1", ["tensor(float)", "tensor(float16)"], ""),
+            ("T1", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
             ("T2", ["tensor(uint8)"], ""),
             ("T3", ["tensor(int32)"], ""),
         ],
@@ -78,7 +78,7 @@ _GROUP_QUERY_ATTENTION = values.Op(
         ],
         outputs=[_parameter(name, "T") for name in ("output", "present_key", "present_value")],
         type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)"], ""),
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
             ("M", ["tensor(int32)"], ""),
             ("P", ["tensor(int64)"], ""),
         ],
