@@ -241,10 +241,19 @@ def quantize(
             from teq_graph.onnx.runtime import OnnxDecoder
 
             context = options.context_of(None, decoder.max_positions)
-            before = perplexity(opening.torch_logits(loaded.model), token_ids, context=context)
-            after = perplexity(opening.onnx_logits(OnnxDecoder.load(output)), token_ids, context=context)
-            lines.append(("perplexity", f"{before.value:.2f} float in PyTorch → {after.value:.2f} in onnxruntime"))
-            lines.append(("", f"on {after.tokens:,} tokens of {measured.name}, not calibrated on; context {context}"))
+            functions = {
+                "float": opening.torch_logits(loaded.model),
+                "quantized": lambda input_ids: compiled(input_ids=input_ids).logits,
+            }
+            if dtype != "bfloat16":  # which onnxruntime has on GPUs only
+                # What level 4 costs beside level 1: the graph in PyTorch does not round activations.
+                where = f"in onnxruntime at accuracy level {accuracy_level}"
+                functions[where] = opening.onnx_logits(OnnxDecoder.load(output))
+            results = {name: perplexity(logits, token_ids, context=context) for name, logits in functions.items()}
+            values = " → ".join(f"{result.value:.2f} {name}" for name, result in results.items())
+            lines.append(("perplexity", values))
+            count = results["float"].tokens
+            lines.append(("", f"on {count:,} tokens of {measured.name}, not calibrated on; context {context}"))
             watch.lap("evaluate")
         elif measured is not None:
             lines.append(("perplexity", "not measured: it needs a causal language model with a tokenizer"))
