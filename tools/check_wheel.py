@@ -15,7 +15,7 @@ import pathlib, pkgutil, sys
 sys.path[:0] = sys.argv[1:2]
 import teq_graph
 assert pathlib.Path(teq_graph.__file__).is_relative_to(sys.argv[1]), teq_graph.__file__
-heavy = sorted({"transformers", "onnx", "onnxruntime"} & set(sys.modules))
+heavy = sorted({"transformers", "onnx", "onnxruntime", "fastapi"} & set(sys.modules))
 assert not heavy, f"import teq_graph imports {heavy}"
 for module in pkgutil.walk_packages(teq_graph.__path__, "teq_graph."):
     __import__(module.name)
