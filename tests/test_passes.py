@@ -27,6 +27,7 @@ from teq_graph.errors import NumericsError
 from teq_graph.passes.fold_scales import FoldScales
 from teq_graph.passes.insert_scales import InsertScales
 from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
+from teq_graph.passes.merge_products import MergeProducts
 from teq_graph.passes.quantize_linears import QuantizeLinears
 from teq_graph.quantization import fake_quantize, quantize_weight
 
@@ -224,3 +225,57 @@ def test_a_weight_of_two_linears_is_quantized_once() -> None:
     apply_and_check(LowerToMatMulNBits(), graph_module, inputs, tolerance=1e-5)
     assert op_names(graph_module).count("teq_graph.matmul_nbits.default") == 2
     assert len([name for name in graph_module.state_dict() if "codes" in name]) == 1
+
+
+# --------------------------------------------------------------------------------------------------------- merging
+
+
+class Gated(nn.Module):
+    """Gate and up read one value; `other` reads it too, and is of another size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.odd = nn.Linear(WIDTH, 16), nn.Linear(WIDTH, 16), nn.Linear(WIDTH, 16, bias=False)
+        self.other, self.down = nn.Linear(WIDTH, 8), nn.Linear(16, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.relu()
+        return self.down(self.up(x) * functional.silu(self.gate(x)) + self.odd(x)), self.other(x)
+
+
+def quantized_products(module: nn.Module, specs: dict[str, WeightSpec]) -> GraphModule:
+    graph_module = capture_small(module, torch.randn(2, 5, WIDTH)).graph_module
+    QuantizeLinears(specs)(graph_module)
+    LowerToMatMulNBits()(graph_module)
+    return graph_module
+
+
+@pytest.mark.parametrize("spec", [WeightSpec(4, 16), WeightSpec(3, 16, symmetric=True), WeightSpec(2, -1)], ids=str)
+def test_products_of_one_value_become_one(spec: WeightSpec) -> None:
+    names = [f"{name}.weight" for name in ("gate", "up", "odd", "other", "down")]
+    graph_module = quantized_products(Gated(), dict.fromkeys(names, spec))
+    inputs = (torch.randn(3, 7, WIDTH),)
+    apply_and_check(MergeProducts(), graph_module, inputs, tolerance=0.0)
+    products = [node for node in graph_module.graph.nodes if fx.is_call(node, torch.ops.teq_graph.matmul_nbits.default)]
+    # Without a bias, and of another size, they stay.
+    assert sorted(fx.arguments(node)["N"] for node in products) == [8, 16, WIDTH, 32]
+    assert not MergeProducts()(graph_module).modified
+
+
+def test_products_that_differ_stay_apart() -> None:
+    specs = {"gate.weight": WeightSpec(4, 16), "up.weight": WeightSpec(2, 16), "odd.weight": WeightSpec(4, 32)}
+    graph_module = quantized_products(Gated(), specs)
+    assert not MergeProducts()(graph_module).modified
+
+    class Shared(nn.Module):
+        """One weight is read twice, and another value is read."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(WIDTH, 16), nn.Linear(WIDTH, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) + self.two(x.relu()) + self.two(x)
+
+    graph_module = quantized_products(Shared(), {"one.weight": SPEC, "two.weight": SPEC})
+    assert not MergeProducts()(graph_module).modified

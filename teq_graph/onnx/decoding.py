@@ -72,7 +72,7 @@ class DecoderSession:
         provider = session.get_providers()[0]
         self._device = _DEVICES.get(provider, "cpu")
         self._device_id = int(session.get_provider_options().get(provider, {}).get("device_id", 0))
-        self._chooses_logits = any(item.name == LOGITS_FROM for item in session.get_overridable_initializers())
+        self._chooses_logits = any(item.name == LOGITS_FROM for item in session.get_inputs())
         self._logits_from = [OrtValue.ortvalue_from_numpy(np.array([start])) for start in (-1, 0)]
 
     def logits(self, ids: IntArray, mask: IntArray) -> npt.NDArray[np.float32]:

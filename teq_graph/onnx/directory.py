@@ -21,7 +21,7 @@ GENAI_FILE = "genai_config.json"
 GENERATION_FILE = "generation_config.json"
 
 LOGITS_FROM = "logits_from"
-"""Input of a decoder, with the default [0]: the position from which on logits are computed; [-1] the last alone."""
+"""Input that the runtime adds to a decoder: the position from which on logits are computed; [-1] the last alone."""
 
 WRITTEN = "a directory that export_onnx or teq-graph quantize wrote"
 

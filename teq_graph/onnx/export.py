@@ -28,11 +28,11 @@ from teq_graph.files import new_directory, one_line, write_json
 from teq_graph.onnx.directory import DATA_FILE, GENAI_FILE, MODEL_FILE, Metadata
 from teq_graph.onnx.fusions import RULES
 from teq_graph.onnx.genai import genai_config
-from teq_graph.onnx.last_logits import add_logits_from
 from teq_graph.onnx.translations import foreign_operators, translation_table
 from teq_graph.passes.change_dtype import ChangeDtype
 from teq_graph.passes.fuse_attention import FuseAttention
 from teq_graph.passes.match_onnxruntime_layout import MatchOnnxruntimeLayout
+from teq_graph.passes.merge_products import MergeProducts
 from teq_graph.passes.remove_no_ops import RemoveNoOps
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -120,6 +120,8 @@ def lower(
         # Attention is proven by numbers, which half precision is too coarse for.
         ChangeDtype(torch.float32),
         FuseAttention(wide),
+        # What attention has not packed, it leaves where each can be found.
+        MergeProducts(),
         MatchOnnxruntimeLayout(),
         ChangeDtype(target),
         RemoveNoOps(),
@@ -135,8 +137,6 @@ def lower(
     report("simplifying")
     _simplify(model)
     _name_values(model, captured, graph_module)
-    if captured.decoder is not None:
-        add_logits_from(model)
     foreign = foreign_operators(model)
     for name, node in foreign.items():
         raise ExportError(f"node {node.name}: operator {name} is neither standard ONNX nor com.microsoft")
@@ -315,9 +315,7 @@ def _name_decoder(graph: ir.Graph, captured: CapturedGraph) -> None:
         ("input_ids", (batch, sequence)),
         ("attention_mask", (batch, total)),
     ]
-    outputs: list[tuple[str, tuple[str | int, ...]]] = [
-        ("logits", (batch, "logits_length", captured.decoder.vocab_size))
-    ]
+    outputs: list[tuple[str, tuple[str | int, ...]]] = [("logits", (batch, sequence, captured.decoder.vocab_size))]
     for index, c in enumerate(captured.decoder.layers):
         for kind, heads, dim in (("key", c.key_heads, c.key_dim), ("value", c.value_heads, c.value_dim)):
             inputs.append((f"past_key_values.{index}.{kind}", (batch, heads, past, dim)))

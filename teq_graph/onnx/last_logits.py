@@ -1,6 +1,8 @@
-"""Let the caller choose from which position on logits are computed."""
+"""Let the runtime choose from which position on logits are computed."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -18,9 +20,9 @@ _POSITIONS = 1
 def add_logits_from(model: ir.Model) -> bool:
     """x → head → logits   becomes   x → Slice(logits_from, …) → head → logits
 
-    `logits_from` int64 [1] is an input with the default [0]: runtimes that do not know it get all logits. The
-    vocabulary projection of a long prompt is a fifth of a small model's work, and its logits are the largest tensor
-    by far; generation needs the last position's only. Returns whether there is such a head.
+    `logits_from` int64 [1] is a new input: 0 for all logits, -1 for the last position's. The vocabulary projection of a
+    long prompt is a fifth of a small model's work, and its logits are the largest tensor by far; generation needs the
+    last only. Returns whether there is such a head.
     """
     graph = model.graph
     logits, found = graph.outputs[0], False
@@ -38,11 +40,11 @@ def add_logits_from(model: ir.Model) -> bool:
         return False
     (reader,) = readers
     start = ir.Value(name=LOGITS_FROM, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
-    start.const_value = ir.tensor(np.zeros(1, dtype=np.int64), name=LOGITS_FROM)
     end = _constant(graph, f"{LOGITS_FROM}.end", np.iinfo(np.int64).max)
     axis = _constant(graph, f"{LOGITS_FROM}.axis", _POSITIONS)
     graph.inputs.append(start)
-    graph.register_initializer(start)
+    # The output is no longer as long as the input.
+    logits.shape = None
     chosen = ir.node("Slice", [value, start, end, axis])
     chosen.outputs[0].name = f"{value.name}.{LOGITS_FROM}"
     graph.insert_before(reader, chosen)
@@ -50,6 +52,15 @@ def add_logits_from(model: ir.Model) -> bool:
         if item is value:
             reader.replace_input_with(index, chosen.outputs[0])
     return True
+
+
+def with_chosen_logits(path: Path) -> bytes | None:
+    """The model in a file, its external tensors left where they are, with `logits_from`; None where it has no head.
+
+    The file itself is for any runtime, and onnxruntime warns of inputs that have a default.
+    """
+    model = ir.load(path)
+    return ir.to_proto(model).SerializeToString() if add_logits_from(model) else None
 
 
 def _is_constant(value: ir.Value) -> bool:

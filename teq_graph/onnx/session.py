@@ -13,6 +13,7 @@ from teq_graph.errors import InputError, ModelFileError
 from teq_graph.files import one_line
 from teq_graph.onnx import arguments
 from teq_graph.onnx.directory import MODEL_FILE, WRITTEN, Metadata
+from teq_graph.onnx.last_logits import with_chosen_logits
 
 Provider = str | tuple[str, dict[str, Any]]
 CPU: tuple[Provider, ...] = ("CPUExecutionProvider",)
@@ -22,6 +23,7 @@ CPU: tuple[Provider, ...] = ("CPUExecutionProvider",)
 MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
 
 _ONLY_FATAL = 4
+_EXTERNAL_TENSORS = "session.model_external_initializers_file_folder_path"
 
 
 def open_directory(
@@ -53,7 +55,11 @@ def open_directory(
     if not model.is_file():
         raise ModelFileError(f"{model} is missing: accepted is {WRITTEN}")
     try:
-        session = onnxruntime.InferenceSession(str(model), sess_options=options, providers=list(providers))
+        source: str | bytes = str(model)
+        if metadata.decoder is not None and (changed := with_chosen_logits(model)) is not None:
+            source = changed
+            options.add_session_config_entry(_EXTERNAL_TENSORS, str(path))
+        session = onnxruntime.InferenceSession(source, sess_options=options, providers=list(providers))
     except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
         raise ModelFileError(f"{model} cannot be loaded: {one_line(error)}") from error
     return session, metadata

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -178,6 +179,17 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
     def cast_layout(self: Any, *, dtype: int | None = None, **_: Any) -> Any:
         return op.Identity(self) if dtype is None or dtype == -1 else cast(self, dtype)
 
+    def split(self: Any, split_sizes: Sequence[int], dim: int = 0) -> Any:
+        if len(split_sizes) > 1 and len(set(split_sizes)) == 1:
+            return op.Split(self, axis=dim, num_outputs=len(split_sizes))
+        ends = list(itertools.accumulate(split_sizes))
+        axis = op.Constant(value_ints=[dim])
+        bounds = (
+            (op.Constant(value_ints=[value]) for value in (end - size, end))
+            for end, size in zip(ends, split_sizes, strict=True)
+        )
+        return [op.Slice(self, start, end, axis) for start, end in bounds]
+
     def transpose(self: Any) -> Any:
         return op.Transpose(self)
 
@@ -192,6 +204,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         aten.to.device: cast_on_device,
         aten.to.dtype_layout: cast_layout,
         aten.numpy_T.default: transpose,
+        aten.split_with_sizes.default: split,
         aten.__and__.Tensor: bitwise_and,
     }
 
