@@ -182,7 +182,9 @@ def _embedding(
     rows = indices.reshape(-1)
     zeros = None if zero_points is None else zero_points.index_select(0, rows)
     values = dequantize_rows(b.index_select(0, rows), scales.index_select(0, rows), zeros, bits)
-    return values[:, :d].to(scales.dtype, memory_format=torch.contiguous_format).reshape(*indices.shape, d)
+    result = scales.new_empty((*indices.shape, d))
+    result.view(-1, d).copy_(values[:, :d])
+    return result
 
 
 def _dequantized_chunks(
