@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 from teq_graph import graph as fx
 from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.analysis.attention import Attention, Heads, Rotation, find_attentions
+from teq_graph.analysis.attention.scores import has_flat_batch
 from teq_graph.capture import CapturedGraph
 from teq_graph.graph import aten
 
@@ -33,13 +35,16 @@ ROTATED_CHANNELS = 16
 
 
 class FuseAttention(PassBase):
-    """sdpa(rotate(q), repeat(cat(past_k, rotate(k))), repeat(cat(past_v, v)), mask) → transpose → reshape
+    """softmax(cap(scale * q keys^T) + bias + mask) values → transpose → reshape
+
+    with keys = repeat(cat(past_k, k)), values = repeat(cat(past_v, v)), and q and k rotated by the position
 
     becomes   group_query_attention(q, k, v, past_k, past_v, bias, cos, sin, …)
 
-    where `find_attentions` proves it. The bias [b, 1, s, p + s] hides padding; what is ahead, and the window, the op
-    knows itself. Positions are those in the cache: with rotations only distances matter, so that left padding is
-    right. `cos` and `sin` are tables over all positions. Without a proven rotation q and k are the graph's own.
+    where `find_attentions` proves it, whether one op did it or several. The bias [b or 1, h or 1, s, p + s] is the
+    graph's own where it has one, and hides padding; what is ahead, and the window, the op knows itself. Positions are
+    those in the cache: with rotations only distances matter, so that left padding is right. `cos` and `sin` are tables
+    over all positions. Without a proven rotation q and k are the graph's own.
     """
 
     def __init__(self, captured: CapturedGraph) -> None:
@@ -48,24 +53,65 @@ class FuseAttention(PassBase):
     def call(self, graph_module: GraphModule) -> PassResult:
         sites = [site for site in find_attentions(self.captured) if site.query.meta["val"].shape[-1] % HEAD_SIZES == 0]
         if sites:
-            bias = _padding_bias(graph_module, self.captured)
+            biases: dict[tuple[Node, ...], Node] = {}
             tables: dict[int, tuple[Node, Node]] = {}
             for site in sites:
-                _fuse(graph_module, site, bias, tables)
+                terms = site.scores.biases
+                if terms not in biases:
+                    biases[terms] = _bias(graph_module, self.captured, site)
+                _fuse(graph_module, site, biases[terms], tables)
+            _measure_by_mask(graph_module, self.captured)
             fx.drop_unused(graph_module)
         return PassResult(graph_module, bool(sites))
 
 
-def _padding_bias(graph_module: GraphModule, captured: CapturedGraph) -> Node:
-    """[b, 1, s, p + s] of the activations' type: 0 where the mask has 1, and the smallest number elsewhere."""
+def _bias(graph_module: GraphModule, captured: CapturedGraph, site: Attention) -> Node:
+    """[b, 1 or h, s, p + s] of the activations' type: the biases, and the smallest number where the mask has 0."""
     graph = graph_module.graph
     tokens, mask, *_ = [node for node in graph.nodes if node.op == "placeholder"]
-    build = _Builder(graph, next(node for node in graph.nodes if node.op == "call_function"))
-    hidden = build(aten.rsub.Scalar, build(aten.to.dtype, mask, captured.dtype), 1.0)
-    bias = build(aten.mul.Tensor, hidden, torch.finfo(captured.dtype).min)
-    rows = build(aten.unsqueeze.default, build(aten.unsqueeze.default, bias, 1), 2)
+    terms = site.scores.biases
+    first = next(node for node in graph.nodes if node.op == "call_function")
+    build = _Builder(graph, site.output if terms else first)
+    lowest = torch.finfo(captured.dtype).min
+
+    def row(value: Node) -> Node:
+        return build(aten.unsqueeze.default, build(aten.unsqueeze.default, value, 1), 2)
+
+    if terms:
+        total = functools.reduce(
+            functools.partial(build, aten.add.Tensor), (_with_four_dims(build, term, site.num_heads) for term in terms)
+        )
+        # Filled, not added: two smallest numbers make an infinity, and padding that sees nothing no number at all.
+        bias = build(aten.masked_fill.Scalar, total, row(build(aten.eq.Scalar, mask, 0)), lowest)
+    else:
+        hidden = build(aten.rsub.Scalar, build(aten.to.dtype, mask, captured.dtype), 1.0)
+        bias = row(build(aten.mul.Tensor, hidden, lowest))
     length = build(aten.sym_size.int, tokens, 1)
-    return build(aten.expand.default, rows, [-1, -1, length, -1])
+    return build(aten.expand.default, bias, [-1, -1, length, -1])
+
+
+def _with_four_dims(build: _Builder, bias: Node, heads: int) -> Node:
+    """[b or 1, h or 1, s or 1, p + s], as `analysis.attention.scores.as_bias`."""
+    if has_flat_batch(bias):
+        return build(aten.unflatten.int, bias, 0, [-1, heads])
+    while fx.ndim(bias) < 4:
+        bias = build(aten.unsqueeze.default, bias, 0)
+    return bias
+
+
+def _measure_by_mask(graph_module: GraphModule, captured: CapturedGraph) -> None:
+    """Let lengths come from the mask and the tokens: the cache's own is that of its buffer, where one is shared."""
+    graph = graph_module.graph
+    tokens, mask, *_ = [node for node in graph.nodes if node.op == "placeholder"]
+    for past, present in captured.cache_pairs().items():
+        for query in [*past.users, *present.users]:
+            if fx.is_call(query, aten.sym_size.int) and query.args[1] in (2, -2):
+                build = _Builder(graph, query)
+                length = build(aten.sym_size.int, mask, 1)
+                if query.args[0] is past:
+                    length = build(operator.sub, length, build(aten.sym_size.int, tokens, 1))
+                query.replace_all_uses_with(length)
+                graph.erase_node(query)
 
 
 def _fuse(graph_module: GraphModule, site: Attention, bias: Node, tables: dict[int, tuple[Node, Node]]) -> None:
@@ -77,7 +123,7 @@ def _fuse(graph_module: GraphModule, site: Attention, bias: Node, tables: dict[i
         operands = (_pack(graph_module, build, plan.heads), None, None)
     else:
         nodes = (site.query, site.key, site.value)
-        operands = [_flat(build, node, heads) for node, heads in zip(nodes, plan.heads, strict=True)]
+        operands = [_flat(build, node, site.num_heads, heads) for node, heads in zip(nodes, plan.heads, strict=True)]
     query = plan.heads[0]
     result = build(
         torch.ops.teq_graph.group_query_attention.default,
@@ -85,11 +131,11 @@ def _fuse(graph_module: GraphModule, site: Attention, bias: Node, tables: dict[i
         *site.past,
         bias,
         *((None, None) if rotation is None else _table_nodes(graph_module, rotation, tables)),
-        site.query.meta["val"].shape[1],
+        site.num_heads,
         site.key.meta["val"].shape[1],
-        site.scale * (1.0 if query is None else query.factor),
-        0.0,
-        site.window,
+        site.scores.scale * (1.0 if query is None else query.factor),
+        site.scores.softcap,
+        site.scores.window,
         rotation is not None and rotation.interleaved,
     )
     for index, replaced in enumerate((site.output, *site.present)):
@@ -175,9 +221,14 @@ def _pack(graph_module: GraphModule, build: _Builder, heads: Sequence[Heads | No
     return build(parts[0].source.target, *values.values())
 
 
-def _flat(build: _Builder, node: Node, heads: Heads | None) -> Node:
-    """[b, s, heads * d]: a projection whose channels are in order, or else the part that became of it."""
+def _flat(build: _Builder, node: Node, count: int, heads: Heads | None) -> Node:
+    """[b, s, h * d]: a projection whose channels are in order, or else the part that became of it.
+
+    `count` tells how many heads a query [b * h, s, d] has.
+    """
     if heads is None:
+        if fx.ndim(node) == 3:
+            node = build(aten.unflatten.int, node, 0, [-1, count])
         return build(aten.flatten.using_ints, build(aten.transpose.int, node, 1, 2), 2)
     source = build(aten.transpose.int, heads.source, 1, 2) if heads.by_head else heads.source
     return source if fx.ndim(source) == 3 else build(aten.flatten.using_ints, source, 2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from teq_graph import graph as fx
 from teq_graph.graph import aten
 
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default, aten.mT.default)
 
 
@@ -16,15 +19,17 @@ class NormalizeLinears(PassBase):
     2. mm(x, W), matmul(x, W)           →  linear(x, t(W))
     3. linear(x, t(t(W)))               →  linear(x, W)
     4. add(linear(x, W), constant[N])   →  linear(x, W, constant)
+    5. view(linear(view(x), W), sizes)  →  linear(x, W)
 
     W is a tensor constant or the transpose of one; `t` of a constant is left for constant folding. Case 4
-    needs a linear without bias that nothing else reads.
+    needs a linear without bias that nothing else reads; case 5 one that nothing else reads, and sizes that are
+    those of x but for the last.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult:
         modified = False
         for node in list(graph_module.graph.nodes):
-            modified |= _rewrite_product(node) or _absorb_bias(node)
+            modified |= _rewrite_product(node) or _absorb_bias(node) or _keep_dimensions(node)
         if modified:
             fx.drop_unused(graph_module)
         return PassResult(graph_module, modified)
@@ -92,3 +97,30 @@ def _absorb_bias(node: Node) -> bool:
             node.graph.erase_node(node)
             return True
     return False
+
+
+def _keep_dimensions(node: Node) -> bool:
+    if not fx.is_call(node, *RESHAPES):
+        return False
+    linear = fx.operand(node)
+    if not fx.is_call(linear, aten.linear.default) or len(linear.users) != 1:
+        return False
+    flat = fx.operand(linear)
+    if not fx.is_call(flat, *RESHAPES):
+        return False
+    x = fx.operand(flat)
+    shape, source = node.meta["val"].shape, x.meta["val"].shape
+    wanted = (*source[:-1], linear.meta["val"].shape[-1])
+    if len(shape) != len(wanted) or not _same_size(source[-1], flat.meta["val"].shape[-1]):
+        return False
+    if not all(map(_same_size, shape, wanted)):
+        return False
+    linear.args = (x, *linear.args[1:])
+    linear.meta = dict(node.meta)
+    node.replace_all_uses_with(linear)
+    node.graph.erase_node(node)
+    return True
+
+
+def _same_size(size: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    return statically_known_true(size == other)

@@ -117,6 +117,10 @@ PRODUCTS: dict[str, tuple[Forward, tuple[int, ...]]] = {
     "bias before": (lambda s, x: s.bias + functional.linear(x, s.weight), (2, 4, WIDTH)),
     "product and bias": (lambda s, x: x @ s.matrix + s.bias, (2, 4, WIDTH)),
     "bias twice": (lambda s, x: x @ s.matrix + s.bias + s.bias, (2, 4, WIDTH)),
+    "of rows": (
+        lambda s, x: torch.addmm(s.bias, x.view(-1, WIDTH), s.matrix).view(x.shape[0], x.shape[1], 6),
+        (2, 4, WIDTH),
+    ),
 }
 
 
@@ -130,6 +134,7 @@ def test_products_become_linears(name: str) -> None:
     assert "aten.linear.default" in ops
     assert not {"aten.mm.default", "aten.addmm.default", "aten.matmul.default"} & set(ops)
     assert sum(op == "aten.add.Tensor" for op in ops) == (name == "bias twice")
+    assert not {"aten.view.default", "aten.reshape.default"} & set(ops)
 
 
 NO_PRODUCTS: dict[str, tuple[Forward, tuple[int, ...]]] = {
@@ -142,6 +147,18 @@ NO_PRODUCTS: dict[str, tuple[Forward, tuple[int, ...]]] = {
     "bias of a linear that is read twice": (
         lambda s, x: (lambda y: (y + s.bias, y))(functional.linear(x, s.weight)),
         (2, 4, WIDTH),
+    ),
+    "rows that are read as well": (
+        lambda s, x: (lambda y: (y, y.view(x.shape[0], x.shape[1], 6)))(functional.linear(x.view(-1, WIDTH), s.weight)),
+        (2, 4, WIDTH),
+    ),
+    "rows of other sizes": (
+        lambda s, x: functional.linear(x.view(-1, WIDTH), s.weight).view(x.shape[1], x.shape[0], 6),
+        (2, 4, WIDTH),
+    ),
+    "columns of other sizes": (
+        lambda s, x: functional.linear(x.view(x.shape[0], -1, WIDTH), s.weight).view(x.shape[0], x.shape[1], 12),
+        (2, 4, 2 * WIDTH),
     ),
     "second bias": (lambda s, x: functional.linear(x, s.weight, s.bias) + s.bias, (2, 4, WIDTH)),
     "bias times two": (lambda s, x: torch.add(functional.linear(x, s.weight), s.bias, alpha=2), (2, 4, WIDTH)),

@@ -352,11 +352,15 @@ def _count_weights(model: ir.Model) -> dict[str, int]:
 
 
 def _shares_buffers(model: ir.Model) -> bool:
-    """Whether one operator writes every cached tensor, and nothing else looks at the past but for its batch size."""
+    """Whether one operator writes every cached tensor, and nothing else looks at the past but for its batch size.
+
+    Nor does anything look at what is written: past and present are as long as their buffer.
+    """
     cached = [value for value in model.graph.inputs if (value.name or "").startswith("past_key_values.")]
     readers = {use.node for value in cached for use in value.uses()}
     others = {node for node in readers if node.op_type != "GroupQueryAttention"}
-    return others < readers and all(map(_is_batch_size, others))
+    written = [value for value in model.graph.outputs if (value.name or "").startswith("present.")]
+    return others < readers and all(map(_is_batch_size, others)) and not any(value.uses() for value in written)
 
 
 def _is_batch_size(node: ir.Node) -> bool:

@@ -1,0 +1,152 @@
+"""Attention as it is written: one op, or a softmax between two products."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from teq_graph import graph as fx
+from teq_graph.analysis.attention.probe import UNCHANGED, Probe, Step
+from teq_graph.graph import aten
+
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+PRODUCTS: dict[Any, tuple[str, str]] = {
+    aten.matmul.default: ("self", "other"),
+    aten.bmm.default: ("self", "mat2"),
+    aten.baddbmm.default: ("batch1", "batch2"),
+}
+"""Products of matrices, and the names of their factors."""
+
+ON_SCORES = {
+    *UNCHANGED,
+    aten.add.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.sub.Scalar,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.tanh.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+}
+"""What may become of scores before their softmax; what it does is proven by `find_scores`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """weights = softmax over keys of a function of query key^T; result = weights value, [b, h, s, d] in some shape."""
+
+    result: Node
+    """The op that does it all, or the weights."""
+    heads: int
+    query: Node
+    """[b, h, s, d] or [b * h, s, d]"""
+    key: Node
+    """[…, p + s, d], or [..., d, p + s] as the factor of a product"""
+    value: Node
+    terms: tuple[Node, ...]
+    """Masks and biases: what the scores are combined with on the way to the softmax."""
+    scores: Node | None
+    """What the softmax is taken of; None where one op does it all."""
+
+    def scores_of(self, probe: Probe, step: Step, left: Tensor, right: Tensor) -> Tensor:
+        """What the softmax is taken of, float32 [b, h, s, p + s], where the products are left [b, h, s, 1] right."""
+        right = right.transpose(-1, -2)
+        if self.scores is not None:
+            # Factors may have any inner size, so that nothing need be known of the product itself.
+            given = {self.query: _shaped_as(self.query, left), self.key: _shaped_as(self.key, right)}
+            scores = probe.evaluate(self.scores, step, given)
+            return scores.reshape(step.batch, self.heads, step.sequence, step.total).float()
+        values = fx.arguments(self.result)
+        scale = self.query.meta["val"].shape[-1] ** -0.5 if values["scale"] is None else values["scale"]
+        scores: Tensor = left @ right * scale
+        for mask in self.terms:
+            added = probe.evaluate(mask, step)
+            scores = scores.masked_fill(~added, -torch.inf) if added.dtype == torch.bool else scores + added.float()
+        return scores
+
+    def output_of(self, probe: Probe, end: Node, step: Step, weights: Tensor, value: Tensor) -> Tensor:
+        """What `end` becomes, where the weights are [b, h, s, p + s] and the values [b, h, p + s, d]."""
+        if self.scores is None:
+            return probe.evaluate(end, step, {self.result: weights @ value})
+        given = {self.result: _shaped_as(self.result, weights), self.value: _shaped_as(self.value, value)}
+        return probe.evaluate(end, step, given)
+
+
+def _shaped_as(node: Node, value: Tensor) -> Tensor:
+    """`value` [b, h, …], with batch and heads as one where `node` has them so."""
+    return value.flatten(0, 1) if fx.ndim(node) == 3 else value
+
+
+def match_attention(probe: Probe, node: Node) -> Match | None:
+    """The attention whose softmax `node` is, or does."""
+    if fx.is_call(node, aten.scaled_dot_product_attention.default):
+        return _match_op(node)
+    return _match_softmax(probe, node) if fx.is_call(node, *SOFTMAX) else None
+
+
+def _match_op(node: Node) -> Match | None:
+    values = fx.arguments(node)
+    mask = values["attn_mask"]
+    if not isinstance(mask, Node) or values["is_causal"] or values["dropout_p"] or fx.ndim(node) != 4:
+        return None
+    heads = node.meta["val"].shape[1]
+    return Match(node, heads, values["query"], values["key"], values["value"], (mask,), None)
+
+
+def _match_softmax(probe: Probe, softmax: Node) -> Match | None:
+    values = fx.arguments(softmax)
+    value = _weighted(softmax)
+    if value is None or values["dim"] not in (-1, fx.ndim(softmax) - 1) or softmax not in probe.from_tokens:
+        return None
+    products, stretch, terms = [], [], []
+    pending = [values["self"]]
+    while pending:
+        node = pending.pop()
+        if node in stretch or node in products or node in terms:
+            continue
+        if node not in probe.from_tokens:
+            terms.append(node)
+        elif node.target in PRODUCTS:
+            products.append(node)
+        elif node.target in ON_SCORES:
+            stretch.append(node)
+            pending += node.all_input_nodes
+        else:
+            return None
+    heads = [node.meta["val"].shape[1] for node in (*products, *stretch) if fx.ndim(node) == 4]
+    if len(products) != 1 or not heads:
+        return None
+    arguments = fx.arguments(products[0])
+    query, key = (arguments[name] for name in PRODUCTS[products[0].target])
+    if fx.is_call(products[0], aten.baddbmm.default):
+        terms.append(arguments["self"])
+    if any(term in probe.from_tokens for term in terms):
+        return None
+    if any(fx.ndim(part) not in (3, 4) for part in (query, key, value, softmax)):
+        return None
+    tensors = tuple(node for node in terms if isinstance(node.meta.get("val"), Tensor))
+    return Match(softmax, heads[0], query, key, value, tensors, values["self"])
+
+
+def _weighted(softmax: Node) -> Node | None:
+    """The value that nothing but a product takes the softmax's result to."""
+    node = softmax
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target in PRODUCTS and not fx.is_call(user, aten.baddbmm.default):
+            left, right = (fx.arguments(user)[name] for name in PRODUCTS[user.target])
+            return right if left is node and right is not node else None
+        if user.target not in UNCHANGED:
+            return None
+        node = user
+    return None

@@ -1,0 +1,114 @@
+"""Parts of a decoder's graph, run on values of one's choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from teq_graph.analysis.blocks import SHAPE_QUERIES
+from teq_graph.analysis.rules import KEEPS, MOVES
+from teq_graph.capture import CapturedGraph, DecoderShape
+from teq_graph.execution import run
+from teq_graph.graph import aten
+
+UNCHANGED = {*MOVES, *KEEPS} - {aten.neg.default, aten.relu.default, aten.leaky_relu.default, aten.abs.default}
+"""Ops that move numbers, or change their type, and leave them what they are."""
+
+LINEAR_OPS = {
+    *UNCHANGED,
+    operator.getitem,
+    aten.neg.default,
+    aten.cat.default,
+    aten.stack.default,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.index.Tensor,
+    aten.index_select.default,
+}
+"""Ops that are linear in one operand, where the others are fixed."""
+
+REPLACED = {aten.view.default: aten.reshape.default}
+"""Given values do not have the strides that a view relies on."""
+
+TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """`sequence` new tokens after `past` cached ones; mask int64 [b, past + sequence], None for one row of ones."""
+
+    sequence: int
+    past: int
+    mask: Tensor | None = None
+
+    @property
+    def total(self) -> int:
+        """Tokens, cached ones included."""
+        return self.past + self.sequence
+
+    @property
+    def batch(self) -> int:
+        """Rows of the mask."""
+        return 1 if self.mask is None else self.mask.shape[0]
+
+
+class Probe:
+    """Runs parts of a decoder's graph; which nodes depend on the tokens."""
+
+    def __init__(self, captured: CapturedGraph) -> None:
+        assert captured.decoder is not None
+        self.decoder: DecoderShape = captured.decoder
+        self.nodes = list(captured.graph_module.graph.nodes)
+        self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        self.device = captured.device
+        self.dtype = captured.dtype
+        tokens, _, *past = self.placeholders
+        self.from_tokens = {tokens, *past}
+        """Nodes whose values, not only sizes, depend on the tokens."""
+        for node in self.nodes:
+            if node.target not in SHAPE_QUERIES and self.from_tokens.intersection(node.all_input_nodes):
+                self.from_tokens.add(node)
+
+    def evaluate(self, target: Node, step: Step, given: Mapping[Node, Tensor] | None = None) -> Tensor:
+        """The value of `target`, on the CPU; `given` nodes are not computed. Tokens and cached values are zeros."""
+        tokens = torch.zeros(step.batch, step.sequence, dtype=torch.int64, device=self.device)
+        mask = torch.ones(1, step.total, dtype=torch.int64) if step.mask is None else step.mask
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        cached = [
+            zero.expand(step.batch, heads, step.past, dim)
+            for c in self.decoder.layers
+            for heads, dim in ((c.key_heads, c.key_dim), (c.value_heads, c.value_dim))
+        ]
+        values = dict(zip(self.placeholders, [tokens, mask.to(self.device), *cached], strict=True))
+        values |= {node: value.to(self.device, self.dtype) for node, value in (given or {}).items()}
+        needed = _ancestors(target, values)
+        with torch.no_grad():
+            run([node for node in self.nodes if node in needed], values, REPLACED)
+        result: Tensor = values[target]
+        return result.cpu()
+
+
+def _ancestors(target: Node, known: Mapping[Node, object]) -> set[Node]:
+    """The calls that `target` needs and that are not known, itself included."""
+    found: set[Node] = set()
+    pending = [target]
+    while pending:
+        node = pending.pop()
+        if node not in known and node not in found and node.op == "call_function":
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Whether `a` is `b` up to `tolerance` of its largest value."""
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-6))
