@@ -114,7 +114,7 @@ _GATHER_BLOCK_QUANTIZED = values.Op(
         outputs=[_parameter("output", "T2")],
         type_constraints=[
             ("T1", ["tensor(uint8)"], ""),
-            ("T2", ["tensor(float)", "tensor(float16)"], ""),
+            ("T2", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
             ("Tind", ["tensor(int32)", "tensor(int64)"], ""),
         ],
         attributes=[

@@ -64,8 +64,8 @@ class Match:
         if self.scores is not None:
             # Factors may have any inner size, so that nothing need be known of the product itself.
             given = {self.query: _shaped_as(self.query, left), self.key: _shaped_as(self.key, right)}
-            scores = probe.evaluate(self.scores, step, given)
-            return scores.reshape(step.batch, self.heads, step.sequence, step.total).float()
+            result = probe.evaluate(self.scores, step, given)
+            return result.reshape(step.batch, self.heads, step.sequence, step.total).float()
         values = fx.arguments(self.result)
         scale = self.query.meta["val"].shape[-1] ** -0.5 if values["scale"] is None else values["scale"]
         scores: Tensor = left @ right * scale
