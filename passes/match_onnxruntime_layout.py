@@ -1,4 +1,4 @@
-"""Store quantized weights the way onnxruntime's MatMulNBits and GatherBlockQuantized accept them."""
+"""Store quantized weights the way onnxruntime's MatMulNBits accepts them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-import teq_graph.ops  # noqa: F401  (registers the operators)
+import teq_graph.ops  # noqa: F401  (registers the operator)
 from teq_graph import graph as fx
 from teq_graph.quantization import QuantizedWeight
 
-READERS = (torch.ops.teq_graph.matmul_nbits.default, torch.ops.teq_graph.embedding_nbits.default)
 Stored = tuple[Node, Node, Node | None]
 """The nodes that read b, scales and zero_points."""
 
@@ -20,17 +19,16 @@ Stored = tuple[Node, Node, Node | None]
 class MatchOnnxruntimeLayout(PassBase):
     """matmul_nbits(a, b, …, bits=3, block_size=K)   becomes   matmul_nbits(a, b', …, bits=4, block_size=128)
 
-    and so does embedding_nbits(indices, b, …).
     onnxruntime takes 2, 4 and 8 bits in blocks of 16 to 256. 3-bit codes move into 4 bits, and a block that
     spans the whole row becomes blocks of 128 with the same scale: the weight stays equal bit for bit
     (`QuantizedWeight.for_onnxruntime`). What is accepted already is left alone, and a weight that several
-    operators read is stored once.
+    products read is stored once.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult:
         done: dict[tuple[Stored, int, int], tuple[Stored, int, int]] = {}
         for node in list(graph_module.graph.nodes):
-            if not fx.is_call(node, *READERS):
+            if not fx.is_call(node, torch.ops.teq_graph.matmul_nbits.default):
                 continue
             values: dict[str, Any] = fx.arguments(node)
             stored: Stored = (values["b"], values["scales"], values["zero_points"])
@@ -51,8 +49,7 @@ class MatchOnnxruntimeLayout(PassBase):
 def _weight(stored: Stored, values: dict[str, Any]) -> QuantizedWeight:
     b, scales, zero_points = (None if node is None else fx.node_tensor(node) for node in stored)
     assert b is not None and scales is not None
-    k = values["K"] if "K" in values else values["D"]
-    return QuantizedWeight(b, scales, zero_points, b.shape[0], k, values["bits"], values["block_size"])
+    return QuantizedWeight(b, scales, zero_points, values["N"], values["K"], values["bits"], values["block_size"])
 
 
 def _store(graph_module: GraphModule, old: Stored, weight: QuantizedWeight) -> Stored:
