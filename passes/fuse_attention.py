@@ -7,14 +7,10 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.utils import _pytree as pytree
 
 from teq_graph import graph as fx
 from teq_graph import ops as _ops  # noqa: F401  registers the op
@@ -22,10 +18,8 @@ from teq_graph.analysis.attention import Attention, Heads, Rotation, find_attent
 from teq_graph.analysis.attention.scores import has_flat_batch
 from teq_graph.capture import CapturedGraph
 from teq_graph.graph import aten
+from teq_graph.passes.merge_products import CallBuilder, join_products, kind
 
-PRODUCTS = (torch.ops.teq_graph.matmul_nbits.default, aten.linear.default)
-ROWS = {"b", "scales", "zero_points", "weight", "bias"}
-"""Arguments of a product with one entry, or line of entries, for each of its rows."""
 HEAD_SIZES = 8
 """onnxruntime's kernel takes heads of a multiple of this size, …"""
 ROTATED_HEAD_SIZES = 16
@@ -71,7 +65,7 @@ def _bias(graph_module: GraphModule, captured: CapturedGraph, site: Attention) -
     tokens, mask, *_ = [node for node in graph.nodes if node.op == "placeholder"]
     terms = site.scores.biases
     first = next(node for node in graph.nodes if node.op == "call_function")
-    build = _Builder(graph, site.output if terms else first)
+    build = CallBuilder(graph_module, site.output if terms else first)
     lowest = torch.finfo(captured.dtype).min
 
     def row(value: Node) -> Node:
@@ -90,7 +84,7 @@ def _bias(graph_module: GraphModule, captured: CapturedGraph, site: Attention) -
     return build(aten.expand.default, bias, [-1, -1, length, -1])
 
 
-def _with_four_dims(build: _Builder, bias: Node, heads: int) -> Node:
+def _with_four_dims(build: CallBuilder, bias: Node, heads: int) -> Node:
     """[b or 1, h or 1, s or 1, p + s], as `analysis.attention.scores.as_bias`."""
     if has_flat_batch(bias):
         return build(aten.unflatten.int, bias, 0, [-1, heads])
@@ -106,7 +100,7 @@ def _measure_by_mask(graph_module: GraphModule, captured: CapturedGraph) -> None
     for past, present in captured.cache_pairs().items():
         for query in [*past.users, *present.users]:
             if fx.is_call(query, aten.sym_size.int) and query.args[1] in (2, -2):
-                build = _Builder(graph, query)
+                build = CallBuilder(graph_module, query)
                 length = build(aten.sym_size.int, mask, 1)
                 if query.args[0] is past:
                     length = build(operator.sub, length, build(aten.sym_size.int, tokens, 1))
@@ -115,12 +109,12 @@ def _measure_by_mask(graph_module: GraphModule, captured: CapturedGraph) -> None
 
 
 def _fuse(graph_module: GraphModule, site: Attention, bias: Node, tables: dict[int, tuple[Node, Node]]) -> None:
-    build = _Builder(graph_module.graph, site.output)
+    build = CallBuilder(graph_module, site.output)
     plan = _plan(site)
     rotation = plan.rotation
     operands: Sequence[Node | None]
     if plan.packed:
-        operands = (_pack(graph_module, build, plan.heads), None, None)
+        operands = (_pack(build, plan.heads), None, None)
     else:
         nodes = (site.query, site.key, site.value)
         operands = [_flat(build, node, site.num_heads, heads) for node, heads in zip(nodes, plan.heads, strict=True)]
@@ -185,43 +179,17 @@ def _is_in_order(heads: Heads) -> bool:
 
 def _can_pack(heads: Sequence[Heads | None]) -> bool:
     """Whether all three are rows of products of one value, alike in everything but their rows."""
-    products = [part.source for part in heads if part is not None and fx.is_call(part.source, *PRODUCTS)]
-    if len(products) < len(heads):
-        return False
-    arguments = [fx.arguments(product) for product in products]
-    return all(product.target is products[0].target for product in products) and all(
-        _alike(name, values[name], arguments[0][name]) for values in arguments for name in values
-    )
+    kinds = {None if part is None else kind(part.source) for part in heads}
+    return len(kinds) == 1 and None not in kinds
 
 
-def _alike(name: str, value: Any, other: Any) -> bool:
-    if name == "N":
-        return True
-    if name in ROWS:
-        return (value is None) == (other is None) and (value is None or fx.is_tensor_constant(value))
-    return bool(value == other)
-
-
-def _pack(graph_module: GraphModule, build: _Builder, heads: Sequence[Heads | None]) -> Node:
+def _pack(build: CallBuilder, heads: Sequence[Heads | None]) -> Node:
     """One product for queries, keys and values: rows of the projections in the order of heads."""
     parts = [part for part in heads if part is not None]
-    values = fx.arguments(parts[0].source)
-    for name in ROWS.intersection(values):
-        if values[name] is not None:
-            sources = [fx.arguments(part.source)[name] for part in parts]
-            rows = [
-                fx.node_tensor(source)[part.channels.flatten().to(fx.node_tensor(source).device)]
-                for source, part in zip(sources, parts, strict=True)
-            ]
-            stored = fx.add_tensor(graph_module, f"{sources[0].target}_packed", torch.cat(rows))
-            values[name] = fx.get_attr_node(graph_module, stored)
-    if "N" in values:
-        values["N"] = sum(part.channels.numel() for part in parts)
-    assert callable(parts[0].source.target)
-    return build(parts[0].source.target, *values.values())
+    return join_products(build, [part.source for part in parts], "packed", [part.channels.flatten() for part in parts])
 
 
-def _flat(build: _Builder, node: Node, count: int, heads: Heads | None) -> Node:
+def _flat(build: CallBuilder, node: Node, count: int, heads: Heads | None) -> Node:
     """[b, s, h * d]: a projection whose channels are in order, or else the part that became of it.
 
     `count` tells how many heads a query [b * h, s, d] has.
@@ -244,20 +212,3 @@ def _table_nodes(
         )
         tables[id(rotation)] = cos, sin
     return tables[id(rotation)]
-
-
-class _Builder:
-    """Adds calls before one node, with their values' shapes."""
-
-    def __init__(self, graph: torch.fx.Graph, before: Node) -> None:
-        self.graph = graph
-        self.before = before
-
-    def __call__(self, target: Any, *args: Any) -> Node:
-        with self.graph.inserting_before(self.before):
-            node = self.graph.call_function(target, args)
-        values = torch.fx.node.map_arg(args, lambda source: source.meta["val"])
-        mode = next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), nullcontext())
-        with mode:
-            node.meta["val"] = target(*values)
-        return node

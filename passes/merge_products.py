@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.utils import _pytree as pytree
 
 from teq_graph import graph as fx
 from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.graph import aten
 
-PRODUCT = torch.ops.teq_graph.matmul_nbits.default
-WEIGHTS = ("b", "scales", "zero_points", "bias")
-"""Arguments with one entry, or line of entries, for each output channel."""
+QUANTIZED = torch.ops.teq_graph.matmul_nbits.default
+PRODUCTS = (QUANTIZED, aten.linear.default)
+ROWS = {"b", "scales", "zero_points", "weight", "bias"}
+"""Arguments of a product with one entry, or line of entries, for each of its rows."""
 
 
 class MergeProducts(PassBase):
@@ -29,10 +35,10 @@ class MergeProducts(PassBase):
     """
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        groups: dict[tuple[object, ...], list[Node]] = {}
+        groups: dict[object, list[Node]] = {}
         for node in graph_module.graph.nodes:
-            if fx.is_call(node, PRODUCT) and all(len(source.users) == 1 for source in _weights(node)):
-                groups.setdefault(_kind(node), []).append(node)
+            if fx.is_call(node, QUANTIZED) and kind(node) and all(len(source.users) == 1 for source in _tensors(node)):
+                groups.setdefault((kind(node), fx.arguments(node)["N"]), []).append(node)
         merged = [group for group in groups.values() if len(group) > 1]
         for group in merged:
             _merge(graph_module, group)
@@ -41,36 +47,68 @@ class MergeProducts(PassBase):
         return PassResult(graph_module, bool(merged))
 
 
-def _weights(node: Node) -> list[Node]:
-    return [source for name in WEIGHTS if (source := fx.arguments(node)[name]) is not None]
-
-
-def _kind(node: Node) -> tuple[object, ...]:
-    """The same for products that can be one."""
-    values = fx.arguments(node)
-    tensors = (values["zero_points"] is None, values["bias"] is None)
-    return (values["a"], *tensors, *(values[name] for name in ("K", "N", "bits", "block_size")))
+def _tensors(node: Node) -> list[Node]:
+    return [value for name, value in fx.arguments(node).items() if name in ROWS and value is not None]
 
 
 def _merge(graph_module: GraphModule, group: Sequence[Node]) -> None:
-    graph, values = graph_module.graph, fx.arguments(group[0])
-    parts = [fx.arguments(node) for node in group]
-    size = values["N"]
-    for name in WEIGHTS:
-        if values[name] is not None:
-            rows = torch.cat([fx.node_tensor(part[name]) for part in parts])
-            values[name] = fx.get_attr_node(
-                graph_module, fx.add_tensor(graph_module, f"{values[name].target}_merged", rows)
-            )
-    values["N"] = size * len(group)
-    with graph.inserting_before(group[0]):
-        product = graph.call_function(PRODUCT, tuple(values.values()))
-        split = graph.call_function(aten.split_with_sizes.default, (product, [size] * len(group), -1))
-        outputs = [graph.call_function(operator.getitem, (split, index)) for index in range(len(group))]
-    value = group[0].meta["val"]
-    product.meta["val"] = torch.cat([value] * len(group), dim=-1)
-    split.meta["val"] = [node.meta["val"] for node in group]
+    build = CallBuilder(graph_module, group[0])
+    sizes = [fx.arguments(node)["N"] for node in group]
+    split = build(aten.split_with_sizes.default, join_products(build, group, "merged"), sizes, -1)
+    outputs = [build(operator.getitem, split, index) for index in range(len(group))]
     for node, output in zip(group, outputs, strict=True):
         output.meta = dict(node.meta)
         node.replace_all_uses_with(output)
-        graph.erase_node(node)
+        graph_module.graph.erase_node(node)
+
+
+# ------------------------------------------------------------------------------------- what other passes use as well
+
+
+class CallBuilder:
+    """Adds calls before one node, with their values' shapes."""
+
+    def __init__(self, graph_module: GraphModule, before: Node) -> None:
+        self.graph_module = graph_module
+        self.before = before
+
+    def __call__(self, target: Any, *args: Any) -> Node:
+        graph = self.graph_module.graph
+        with graph.inserting_before(self.before):
+            node = graph.call_function(target, args)
+        values = torch.fx.node.map_arg(args, lambda source: source.meta["val"])
+        mode = next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), nullcontext())
+        with mode:
+            node.meta["val"] = target(*values)
+        return node
+
+
+def kind(node: Node) -> tuple[object, ...] | None:
+    """The same for products of one value that are alike in everything but their rows; None where it is no product."""
+    if not fx.is_call(node, *PRODUCTS) or not all(map(fx.is_tensor_constant, _tensors(node))):
+        return None
+    values = fx.arguments(node).items()
+    return node.target, *(value is None if name in ROWS else value for name, value in values if name != "N")
+
+
+def join_products(
+    build: CallBuilder, products: Sequence[Node], suffix: str, rows: Sequence[Tensor] | None = None
+) -> Node:
+    """One product with all rows of `products`, which are of one `kind`, or with those at the indices `rows` of each.
+
+    Its weights are stored under the first one's names and `suffix`.
+    """
+    values = fx.arguments(products[0])
+    count = 0
+    for name in ROWS.intersection(values):
+        if values[name] is not None:
+            sources = [fx.arguments(product)[name] for product in products]
+            tensors = [fx.node_tensor(source) for source in sources]
+            if rows is not None:
+                tensors = [tensor[chosen.to(tensor.device)] for tensor, chosen in zip(tensors, rows, strict=True)]
+            joined = torch.cat(tensors)
+            stored = fx.add_tensor(build.graph_module, f"{sources[0].target}_{suffix}", joined)
+            values[name], count = fx.get_attr_node(build.graph_module, stored), len(joined)
+    if "N" in values:
+        values["N"] = count
+    return build(products[0].target, *values.values())

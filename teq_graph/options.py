@@ -25,8 +25,6 @@ RTN = "rtn"
 TEQ = "teq"  # what the paper calls the stage that trains scales
 METHODS = (TEQ, *STAGES[1:])
 PAPER_TASKS = ("lambada_openai", "hellaswag", "winogrande", "piqa")
-DTYPES = ("float32", "float16", "bfloat16")
-ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 METADATA_FILE = "teq_graph.json"  # as teq_graph.onnx has it, which takes seconds to import
 
 

@@ -218,7 +218,7 @@ def test_onnxruntime_gives_the_same(name: str, tmp_path: Path) -> None:
     decoder = OnnxDecoder.load(tmp_path / "out")
     assert decoder.metadata.shared_buffers
     prompts = [tokens[0, 4:].tolist(), tokens[1].tolist()]
-    assert decoder.generate(prompts, 6, stop_tokens=[]) == [greedy(compiled, prompt, 6) for prompt in prompts]
+    assert decoder.generate(prompts, 6, eos_token_id=[]) == [greedy(compiled, prompt, 6) for prompt in prompts]
 
 
 def greedy(compiled: teq_graph.CompiledModel, prompt: list[int], count: int) -> list[int]:

@@ -285,7 +285,8 @@ def test_overwrite_rtn_float16_overrides_and_the_compiled_model(
     assert "perplexity" not in printed
     metadata = json.loads((out / "teq_graph.json").read_text(encoding="utf-8"))
     assert (metadata["dtype"], metadata["accuracy_level"]) == ("float16", 1)
-    assert metadata["weights"] == {"2/32": 6 * LAYERS, "8/32": LAYERS}
+    # stored as one: k and v of each layer, and gate and up where both are quantized
+    assert metadata["weights"] == {"2/32": 6 * LAYERS - LAYERS - (LAYERS - 1), "8/32": LAYERS}
     compiled = teq_graph.load(out / "compiled")
     assert len(compiled.report.quantized) == 7 * LAYERS
     assert [path.name for path in out.parent.iterdir()] == [out.name]

@@ -214,7 +214,9 @@ def test_prefill_in_parts_changes_nothing(decoder: OnnxDecoder, monkeypatch: pyt
 def test_shared_buffers_change_nothing(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     assert decoder.metadata.shared_buffers
     expected = decoder.generate(PROMPT, 40)
-    monkeypatch.setattr(decoder, "metadata", dataclasses.replace(decoder.metadata, shared_buffers=False))
+    grown = dataclasses.replace(decoder.metadata, shared_buffers=False)
+    monkeypatch.setattr(decoder._decoding, "metadata", grown)
+    assert decoder._decoding._new_cache(1, 40).values[0].shape()[2] == 0
     assert decoder.generate(PROMPT, 40) == expected
 
 

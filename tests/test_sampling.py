@@ -66,6 +66,7 @@ def test_what_changes_logits_changes_them_as_transformers_does() -> None:
     eos = 5
     for _ in range(50):
         sequence = torch.randint(0, 8, (1, 20))
+        tokens = sequence[0].tolist()
         logits = torch.randn(1, 8, dtype=torch.float64)
         cases: list[tuple[dict[str, Any], Any]] = [
             ({"repetition_penalty": 1.7}, reference.RepetitionPenaltyLogitsProcessor(1.7)),
@@ -79,17 +80,17 @@ def test_what_changes_logits_changes_them_as_transformers_does() -> None:
             changed = processor(sequence, logits.clone())
             if changed.max() == -torch.inf:
                 continue
-            chosen = Sampler(GenerationOptions(**options), [eos])(logits.numpy(), sequence.tolist(), [12])
+            chosen = Sampler(GenerationOptions(**options), [eos])(logits.numpy(), [(tokens[:12], tokens[12:])])
             assert chosen.tolist() == changed.argmax(-1).tolist()
 
 
 def test_penalties_on_new_tokens_are_openai_s() -> None:
     """https://platform.openai.com/docs/api-reference: mu[j] - c[j] * frequency - (c[j] > 0) * presence."""
     logits = np.array([[3.0, 2.9, 2.0, 0.0]])
-    sequence = [[0, 1, 1, 0, 2, 0]]  # after a prompt of three
+    before = [([0, 1, 1], [0, 2, 0])]
     for options, expected in (({"presence_penalty": 0.2}, 1), ({"frequency_penalty": 0.06}, 1), ({}, 0)):
-        assert Sampler(GenerationOptions(**options))(logits, sequence, [3]).tolist() == [expected]  # type: ignore[arg-type]
-    assert Sampler(GenerationOptions(frequency_penalty=-2.0))(logits, sequence, [3]).tolist() == [0]
+        assert Sampler(GenerationOptions(**options))(logits, before).tolist() == [expected]  # type: ignore[arg-type]
+    assert Sampler(GenerationOptions(frequency_penalty=-2.0))(logits, before).tolist() == [0]
 
 
 def test_extreme_temperatures_and_logits() -> None:
@@ -112,7 +113,7 @@ def test_logits_that_are_not_finite(row: list[float], temperature: float) -> Non
 
 def test_no_token_left() -> None:
     with pytest.raises(NumericsError, match="no token is left"):
-        Sampler(GenerationOptions(suppress_tokens=(0, 1)))(np.array([[0.0, 1.0]]), [[0]], [1])
+        Sampler(GenerationOptions(suppress_tokens=(0, 1)))(np.array([[0.0, 1.0]]), [([0], [])])
 
 
 @pytest.mark.parametrize(

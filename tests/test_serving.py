@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -264,20 +264,28 @@ def test_a_client_that_leaves_stops_its_generation(
     assert served.post("/v1/completions", body()).status_code == 200
 
 
-def test_those_who_left_while_waiting_take_no_place(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Served(decoder, queue=1)
-    slow = Slow(decoder, monkeypatch)
+@pytest.fixture
+def busy(
+    decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Served, Slow, Future[httpx.Response]]]:
+    """A server with one place in its queue, slow, with a generation that runs, which must end well."""
+    server, slow = Served(decoder, queue=1), Slow(decoder, monkeypatch)
     try:
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(server.post, "/v1/completions", body(max_tokens=60))
             wait_until(lambda: server.worker._running is not None)
-            for _ in range(3):
-                with pytest.raises(httpx.ReadTimeout):
-                    httpx.post(f"{server.url}/v1/completions", content=body(), timeout=0.3)
+            yield server, slow, running
             slow.go.set()
             assert running.result().status_code == 200
     finally:
         server.close()
+
+
+def test_those_who_left_while_waiting_take_no_place(busy: tuple[Served, Slow, Future[httpx.Response]]) -> None:
+    server, _, _ = busy
+    for _ in range(3):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", content=body(), timeout=0.3)
 
 
 def test_200_requests_at_once(served: Served, decoder: OnnxDecoder) -> None:
@@ -294,21 +302,15 @@ def test_200_requests_at_once(served: Served, decoder: OnnxDecoder) -> None:
     assert served.post("/v1/completions", body()).json()["choices"][0]["text"] == expected
 
 
-def test_a_full_queue_is_told(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Served(decoder, queue=1)
-    slow = Slow(decoder, monkeypatch)
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(server.post, "/v1/completions", body(max_tokens=20))
-            wait_until(lambda: server.worker._running is not None)
-            second = pool.submit(server.post, "/v1/completions", body())
-            wait_until(lambda: len(server.worker._waiting) == 1)
-            with pytest.raises(openai.RateLimitError, match="1 requests are waiting"):
-                server.client.completions.create(model="stories", prompt=PROMPT)
-            slow.go.set()
-            assert first.result().status_code == second.result().status_code == 200
-    finally:
-        server.close()
+def test_a_full_queue_is_told(busy: tuple[Served, Slow, Future[httpx.Response]]) -> None:
+    server, slow, _ = busy
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(server.post, "/v1/completions", body())
+        wait_until(lambda: len(server.worker._waiting) == 1)
+        with pytest.raises(openai.RateLimitError, match="1 requests are waiting"):
+            server.client.completions.create(model="stories", prompt=PROMPT)
+        slow.go.set()
+        assert second.result().status_code == 200
 
 
 def test_errors_while_generating(served: Served, decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,8 +97,7 @@ class DecoderSession:
             for start in range(0, fresh.shape[1], prefill):
                 part = fresh[:, start : start + prefill]
                 logits = self._step(part, mask[:, : seen + start + part.shape[1]], cache)
-            sequences = [[*row.prompt, *row.tokens] for row in rows]
-            tokens = sampler(logits[:, -1], sequences, [len(row.prompt) for row in rows])
+            tokens = sampler(logits[:, -1], [(row.prompt, row.tokens) for row in rows])
             for index in running:
                 token = int(tokens[index])
                 piece = rows[index].push(token)

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from teq_graph.capture import DecoderShape
+from teq_graph.config import DTYPES
 from teq_graph.errors import ModelFileError
 from teq_graph.files import one_line, write_json
 
 FORMAT_VERSION = 1
-DTYPES = ("float32", "float16", "bfloat16")
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -30,7 +30,7 @@ WRITTEN = "a directory that export_onnx or teq-graph quantize wrote"
 class Metadata:
     """What `teq_graph.json` tells a runtime about the model beside it.
 
-    `dtype` is the floating-point type of inputs and outputs (one of `DTYPES`). `weights` counts the
+    `dtype` is the floating-point type of inputs and outputs (of `config.DTYPES`). `weights` counts the
     quantized weights by "bits/group_size" as stored in the file; `eos_token_ids` are the stop tokens.
     `shared_buffers`: past and present of a decoder's cache may be one buffer, as long as the longest sequence.
     """

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from teq_graph import graph as fx
 from teq_graph.capture import CapturedGraph
+from teq_graph.config import ACCURACY_LEVELS, DTYPES
 from teq_graph.errors import ConfigError, ExportError
 from teq_graph.files import new_directory, one_line, write_json
 from teq_graph.onnx.directory import DATA_FILE, GENAI_FILE, MODEL_FILE, Metadata
@@ -35,8 +36,6 @@ from teq_graph.passes.match_onnxruntime_layout import MatchOnnxruntimeLayout
 from teq_graph.passes.merge_products import MergeProducts
 from teq_graph.passes.remove_no_ops import RemoveNoOps
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 # The first with Attention, RMSNormalization and RotaryEmbedding.
 OPSETS = (23, 24)
 
@@ -61,11 +60,10 @@ def export_onnx(
 ) -> Path:
     """Write `captured` as `directory`/model.onnx with its neighbours; returns the directory.
 
-    `dtype` is that of weights, activations and KV cache: "float32", "float16" or "bfloat16"
-    (which onnxruntime has on GPUs only). `accuracy_level` is
-    MatMulNBits': 4 computes in int8 (fast), 1 in float32. `tokenizer`, `config` and `generation_config` are
-    Hugging Face objects, saved beside the model where given. `progress` is told each stage as it starts.
-    `captured` is left as it is. Raises ConfigError for options outside what is accepted, ExportError where
+    `dtype` is that of weights, activations and KV cache: "float32", "float16" or "bfloat16" (which onnxruntime has on
+    GPUs only). `accuracy_level` is MatMulNBits': 4 computes in int8 (fast), 1 in float32. `tokenizer`, `config` and
+    `generation_config` are Hugging Face objects, saved beside the model where given. `progress` is told each stage as
+    it starts. `captured` is left as it is. Raises ConfigError for options outside what is accepted, ExportError where
     the model has no ONNX form or the directory cannot be written; then nothing is left behind.
     """
     _check_options(dtype, accuracy_level, opset)
@@ -111,7 +109,7 @@ def lower(
     """
     _check_options(dtype, accuracy_level, opset)
     report = progress or (lambda stage: None)
-    target = DTYPES[dtype]
+    target = getattr(torch, dtype)
     report("preparing")
     wide = _with_example_dtype(captured, torch.float32)
     wide.graph_module = graph_module = fx.clone(captured.graph_module)
@@ -120,7 +118,7 @@ def lower(
         # Attention is proven by numbers, which half precision is too coarse for.
         ChangeDtype(torch.float32),
         FuseAttention(wide),
-        # What attention has not packed, it leaves where each can be found.
+        # Attention finds query, key and value each by the product of its own, and packs them itself.
         MergeProducts(),
         MatchOnnxruntimeLayout(),
         ChangeDtype(target),
@@ -376,4 +374,4 @@ def _eos_token_ids(*sources: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (int(value),)
 
 
-__all__ = ["ACCURACY_LEVELS", "DTYPES", "OPSETS", "export_onnx", "lower", "save_model"]
+__all__ = ["OPSETS", "export_onnx", "lower", "save_model"]

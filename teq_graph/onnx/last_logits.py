@@ -25,20 +25,17 @@ def add_logits_from(model: ir.Model) -> bool:
     last only. Returns whether there is such a head.
     """
     graph = model.graph
-    logits, found = graph.outputs[0], False
-    value, readers = logits, []
-    while True:
-        node = value.producer()
-        if node is None or node.op_type not in POSITION_WISE or (value is not logits and len(value.uses()) > 1):
-            break
+    logits = value = graph.outputs[0]
+    head: list[ir.Node] = []
+    while (node := value.producer()) is not None and node.op_type in POSITION_WISE:
         computed = [item for item in node.inputs if item is not None and not _is_constant(item)]
-        if len(computed) != 1:
+        if len(computed) != 1 or (head and len(value.uses()) > 1):
             break
-        found = found or node.op_type in PRODUCTS
-        value, readers = computed[0], [node]
-    if not found or value in graph.inputs:
+        head.append(node)
+        (value,) = computed
+    if value in graph.inputs or not any(node.op_type in PRODUCTS for node in head):
         return False
-    (reader,) = readers
+    reader = head[-1]
     start = ir.Value(name=LOGITS_FROM, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
     end = _constant(graph, f"{LOGITS_FROM}.end", np.iinfo(np.int64).max)
     axis = _constant(graph, f"{LOGITS_FROM}.axis", _POSITIONS)

@@ -34,11 +34,11 @@ class Sampler:
         )
 
     def __call__(
-        self, logits: npt.NDArray[np.floating], sequences: Sequence[Sequence[int]] = (), prompts: Sequence[int] = ()
+        self, logits: npt.NDArray[np.floating], before: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
     ) -> npt.NDArray[np.int64]:
         """Token ids int64 [b] for logits [b, vocab], where -inf masks a token.
 
-        `sequences` are the tokens that came before, for each row, the first `prompts` of them its prompt.
+        `before` are, for each row, its prompt and the tokens that follow it so far.
         Raises NumericsError for NaN, infinity, and where every token is masked.
         """
         # The largest logit is NaN or infinite where any is.
@@ -49,13 +49,13 @@ class Sampler:
             return best
         rows = [row.astype(np.float64) for row in logits]
         if self._changes_logits:
-            for row, sequence, prompt in zip(rows, sequences, prompts, strict=True):
-                self._change(row, sequence, prompt)
+            for row, (prompt, new) in zip(rows, before, strict=True):
+                self._change(row, prompt, new)
         choose = self._sample if self.options.samples else lambda row: int(row.argmax())
         return np.array([choose(row) for row in rows], dtype=np.int64)
 
-    def _change(self, row: Row, sequence: Sequence[int], prompt: int) -> None:
-        options, new = self.options, sequence[prompt:]
+    def _change(self, row: Row, prompt: Sequence[int], new: Sequence[int]) -> None:
+        options, sequence = self.options, [*prompt, *new]
         if options.repetition_penalty != 1.0:
             seen = np.unique(np.asarray(sequence, dtype=np.int64))
             factor = np.where(row[seen] < 0, options.repetition_penalty, 1 / options.repetition_penalty)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import threading
@@ -138,6 +137,7 @@ class Completions:
             text = "".join([piece async for piece in job.pieces()])
         finally:
             watching.cancel()
+            job.cancel()
         choice = {"index": 0, **kind.choice(text), "logprobs": None, "finish_reason": stream.finish_reason}
         usage = _usage(len(prompt), stream)
         return JSONResponse({**head, "object": kind.whole, "choices": [choice], "usage": usage})
@@ -167,9 +167,8 @@ class Completions:
         try:
             if kind.first is not None:
                 yield event(kind.first)
-            async with contextlib.aclosing(job.pieces()) as pieces:
-                async for piece in pieces:
-                    yield event(kind.delta(piece))
+            async for piece in job.pieces():
+                yield event(kind.delta(piece))
         except ApiError as error:
             yield f"data: {json.dumps(error.content)}\n\n"
             return

@@ -27,6 +27,15 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
 """Fields that would change the result and are not implemented, with the values that ask for nothing."""
 
 
+SAME_NAME = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+OPTIONS: Mapping[str, str] = {
+    **{name: name for name in (*SAME_NAME, "seed")},
+    "max_tokens": "max_new_tokens",
+    "stop": "stop_strings",
+}
+"""Fields of a request -> the options of `OnnxDecoder.generate` that they are."""
+
+
 class ApiError(Exception):
     """An answer in OpenAI's shape of errors, with its HTTP status."""
 
@@ -67,10 +76,7 @@ class Request(Strict):
 
     def options(self) -> dict[str, Any]:
         """The options of `OnnxDecoder.generate` that are asked for."""
-        named = {"max_tokens": "max_new_tokens", "stop": "stop_strings"}
-        kept = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        names = {**named, **{name: name for name in (*kept, "seed")}}
-        return {ours: value for name, ours in names.items() if (value := getattr(self, name)) not in (None, [])}
+        return {ours: value for name, ours in OPTIONS.items() if (value := getattr(self, name)) not in (None, [])}
 
 
 class TextPart(Strict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 
 from teq_graph.errors import TeqGraphError
 from teq_graph.onnx.runtime import Stream
@@ -26,15 +26,12 @@ class Job:
         """Nobody waits for it any more; it ends before its next token."""
         self._cancelled.set()
 
-    async def pieces(self) -> AsyncGenerator[str, None]:
+    async def pieces(self) -> AsyncIterator[str]:
         """Pieces of text as they come; raises what ended them otherwise."""
-        try:
-            while (piece := await self._pieces.get()) is not None:
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
-        finally:
-            self.cancel()
+        while (piece := await self._pieces.get()) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
 
     def run(self) -> None:
         """Generate; in the worker's thread."""
