@@ -304,7 +304,7 @@ def test_the_embedding_is_quantized_where_asked(tiny: Path, out: Path, capsys: p
     printed = capsys.readouterr().out
     assert re.search(r"^embedding +model\.embed_tokens: W4g32, error \d+\.\d%, .* MB$", printed, re.MULTILINE)
     metadata = json.loads((out / "teq_graph.json").read_text(encoding="utf-8"))
-    assert metadata["weights"] == {"4/32": 7 * LAYERS + 1}
+    assert metadata["weights"] == {"4/32": 5 * LAYERS + 1}  # per layer k and v are one, and gate and up
 
 
 def test_links_and_missing_folders_on_the_way_to_the_output(
