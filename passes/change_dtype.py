@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-import teq_graph.ops  # noqa: F401  (registers the operator)
+import teq_graph.ops  # noqa: F401  (registers the operators)
 from teq_graph import graph as fx
 from teq_graph.errors import NumericsError
 from teq_graph.graph import aten
 
 CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
+
+EMBEDDINGS = (aten.embedding.default, torch.ops.teq_graph.embedding_nbits.default)
 
 # Operators whose kernels accumulate in float32 whatever the type of their operands.
 PRODUCTS = (
@@ -33,7 +35,7 @@ PRODUCTS = (
     aten.layer_norm.default,
     aten.group_norm.default,
     aten.rms_norm.default,
-    aten.embedding.default,
+    *EMBEDDINGS,
     torch.ops.teq_graph.matmul_nbits.default,
 )
 
@@ -105,7 +107,7 @@ class _Conversion:
             elif node.op == "get_attr" and node in self.was:
                 self._constant(node)
             elif node.op == "call_function":
-                if fx.is_call(node, aten.embedding.default) or self.activations.intersection(node.all_input_nodes):
+                if fx.is_call(node, *EMBEDDINGS) or self.activations.intersection(node.all_input_nodes):
                     self.activations.add(node)
                     self._activation(node)
                 else:

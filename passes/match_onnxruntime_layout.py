@@ -1,4 +1,4 @@
-"""Store quantized weights the way onnxruntime's MatMulNBits accepts them."""
+"""Store quantized weights the way onnxruntime's MatMulNBits and GatherBlockQuantized accept them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-import teq_graph.ops  # noqa: F401  (registers the operator)
+import teq_graph.ops  # noqa: F401  (registers the operators)
 from teq_graph import graph as fx
 from teq_graph.quantization import QuantizedWeight
 
+READERS = (torch.ops.teq_graph.matmul_nbits.default, torch.ops.teq_graph.embedding_nbits.default)
 Stored = tuple[Node, Node, Node | None]
 """The nodes that read b, scales and zero_points."""
 
@@ -19,16 +20,17 @@ Stored = tuple[Node, Node, Node | None]
 class MatchOnnxruntimeLayout(PassBase):
     """matmul_nbits(a, b, …, bits=3, block_size=K)   becomes   matmul_nbits(a, b', …, bits=4, block_size=128)
 
+    and so does embedding_nbits(indices, b, …).
     onnxruntime takes 2, 4 and 8 bits in blocks of 16 to 256. 3-bit codes move into 4 bits, and a block that
     spans the whole row becomes blocks of 128 with the same scale: the weight stays equal bit for bit
     (`QuantizedWeight.for_onnxruntime`). What is accepted already is left alone, and a weight that several
-    products read is stored once.
+    operators read is stored once.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult:
         done: dict[tuple[Stored, int, int], tuple[Stored, int, int]] = {}
         for node in list(graph_module.graph.nodes):
-            if not fx.is_call(node, torch.ops.teq_graph.matmul_nbits.default):
+            if not fx.is_call(node, *READERS):
                 continue
             values: dict[str, Any] = fx.arguments(node)
             stored: Stored = (values["b"], values["scales"], values["zero_points"])
@@ -49,7 +51,8 @@ class MatchOnnxruntimeLayout(PassBase):
 def _weight(stored: Stored, values: dict[str, Any]) -> QuantizedWeight:
     b, scales, zero_points = (None if node is None else fx.node_tensor(node) for node in stored)
     assert b is not None and scales is not None
-    return QuantizedWeight(b, scales, zero_points, values["N"], values["K"], values["bits"], values["block_size"])
+    k = values["K"] if "K" in values else values["D"]
+    return QuantizedWeight(b, scales, zero_points, b.shape[0], k, values["bits"], values["block_size"])
 
 
 def _store(graph_module: GraphModule, old: Stored, weight: QuantizedWeight) -> Stored:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from teq_graph import graph as fx
@@ -39,21 +39,20 @@ class QuantizeLinears(PassBase):
                     weight.detach(), self.specs[name], weight.dtype
                 )
                 # Before the first reader; later readers of the same weight follow it.
-                dequantized[name] = _dequantize_node(graph_module, linear, name, self.quantized[name])
+                dequantized[name] = dequantize_node(graph_module, linear, name, self.quantized[name])
             linear.update_arg(1, dequantized[name])
         if dequantized:
             fx.drop_unused(graph_module)
         return PassResult(graph_module, bool(dequantized))
 
 
-def _dequantize_node(
-    graph_module: GraphModule, before: torch.fx.Node, name: str, weight: QuantizedWeight
-) -> torch.fx.Node:
+def dequantize_node(graph_module: GraphModule, before: Node, name: str, weight: QuantizedWeight) -> Node:
+    """A node that gives the weight called `name` [N, K] from its codes, which are stored beside it."""
     owner, _, leaf = name.rpartition(".")
     stem = (f"{owner}." if owner else "") + ("" if leaf == "weight" else f"{leaf}_")
     graph = graph_module.graph
     with graph.inserting_before(before):
-        tensors: list[torch.fx.Node | None] = []
+        tensors: list[Node | None] = []
         parts = (("codes", weight.packed), ("scales", weight.scales), ("zero_points", weight.zero_points))
         for part, tensor in parts:
             if tensor is None:
@@ -64,5 +63,5 @@ def _dequantize_node(
             tensors.append(node)
         shape = (weight.k, weight.n, weight.bits, weight.block_size)
         result = graph.call_function(torch.ops.teq_graph.dequantize_nbits.default, (*tensors, *shape))
-    result.meta["val"] = before.all_input_nodes[1].meta["val"]
+    result.meta["val"] = fx.get_tensor(graph_module, name)
     return result

@@ -46,6 +46,10 @@ Skip = Annotated[
     list[str] | None, typer.Option("--skip", metavar="PATTERN", help="Weights to leave in float; repeatable.")
 ]
 LmHead = Annotated[bool, typer.Option("--lm-head", help="Quantize the projection onto the vocabulary, too.")]
+Embedding = Annotated[
+    bool,
+    typer.Option("--embedding", help="Quantize the token embedding, too; with --lm-head, a tied one is stored once."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -62,39 +66,46 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
-def inspect(model: Model, lm_head: LmHead = False, skip: Skip = None, as_json: Json = False) -> None:
+def inspect(
+    model: Model, lm_head: LmHead = False, embedding: Embedding = False, skip: Skip = None, as_json: Json = False
+) -> None:
     """Show equivalences, coverage, and what is left out.
 
     Analyses the model's graph and trains nothing. Layers that are alike share a row; --json has every one.
     """
-    quantization = QuantizationConfig(quantize_lm_head=lm_head, skip=tuple(skip or ()))
+    quantization = QuantizationConfig(quantize_lm_head=lm_head, quantize_embedding=embedding, skip=tuple(skip or ()))
     from teq_graph.analysis.blocks import find_blocks
     from teq_graph.compile import analyze
     from teq_graph.graph import get_tensor
     from teq_graph.loading import load_model
-    from teq_graph.report import LinearReport
+    from teq_graph.report import EmbeddingReport, LinearReport
 
     loaded = load_model(model)
     with progress.task("Analysing"):
         analysis = analyze(loaded.model, quantization=quantization)
     found = analysis.findings
     covered = {name for equivalence in found.equivalences for name in equivalence.linears}
-    linears = [
-        LinearReport(name, _shape(get_tensor(analysis.captured.graph_module, name)), spec, reason, name in covered)
-        for name, spec, reason in (
-            *((name, spec, None) for name, spec in analysis.specs.items()),
-            *((name, None, reason) for name, reason in analysis.kept_in_float.items()),
-        )
-    ]
+    shapes = {
+        name: _shape(get_tensor(analysis.captured.graph_module, name))
+        for name, *_ in (*analysis.linears, *analysis.embeddings)
+    }
+    linears = tuple(
+        LinearReport(name, shapes[name], spec, reason, name in covered) for name, spec, reason in analysis.linears
+    )
+    embeddings = tuple(
+        EmbeddingReport(name, shapes[name], spec, reason, name in analysis.specs)
+        for name, spec, reason in analysis.embeddings
+    )
     blocks = find_blocks(analysis.captured, found.equivalences)
     inspection = console.Inspection(
         loaded.name,
-        tuple(linears),
+        linears,
         found.equivalences,
         found.refusals,
         blocks,
         analysis.other_weights,
         analysis.notes,
+        embeddings,
     )
     if as_json:
         _print_json(inspection.to_dict())
@@ -116,6 +127,7 @@ def quantize(
     ] = QuantizationConfig.group_size,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Without zero points.")] = False,
     lm_head: LmHead = False,
+    embedding: Embedding = False,
     skip: Skip = None,
     override: Annotated[
         list[str] | None,
@@ -181,7 +193,7 @@ def quantize(
     calibration.
     """
     quantization = QuantizationConfig(
-        bits, group_size, symmetric, lm_head, tuple(skip or ()), options.overrides(override), target_bits
+        bits, group_size, symmetric, lm_head, tuple(skip or ()), options.overrides(override), target_bits, embedding
     )
     trained = {
         "objective": objective,

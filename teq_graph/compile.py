@@ -15,6 +15,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 
 from teq_graph import graph as fx
 from teq_graph.analysis.blocks import find_blocks
+from teq_graph.analysis.embeddings import find_embeddings
 from teq_graph.analysis.equivalence import Equivalence
 from teq_graph.analysis.products import OtherWeight, find_other_weights
 from teq_graph.calibration import calibration_batches
@@ -30,11 +31,12 @@ from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
 from teq_graph.passes.insert_scales import InsertScales
 from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
 from teq_graph.passes.normalize_linears import NormalizeLinears
+from teq_graph.passes.quantize_embeddings import QuantizeEmbeddings
 from teq_graph.passes.quantize_linears import QuantizeLinears
 from teq_graph.passes.remove_no_ops import RemoveNoOps
 from teq_graph.passes.untie_weights import UntieWeights
-from teq_graph.quantization import QuantizedWeight
-from teq_graph.report import BlockReport, LinearReport, Report
+from teq_graph.quantization import QuantizedWeight, find_clipped_grid, find_grid, quantize
+from teq_graph.report import BlockReport, EmbeddingReport, LinearReport, Report
 from teq_graph.training import Trainer
 from teq_graph.training.sensitivity import choose_bits
 from teq_graph.write_back import can_write_back, write_back
@@ -44,6 +46,10 @@ from teq_graph.write_back import can_write_back, write_back
 NORMALIZATION: tuple[type[PassBase], ...] = (RemoveNoOps, NormalizeLinears, FoldConstants, FuseRMSNorm)
 
 
+Decision = tuple[str, WeightSpec | None, str | None]
+"""Name of a weight, its spec, and where it has none the reason."""
+
+
 @dataclasses.dataclass
 class Analysis:
     """A captured, normalised graph and what it proves."""
@@ -51,17 +57,50 @@ class Analysis:
     captured: CapturedGraph
     specs: dict[str, WeightSpec]
     kept_in_float: dict[str, str]
-    """Weight name -> why it is not quantized."""
+    """Weight name of a linear -> why it is not quantized."""
     findings: Findings
     bytes: int
     free: frozenset[str] = frozenset()
     """The weights whose bits are yet to be chosen."""
     other_weights: tuple[OtherWeight, ...] = ()
     notes: tuple[str, ...] = ()
+    tables: dict[str, WeightSpec] = dataclasses.field(default_factory=dict)
+    """The embedding tables to quantize, by name; that of a tied projection is in `specs` as well."""
+    tables_in_float: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Name of another embedding table -> why it is not quantized, where any was to be."""
+
+    @property
+    def trained_specs(self) -> dict[str, WeightSpec]:
+        """The specs of the weights whose codes training chooses: not those of tables, which come before it."""
+        return {name: spec for name, spec in self.specs.items() if name not in self.tables}
+
+    @property
+    def linears(self) -> list[Decision]:
+        """What becomes of the weight of each linear."""
+        return _decisions(self.specs, self.kept_in_float)
+
+    @property
+    def embeddings(self) -> list[Decision]:
+        """What becomes of each embedding table, where any was to be quantized."""
+        return _decisions(self.tables, self.tables_in_float)
 
     def choose_bits(self, batches: Sequence[Any], target: float, seed: int) -> None:
         """Give the `free` weights the bits that serve the float model's loss on `batches` best."""
-        self.specs = choose_bits(self.captured, self.specs, self.free, batches, target, seed)
+        specs = choose_bits(self.captured, self.specs | self.tables, self.free, batches, target, seed)
+        self.specs = {name: specs[name] for name in self.specs}
+
+    def quantize_tables(self, clip: bool) -> dict[str, QuantizedWeight]:
+        """The embedding tables rounded to nearest, on clipped ranges where `clip`."""
+        quantized = {}
+        for name, spec in self.tables.items():
+            weight = fx.get_tensor(self.captured.graph_module, name)
+            grid = (find_clipped_grid if clip else find_grid)(weight, spec, weight.dtype)
+            quantized[name] = QuantizedWeight.from_codes(quantize(weight, grid), grid, weight.dtype)
+        return quantized
+
+
+def _decisions(specs: Mapping[str, WeightSpec], kept: Mapping[str, str]) -> list[Decision]:
+    return [*((name, spec, None) for name, spec in specs.items()), *((n, None, reason) for n, reason in kept.items())]
 
 
 def analyze(
@@ -77,15 +116,18 @@ def analyze(
     for step in NORMALIZATION:
         step()(graph_module)
     specs, kept = choose_linears(captured, quantization)
+    tables, tables_in_float = choose_embeddings(captured, quantization, specs)
+    _check_patterns(quantization, list(dict.fromkeys([*specs, *kept, *tables, *tables_in_float])))
     # Before the analysis: a tied projection of its own can be scaled, a shared one cannot.
-    untie = UntieWeights(specs)
+    untie = UntieWeights(specs.keys() - tables.keys())
     untie(graph_module)
-    free = frozenset(untie.renamed.get(name, name) for name in specs if quantization.chooses_bits_of(name))
+    chooses = [name for name in specs if quantization.chooses_bits_of(name) and name not in tables]
+    free = frozenset(untie.renamed.get(name, name) for name in chooses)
     specs = {untie.renamed.get(name, name): spec for name, spec in specs.items()}
     finder = FindEquivalences(captured)
     finder(graph_module)
     others, notes = find_other_weights(graph_module), tuple(_notes(model, captured))
-    return Analysis(captured, specs, kept, finder.findings, before, free, others, notes)
+    return Analysis(captured, specs, kept, finder.findings, before, free, others, notes, tables, tables_in_float)
 
 
 def compile(  # noqa: A001  the name is the contract, as torch.compile's is
@@ -122,19 +164,20 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     if training is not None and quantization.target_bits is not None:
         batches = calibration_batches(calibration, captured, training, tokenizer, example_inputs)
         analysis.choose_bits(batches, quantization.target_bits, training.seed)
-    specs = analysis.specs
+    specs = analysis.trained_specs
     equivalences, blocks = analysis.findings.equivalences, tuple[BlockReport, ...]()
     chosen: Mapping[str, QuantizedWeight] = {}
     stages = training.stages_for(specs.values()) if training is not None else ()
+    tables = analysis.quantize_tables(clip="clip" in stages)
     if training is not None and specs and (equivalences or any(stage != "scales" for stage in stages)):
         batches = batches or calibration_batches(calibration, captured, training, tokenizer, example_inputs)
-        equivalences, blocks, chosen = train(analysis, batches, training)
+        equivalences, blocks, chosen = train(analysis, batches, training, tables)
     quantizer = QuantizeLinears(specs, chosen)
-    originals = {name: fx.get_tensor(captured.graph_module, name) for name in specs}
-    quantizer(captured.graph_module)
-    LowerToMatMulNBits()(captured.graph_module)
+    originals = {name: fx.get_tensor(captured.graph_module, name) for name in specs | analysis.tables}
+    for step in (QuantizeEmbeddings(tables), quantizer, LowerToMatMulNBits()):
+        step(captured.graph_module)
     report = dataclasses.replace(
-        make_report(analysis, blocks, originals, quantizer), seconds=time.monotonic() - started
+        make_report(analysis, blocks, originals, quantizer.quantized | tables), seconds=time.monotonic() - started
     )
     config = getattr(model, "config", None)
     return CompiledModel(
@@ -180,20 +223,26 @@ def transform(
 
 
 def train(
-    analysis: Analysis, batches: Sequence[Any], training: TrainingConfig
+    analysis: Analysis,
+    batches: Sequence[Any],
+    training: TrainingConfig,
+    tables: Mapping[str, QuantizedWeight] | None = None,
 ) -> tuple[tuple[Equivalence, ...], tuple[BlockReport, ...], Mapping[str, QuantizedWeight]]:
     """Run the stages: the equivalences with the scales that were folded, each block's error, and the weights chosen.
 
+    The blocks learn with the embedding `tables` as they were quantized, which the graph has in float again after it.
     Gains and biases that were tuned are written to the graph; weights are, but for their scales, as they were.
     """
     captured, found = analysis.captured, analysis.findings.equivalences
     blocks = find_blocks(captured, found)
-    used = found if "scales" in training.stages_for(analysis.specs.values()) else ()
-    trainer = Trainer(captured, InsertScales(used, analysis.specs), blocks, batches, training)
+    specs = analysis.trained_specs
+    used = found if "scales" in training.stages_for(specs.values()) else ()
+    trainer = Trainer(captured, InsertScales(used, specs), blocks, batches, training, tables or {})
     trainer.run()
     folder = FoldScales(trainer.inserted)
     folder(captured.graph_module)
-    for name, tensor in trainer.floats.items():
+    floats = {name: trainer.reference.tensor(name) for name in trainer.tables}
+    for name, tensor in (floats | trainer.floats).items():
         fx.set_tensor(captured.graph_module, name, tensor)
     learned = tuple(dataclasses.replace(e, scale=s) for e, s in zip(used, folder.learned, strict=True)) or found
     return learned, tuple(trainer.reports), trainer.weights
@@ -204,7 +253,7 @@ def choose_linears(
 ) -> tuple[dict[str, WeightSpec], dict[str, str]]:
     """The linears to quantize, by weight name, and the reason for each that is left in float.
 
-    Raises CaptureError where there are none, ConfigError for a pattern that matches none of them.
+    Raises CaptureError where there are none.
     """
     specs: dict[str, WeightSpec] = {}
     kept: dict[str, str] = {}
@@ -219,12 +268,36 @@ def choose_linears(
             specs[name] = spec
     if not specs and not kept:
         raise CaptureError("the graph has no linear layers: there is nothing to quantize")
-    names = [*specs, *kept]
+    return specs, kept
+
+
+def choose_embeddings(
+    captured: CapturedGraph, quantization: QuantizationConfig, linears: Mapping[str, WeightSpec]
+) -> tuple[dict[str, WeightSpec], dict[str, str]]:
+    """The embedding tables to quantize, by name, and the reason for each that is left in float; `linears` are those
+    to quantize."""
+    specs: dict[str, WeightSpec] = {}
+    kept: dict[str, str] = {}
+    for table in find_embeddings(captured.graph_module) if quantization.quantize_embedding else ():
+        spec = quantization.spec_for(table.name)
+        if spec is None:
+            kept[table.name] = "skipped by pattern"
+        elif table.reason is not None:
+            kept[table.name] = f"embedding: {table.reason}"
+        elif table.is_tied and table.name not in linears:
+            kept[table.name] = "embedding: tied to a projection that stays in float"
+        else:
+            specs[table.name] = spec
+    return specs, kept
+
+
+def _check_patterns(quantization: QuantizationConfig, names: list[str]) -> None:
+    """Raises ConfigError for a pattern that matches none of the weights."""
+    what = "linear or embedding" if quantization.quantize_embedding else "linear"
     for option, patterns in (("skip", quantization.skip), ("overrides", tuple(quantization.overrides))):
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(f"{option}={pattern!r}: it matches no linear; their weights are {_some(names)}")
-    return specs, kept
+                raise ConfigError(f"{option}={pattern!r}: it matches no {what}; their weights are {_some(names)}")
 
 
 def _some(names: list[str]) -> str:
@@ -232,34 +305,26 @@ def _some(names: list[str]) -> str:
 
 
 def make_report(
-    analysis: Analysis, blocks: tuple[BlockReport, ...], originals: Mapping[str, Tensor], quantizer: QuantizeLinears
+    analysis: Analysis,
+    blocks: tuple[BlockReport, ...],
+    originals: Mapping[str, Tensor],
+    stored: Mapping[str, QuantizedWeight],
 ) -> Report:
-    """Errors and sizes of what was done."""
+    """Errors and sizes of what was done, from the weights as they were and as they are stored."""
     scaled = {name for equivalence in analysis.findings.equivalences for name in equivalence.linears}
-    linears = []
-    for name, spec in analysis.specs.items():
-        weight, quantized = originals[name], quantizer.quantized[name]
-        error = (quantized.dequantize().to(weight.device) - weight.float()).norm() / weight.float().norm().clamp(
-            min=1e-30
-        )
-        linears.append(
-            LinearReport(
-                name=name,
-                shape=(quantized.n, quantized.k),
-                spec=spec,
-                scaled=name in scaled,
-                error=float(error),
-                bytes_before=weight.numel() * weight.element_size(),
-                bytes_after=quantized.nbytes,
-            )
-        )
-    for name, reason in analysis.kept_in_float.items():
-        weight = fx.get_tensor(analysis.captured.graph_module, name)
+
+    def facts(name: str, spec: WeightSpec | None, reason: str | None) -> dict[str, Any]:
+        weight = originals[name] if spec else fx.get_tensor(analysis.captured.graph_module, name)
         size = weight.numel() * weight.element_size()
-        n, k = weight.shape
-        linears.append(LinearReport(name, (n, k), None, reason, name in scaled, bytes_before=size, bytes_after=size))
+        result = {"name": name, "shape": tuple(weight.shape), "spec": spec, "reason": reason, "bytes_before": size}
+        if spec is None:
+            return {**result, "bytes_after": size}
+        error = (stored[name].dequantize().to(weight.device) - weight.float()).norm()
+        error /= weight.float().norm().clamp(min=1e-30)
+        return {**result, "error": float(error), "bytes_after": stored[name].nbytes}
+
     return Report(
-        linears=tuple(linears),
+        linears=tuple(LinearReport(**facts(*linear), scaled=linear[0] in scaled) for linear in analysis.linears),
         equivalences=len(analysis.findings.equivalences),
         refusals=analysis.findings.refusals,
         blocks=blocks,
@@ -267,6 +332,9 @@ def make_report(
         bytes_after=tensor_bytes(analysis.captured.graph_module),
         other_weights=analysis.other_weights,
         notes=analysis.notes,
+        embeddings=tuple(
+            EmbeddingReport(**facts(*table), tied=table[0] in analysis.specs) for table in analysis.embeddings
+        ),
     )
 
 

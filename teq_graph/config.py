@@ -71,16 +71,20 @@ class WeightSpec:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationConfig:
-    """Which linears are quantized, and how.
+    """Which linears and embeddings are quantized, and how.
 
-    `skip` and `overrides` take shell patterns (`fnmatch`) over the name of a linear's weight in the model,
-    for example `"*.mlp.*"`; an override is a mapping with any of `bits`, `group_size`, `symmetric`, and
-    the last matching one wins. `quantize_lm_head` includes the projection onto the vocabulary; where it is
-    tied to the embedding, it becomes a separate, quantized copy.
+    `skip` and `overrides` take shell patterns (`fnmatch`) over the name of a weight in the model, for example
+    `"*.mlp.*"`; an override is a mapping with any of `bits`, `group_size`, `symmetric`, and the last matching one wins.
+    `quantize_lm_head` includes the projection onto the vocabulary; where it is tied to the embedding, it becomes a
+    separate, quantized copy, unless `quantize_embedding` lets both read one.
+
+    `quantize_embedding` includes the tables that tokens are looked up in. They are rounded before anything is trained,
+    so that the blocks learn to make up for it; so is a tied projection, which no stage changes then. A table whose
+    projection stays in float stays in float, too.
 
     `target_bits`, from 2 to 8, takes the place of `bits`: each linear gets the bits that serve the calibration loss
     best, and the average over all quantized weights is at most this (of codes alone, without scales and zero points).
-    Linears whose override sets `bits` keep these, and count.
+    Linears whose override sets `bits` keep these, and count; so do embeddings, with `bits` where no override sets them.
     """
 
     bits: int = 4
@@ -90,6 +94,7 @@ class QuantizationConfig:
     skip: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     target_bits: float | None = None
+    quantize_embedding: bool = False
 
     def __post_init__(self) -> None:
         WeightSpec(self.bits, self.group_size, self.symmetric)
@@ -101,7 +106,8 @@ class QuantizationConfig:
             target,
             f"None and numbers from {min(BITS)} to {max(BITS)}",
         )
-        _require(isinstance(self.quantize_lm_head, bool), "quantize_lm_head", self.quantize_lm_head, "True or False")
+        for name in ("quantize_lm_head", "quantize_embedding"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         patterns: object = self.skip
         if isinstance(patterns, str):
             raise ConfigError(f"skip={patterns!r}: accepted is a sequence of patterns, not one string")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from teq_graph.analysis.equivalence import Equivalence, Refusal
     from teq_graph.analysis.products import OtherWeight
     from teq_graph.config import TrainingConfig
-    from teq_graph.report import LinearReport, Report
+    from teq_graph.report import EmbeddingReport, LinearReport, Report
 
 _UNWRAPPED = 1_000_000  # columns, where standard output is no terminal
 
@@ -40,6 +40,7 @@ class Inspection:
     blocks: tuple[Block, ...]
     other_weights: tuple[OtherWeight, ...]
     notes: tuple[str, ...]
+    embeddings: tuple[EmbeddingReport, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything, layer by layer."""
@@ -61,19 +62,28 @@ class Inspection:
             "blocks": blocks,
             "other_weights": [dataclasses.asdict(weight) for weight in self.other_weights],
             "notes": self.notes,
+            "embeddings": [
+                {"name": t.name, "shape": t.shape, "tied": t.tied, "in_float": t.reason} for t in self.embeddings
+            ],
         }
 
     def show(self) -> None:
         """Print tables in which the layers of a stack share a row."""
         chosen = [linear for linear in self.linears if linear.reason is None]
         covered = [linear for linear in chosen if linear.scaled]
-        weights: tuple[LinearReport | OtherWeight, ...] = (*self.linears, *self.other_weights)
+        weights: tuple[LinearReport | EmbeddingReport | OtherWeight, ...]
+        weights = (*self.linears, *self.embeddings, *self.other_weights)
         show_pairs(
             [
                 ("model", self.model),
                 ("linears", f"{len(self.linears)}, {len(chosen)} to quantize"),
                 ("covered", f"{len(covered)} of {len(chosen)} have columns that an equivalence scales"),
                 ("equivalences", f"{len(self.equivalences)} found" if self.equivalences else "none found"),
+                *[
+                    ("embedding", f"{t.name.removesuffix('.weight')}, to quantize")
+                    for t in self.embeddings
+                    if not t.reason
+                ],
                 *[("blocks", line) for line in _describe_blocks(self.blocks)],
                 *[("note", note) for note in self.notes],
             ]
@@ -150,6 +160,7 @@ def describe_report(report: Report, trained: bool) -> list[tuple[str, str]]:
     specs = [str(linear.spec) for linear in quantized]
     counts = ", ".join(f"{specs.count(spec)} {spec}" for spec in dict.fromkeys(specs))
     scaled = sum(linear.scaled for linear in quantized)
+    tables = [table for table in report.embeddings if table.spec is not None]
     lines = [
         ("quantized", f"{len(quantized)} of {len(report.linears)} linears: {counts or 'none'}"),
         (
@@ -157,6 +168,7 @@ def describe_report(report: Report, trained: bool) -> list[tuple[str, str]]:
             f"{scaled} of {len(quantized)} have columns that one of {report.equivalences} equivalences scales",
         ),
     ]
+    lines += [("embedding", _describe_table(table)) for table in tables]
     kept = (((weight.name,), (weight.reason,)) for weight in report.in_float)
     lines += [("in float", f"{names[0]}: {reason}") for names, (reason,), _ in _collapse(kept)]
     if report.blocks:
@@ -263,7 +275,13 @@ def _shared(parts: Sequence[str], others: Sequence[str]) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False))))
 
 
-def _shape(weight: LinearReport | OtherWeight) -> str:
+def _describe_table(table: EmbeddingReport) -> str:
+    sizes = f"{_megabytes(table.bytes_before)} → {_megabytes(table.bytes_after)}"
+    tied = ", one with the vocabulary projection" if table.tied else ""
+    return f"{table.name.removesuffix('.weight')}: {table.spec}, error {table.error:.1%}, {sizes}{tied}"
+
+
+def _shape(weight: LinearReport | EmbeddingReport | OtherWeight) -> str:
     return "×".join(map(str, weight.shape))
 
 

@@ -2,9 +2,10 @@
 
     teq_graph::matmul_nbits      a [..., K] times a quantized weight [N, K], plus bias
     teq_graph::dequantize_nbits  a quantized weight [N, K] as floats
+    teq_graph::embedding_nbits   rows of a quantized table [V, D], by indices [...]: [..., D]
     teq_graph::group_query_attention  causal attention over a KV cache, see `teq_graph.attention`
 
-Storage is that of com.microsoft::MatMulNBits (see `teq_graph.quantization.weight.QuantizedWeight`). Both are for
+Storage is that of com.microsoft::MatMulNBits (see `teq_graph.quantization.weight.QuantizedWeight`). All are for
 inference: a backward pass through `matmul_nbits` raises KernelError.
 """
 
@@ -30,6 +31,7 @@ _SIZES = "int K, int N, int bits, int block_size"
 _SCHEMAS = {
     "matmul_nbits": f"(Tensor a, {_WEIGHT}, Tensor? bias, {_SIZES}) -> Tensor",
     "dequantize_nbits": f"({_WEIGHT}, {_SIZES}) -> Tensor",
+    "embedding_nbits": f"(Tensor indices, {_WEIGHT}, int D, int bits, int block_size) -> Tensor",
     "group_query_attention": (
         "(Tensor query, Tensor? key, Tensor? value, Tensor past_key, Tensor past_value, Tensor bias, Tensor? cos, "
         "Tensor? sin, int num_heads, int kv_num_heads, float scale, float softcap, int window, bool interleaved) "
@@ -71,6 +73,14 @@ def _check_matmul(
             raise InputError(f"{name} is on {tensor.device}: accepted is that of a, {a.device}")
 
 
+def _check_embedding(
+    indices: Tensor, b: Tensor, scales: Tensor, zero_points: Tensor | None, d: int, bits: int, block: int
+) -> None:
+    _check_weight(b, scales, zero_points, d, b.shape[0], bits, block)
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"indices {_describe(indices)}: accepted are int64 and int32")
+
+
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.shape != shape or tensor.dtype not in dtypes:
         accepted = " or ".join(str(dtype) for dtype in dtypes)
@@ -101,6 +111,13 @@ def _dequantize_fake(
 ) -> Tensor:
     _check_weight(b, scales, zero_points, k, n, bits, block)
     return scales.new_empty((n, k))
+
+
+def _embedding_fake(
+    indices: Tensor, b: Tensor, scales: Tensor, zero_points: Tensor | None, d: int, bits: int, block: int
+) -> Tensor:
+    _check_embedding(indices, b, scales, zero_points, d, bits, block)
+    return scales.new_empty((*indices.shape, d))
 
 
 def _attention_fake(
@@ -157,6 +174,19 @@ def _dequantize(b: Tensor, scales: Tensor, zero_points: Tensor | None, k: int, n
     return result
 
 
+def _embedding(
+    indices: Tensor, b: Tensor, scales: Tensor, zero_points: Tensor | None, d: int, bits: int, block: int
+) -> Tensor:
+    _check_embedding(indices, b, scales, zero_points, d, bits, block)
+    # As for a float table, torch refuses an index outside it.
+    rows = indices.reshape(-1)
+    zeros = None if zero_points is None else zero_points.index_select(0, rows)
+    values = dequantize_rows(b.index_select(0, rows), scales.index_select(0, rows), zeros, bits)
+    result = scales.new_empty((*indices.shape, d))
+    result.view(-1, d).copy_(values[:, :d])
+    return result
+
+
 def _dequantized_chunks(
     b: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int
 ) -> Iterator[tuple[int, Tensor]]:
@@ -192,9 +222,11 @@ def _register() -> None:
         torch.library.register_autograd(f"teq_graph::{name}", _refuse_backward)
     torch.library.register_fake("teq_graph::matmul_nbits", _matmul_fake)
     torch.library.register_fake("teq_graph::dequantize_nbits", _dequantize_fake)
+    torch.library.register_fake("teq_graph::embedding_nbits", _embedding_fake)
     torch.library.register_fake("teq_graph::group_query_attention", _attention_fake)
     torch.library.impl("teq_graph::matmul_nbits", ("cpu", "cuda"), _matmul)
     torch.library.impl("teq_graph::dequantize_nbits", ("cpu", "cuda"), _dequantize)
+    torch.library.impl("teq_graph::embedding_nbits", ("cpu", "cuda"), _embedding)
     torch.library.impl("teq_graph::group_query_attention", "CompositeExplicitAutograd", group_query_attention)
 
 

@@ -30,6 +30,20 @@ class LinearReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class EmbeddingReport:
+    """One embedding table, as a `LinearReport`. Where a linear is `tied` to it, both read the same codes."""
+
+    name: str
+    shape: tuple[int, int]
+    spec: WeightSpec | None
+    reason: str | None = None
+    tied: bool = False
+    error: float | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockReport:
     """Relative output error of a block, rounded to nearest and as its scales and codes were chosen."""
 
@@ -42,7 +56,8 @@ class BlockReport:
 class Report:
     """The whole compilation. `bytes_before` and `bytes_after` count every tensor of the graph, each once.
 
-    `other_weights` take part in products that are no linears; `notes` say what else a user should know.
+    `other_weights` take part in products that are no linears; `notes` say what else a user should know. `embeddings`
+    are there where they were to be quantized.
     """
 
     linears: tuple[LinearReport, ...]
@@ -54,6 +69,7 @@ class Report:
     seconds: float = 0.0
     other_weights: tuple[OtherWeight, ...] = ()
     notes: tuple[str, ...] = ()
+    embeddings: tuple[EmbeddingReport, ...] = ()
 
     @property
     def quantized(self) -> tuple[LinearReport, ...]:
@@ -61,9 +77,13 @@ class Report:
         return tuple(linear for linear in self.linears if linear.spec is not None)
 
     @property
-    def in_float(self) -> tuple[LinearReport | OtherWeight, ...]:
+    def in_float(self) -> tuple[LinearReport | EmbeddingReport | OtherWeight, ...]:
         """What was not quantized, each with its `reason`."""
-        return (*(linear for linear in self.linears if linear.spec is None), *self.other_weights)
+        return (
+            *(linear for linear in self.linears if linear.spec is None),
+            *(table for table in self.embeddings if table.spec is None),
+            *self.other_weights,
+        )
 
     @property
     def covered(self) -> int:
@@ -84,12 +104,10 @@ class Report:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """The inverse of `to_dict`."""
-        linears = [
-            LinearReport(
-                **{**linear, "shape": tuple(linear["shape"]), "spec": linear["spec"] and WeightSpec(**linear["spec"])}
-            )
-            for linear in data["linears"]
-        ]
+        linears, embeddings = (
+            [kind(**{**w, "shape": tuple(w["shape"]), "spec": w["spec"] and WeightSpec(**w["spec"])}) for w in weights]
+            for kind, weights in ((LinearReport, data["linears"]), (EmbeddingReport, data.get("embeddings", ())))
+        )
         refusals = [Refusal(**refusal) for refusal in data["refusals"]]
         blocks = [BlockReport(tuple(b["linears"]), b["before"], b["after"]) for b in data["blocks"]]
         others = [OtherWeight(**{**o, "shape": tuple(o["shape"])}) for o in data.get("other_weights", ())]
@@ -101,6 +119,7 @@ class Report:
                 "blocks": tuple(blocks),
                 "other_weights": tuple(others),
                 "notes": tuple(data.get("notes", ())),
+                "embeddings": tuple(embeddings),
             }
         )
 
@@ -111,6 +130,10 @@ class Report:
         ]
         if len({linear.spec.bits for linear in self.quantized if linear.spec}) > 1:
             lines.append(f"bits          {self.describe_bits()}")
+        for table in self.embeddings:
+            if table.spec is not None:
+                tied = ", one with the vocabulary projection" if table.tied else ""
+                lines.append(f"embedding     {table.name}: {table.spec}, error {table.error:.1%}{tied}")
         if self.blocks:
             before = sum(block.before for block in self.blocks) / len(self.blocks)
             after = sum(block.after for block in self.blocks) / len(self.blocks)

@@ -46,8 +46,8 @@ def test_wrong_group_size(value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("symmetric", "yes"), ("quantize_lm_head", 1), ("skip", "lm_head"), ("overrides", {"*": {"bit": 4}}),
-     ("overrides", {"*": {"bits": 5}})],
+    [("symmetric", "yes"), ("quantize_lm_head", 1), ("quantize_embedding", 1), ("skip", "lm_head"),
+     ("overrides", {"*": {"bit": 4}}), ("overrides", {"*": {"bits": 5}})],
 )  # fmt: skip
 def test_wrong_quantization_options(option: str, value: Any) -> None:
     with pytest.raises(ConfigError, match="bits" if value == {"*": {"bits": 5}} else option) as caught:

@@ -292,6 +292,21 @@ def test_overwrite_rtn_float16_overrides_and_the_compiled_model(
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
+def test_the_embedding_is_quantized_where_asked(tiny: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(tiny), "--embedding", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["embeddings"] == [
+        {"name": "model.embed_tokens.weight", "shape": [258, 32], "tied": False, "in_float": None}
+    ]
+    assert run(["inspect", str(tiny), "--embedding", "--skip", "*embed*"]) == 0
+    assert re.search(r"^model\.embed_tokens +258×32 +skipped by pattern", capsys.readouterr().out, re.MULTILINE)
+    options = ["--method", "rtn", "--group-size", "32", "--no-evaluate", "--embedding"]
+    assert run(["quantize", str(tiny), "-o", str(out), *options, "--overwrite"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^embedding +model\.embed_tokens: W4g32, error \d+\.\d%, .* MB$", printed, re.MULTILINE)
+    metadata = json.loads((out / "teq_graph.json").read_text(encoding="utf-8"))
+    assert metadata["weights"] == {"4/32": 5 * LAYERS + 1}  # per layer k and v are one, and gate and up
+
+
 def test_links_and_missing_folders_on_the_way_to_the_output(
     bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,15 +61,18 @@ def _readers(node: Node) -> Iterator[Node]:
     """Who reads `node`, as it is or moved."""
     for reader in node.users:
         yield reader
-        if reader.args and reader.args[0] is node and _moves(reader):
+        if reader.args and reader.args[0] is node and moves(reader):
             yield from _readers(reader)
 
 
-def _moves(node: Node) -> bool:
+def moves(node: Node) -> bool:
+    """Whether `node` gives elements of its first argument, as they are, in another place, shape or type."""
     if node.target is operator.getitem or node.target in COPIES:
         return True
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and any(arg.alias_info for arg in target._schema.arguments)
+    return isinstance(target, torch._ops.OpOverload) and any(
+        argument.alias_info is not None and not argument.alias_info.is_write for argument in target._schema.arguments
+    )
 
 
 def _is_product(node: Node) -> bool:

@@ -29,7 +29,7 @@ from teq_graph.files import new_directory, one_line, write_json
 from teq_graph.onnx.directory import DATA_FILE, GENAI_FILE, MODEL_FILE, Metadata
 from teq_graph.onnx.fusions import RULES
 from teq_graph.onnx.genai import genai_config
-from teq_graph.onnx.translations import foreign_operators, translation_table
+from teq_graph.onnx.translations import CODES_OF, foreign_operators, translation_table
 from teq_graph.passes.change_dtype import ChangeDtype
 from teq_graph.passes.fuse_attention import FuseAttention
 from teq_graph.passes.match_onnxruntime_layout import MatchOnnxruntimeLayout
@@ -276,10 +276,11 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _should_fold(node: ir.Node) -> bool | None:
-    # A transposed copy of a weight that has other uses (a tied embedding) would be stored a second time;
+    # A transposed or reshaped copy of a weight that has other uses (a tied embedding) would be stored a second time;
     # onnxruntime folds it in memory.
-    if node.op_type == "Transpose" and node.inputs[0] is not None and len(node.inputs[0].uses()) > 1:
-        return False
+    source = node.inputs[0] if node.inputs else None
+    if node.op_type in ("Transpose", "Reshape") and source is not None and source.is_initializer():
+        return False if len(source.uses()) > 1 else None
     return None
 
 
@@ -338,12 +339,14 @@ def _output_names(graph_module: GraphModule) -> list[str]:
 
 
 def _count_weights(model: ir.Model) -> dict[str, int]:
-    counts: collections.Counter[str] = collections.Counter()
+    kinds: dict[ir.Value | None, str] = {}
     for node in model.graph.all_nodes():
-        if node.op_type == "MatMulNBits":
+        if node.op_type in CODES_OF:
+            codes = node.inputs[CODES_OF[node.op_type]]
+            view = codes.producer() if codes is not None else None
             bits, group = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-            counts[f"{bits}/{group}"] += 1
-    return dict(counts)
+            kinds[codes if view is None else view.inputs[0]] = f"{bits}/{group}"
+    return dict(collections.Counter(kinds.values()))
 
 
 def _shares_buffers(model: ir.Model) -> bool:

@@ -11,10 +11,12 @@ import onnx_ir as ir
 import torch
 from onnxscript import values
 
-import teq_graph.ops  # noqa: F401  (registers the operator)
+import teq_graph.ops  # noqa: F401  (registers the operators)
 from teq_graph.graph import aten
 
 CONTRIB_DOMAIN = "com.microsoft"
+CODES_OF = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
+"""Operators over quantized weights -> which of their inputs are the codes."""
 
 _Schema = onnx.defs.OpSchema
 _OPTIONAL = _Schema.FormalParameterOption.Optional
@@ -95,11 +97,41 @@ _GROUP_QUERY_ATTENTION = values.Op(
 )
 
 
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GatherBlockQuantized
+_GATHER_BLOCK_QUANTIZED = values.Op(
+    values.Opset(CONTRIB_DOMAIN, 1),
+    "GatherBlockQuantized",
+    _Schema(
+        "GatherBlockQuantized",
+        CONTRIB_DOMAIN,
+        1,
+        inputs=[
+            _parameter("data", "T1"),
+            _parameter("indices", "Tind"),
+            _parameter("scales", "T2"),
+            _parameter("zero_points", "T1", optional=True),
+        ],
+        outputs=[_parameter("output", "T2")],
+        type_constraints=[
+            ("T1", ["tensor(uint8)"], ""),
+            ("T2", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
+            ("Tind", ["tensor(int32)", "tensor(int64)"], ""),
+        ],
+        attributes=[
+            _Schema.Attribute(name, _INTEGER, "", required=False)
+            for name in ("gather_axis", "quantize_axis", "block_size", "bits")
+        ],
+    ),
+)
+
+
 def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Translations for `torch.onnx.export(custom_translation_table=…)`.
 
-    The quantized product becomes com.microsoft::MatMulNBits. Casts and the like are here because a graph in
-    which every op has a translation need not go through torch's decompositions, most of the exporter's time.
+    The quantized product becomes com.microsoft::MatMulNBits, the quantized table com.microsoft::GatherBlockQuantized,
+    which takes the same codes as a matrix of whole rows: one initializer serves both. Casts and the like are here
+    because a graph in which every op has a translation need not go through torch's decompositions, most of the
+    exporter's time.
     """
     op = values.Opset("", opset)
 
@@ -110,6 +142,16 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         while inputs[-1] is None:
             inputs.pop()
         return _MATMUL_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=accuracy_level)
+
+    def embedding_nbits(indices: Any, b: Any, scales: Any, zero_points: Any, D: int, bits: int, block_size: int) -> Any:
+        # onnxruntime folds this when it loads the model: a view of the table, which it then reads in place.
+        rows = op.Reshape(b, op.Constant(value_ints=[0, -1]))
+        inputs = [rows, indices, scales] if zero_points is None else [rows, indices, scales, zero_points]
+        gathered = _GATHER_BLOCK_QUANTIZED(*inputs, gather_axis=0, quantize_axis=1, block_size=block_size, bits=bits)
+        if D % block_size == 0:
+            return gathered
+        start, end, axis = (op.Constant(value_ints=[value]) for value in (0, D, -1))
+        return op.Slice(gathered, start, end, axis)
 
     def attention(
         query: Any,
@@ -198,6 +240,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
 
     return {
         torch.ops.teq_graph.matmul_nbits.default: matmul_nbits,
+        torch.ops.teq_graph.embedding_nbits.default: embedding_nbits,
         torch.ops.teq_graph.group_query_attention.default: group_query_attention,
         aten.scaled_dot_product_attention.default: attention,
         aten.to.dtype: cast,

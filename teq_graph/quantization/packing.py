@@ -85,7 +85,7 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
         return packed
     n = packed.shape[0]
     if bits == 3:
-        low, middle, high = packed.view(n, -1, 3).unbind(-1)
+        low, middle, high = packed.view(n, packed.shape[1] // 3, 3).unbind(-1)
         eights = high.to(torch.int64, memory_format=torch.contiguous_format)
         eights <<= 8
         eights |= middle
@@ -94,7 +94,8 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
     else:
         if packed.storage_offset() % bits:  # a view as wider integers starts at their multiples
             packed = packed.clone()
-        eights = packed.view(-1).view(torch.int32 if bits == 4 else torch.int16).view(n, -1).to(torch.int64)
+        wide = packed.view(-1).view(torch.int32 if bits == 4 else torch.int16)
+        eights = wide.view(n, packed.shape[1] // bits).to(torch.int64)
         eights &= (1 << 8 * bits) - 1  # int64 repeats the sign
     for lane, mask in _lanes(bits):
         eights |= eights << (lane // 2 - bits * lane // 16)

@@ -130,7 +130,7 @@ def dequantize_rows(
     n, blocks, _ = packed.shape
     codes = unpack_codes(packed, bits)
     weight = torch.empty(codes.shape, dtype=torch.float32, device=codes.device) if out is None else out
-    groups = weight.copy_(codes).view(n, blocks, -1)
+    groups = weight.copy_(codes).view(n, blocks, codes.shape[1] // blocks)
     if zero_points is None:
         groups -= 2 ** (bits - 1)
     else:

@@ -44,6 +44,7 @@ BETAS = (0.9, 0.9)
 class Trainer:
     """One training run over one graph.
 
+    `tables` are the embedding tables that are quantized already, by name: while the blocks train, they read these.
     `reports` is filled as it goes, one entry for each trained block, or one with the loss of the whole model;
     `weights` and `floats` are what the stages chose, by name of the weight, and of the gain or bias.
     """
@@ -53,6 +54,7 @@ class Trainer:
     blocks: Sequence[Block]
     batches: Sequence[Any]
     config: TrainingConfig
+    tables: Mapping[str, QuantizedWeight] = dataclasses.field(default_factory=dict)
     reports: list[BlockReport] = dataclasses.field(default_factory=list)
     weights: dict[str, QuantizedWeight] = dataclasses.field(default_factory=dict)
     floats: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -66,6 +68,10 @@ class Trainer:
         self.own = [{name for name in names if times[name] == 1} for names in read]
         self.generator = torch.Generator().manual_seed(self.config.seed)
         self.reference = FloatReference(self.captured, self.batches, self.generator)
+        # The reference keeps the float tables.
+        for name, table in self.tables.items():
+            dtype = fx.get_tensor(self.captured.graph_module, name).dtype
+            fx.set_tensor(self.captured.graph_module, name, table.dequantize(dtype))
         self.inserted_pass(self.captured.graph_module)
         assert self.inserted_pass.inserted is not None
         self.inserted = self.inserted_pass.inserted
