@@ -221,6 +221,26 @@ def test_onnxruntime_gives_the_same(name: str, tmp_path: Path) -> None:
     assert decoder.generate(prompts, 6, eos_token_id=[]) == [greedy(compiled, prompt, 6) for prompt in prompts]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name, (*_, expected) in FAMILIES.items() if expected.biased or expected.softcap]
+)
+def test_onnxruntime_adds_biases_and_caps_scores_in_half_precision(name: str, tmp_path: Path) -> None:
+    family, config, _ = FAMILIES[name]
+    compiled = compiled_model(family, **config)
+    model = OnnxModel(compiled.export_onnx(tmp_path / "out", dtype="float16", accuracy_level=1))
+    tokens, mask = torch.randint(3, 90, (2, 11)), torch.ones(2, 11, dtype=torch.int64)
+    mask[0, :4] = 0
+    expected = compiled(input_ids=tokens, attention_mask=mask).logits
+    logits, past = model.step(compiled, tokens[:, :9], None, mask[:, :9])
+    parts = [logits]
+    for end in (10, 11):
+        logits, past = model.step(compiled, tokens[:, end - 1 : end], past, mask[:, :end])
+        parts.append(logits)
+    seen = mask.bool()
+    assert relative_error(torch.cat(parts, 1)[seen].float(), expected[seen]) <= 5e-3
+
+
 def greedy(compiled: teq_graph.CompiledModel, prompt: list[int], count: int) -> list[int]:
     """The likeliest continuation, each token from a forward over all that is before it."""
     tokens = torch.tensor([prompt])

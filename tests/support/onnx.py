@@ -40,7 +40,9 @@ class OnnxModel:
         decoder = compiled.captured.decoder
         assert decoder is not None
         if past is None:
-            past = pytree.tree_leaves(decoder.empty_past(tokens.shape[0], torch.float32))
+            in_half = any(item.type == "tensor(float16)" for item in self.session.get_inputs())
+            dtype = torch.float16 if in_half else torch.float32
+            past = pytree.tree_leaves(decoder.empty_past(tokens.shape[0], dtype))
         if mask is None:
             mask = torch.ones(tokens.shape[0], past[0].shape[2] + tokens.shape[1], dtype=torch.long)
         names = [item.name for item in self.session.get_inputs()]
