@@ -62,6 +62,16 @@ def stories260k(data_dir: Path) -> LoadedModel:
     return load_model(data_dir / "models" / "stories260K")
 
 
+@pytest.fixture(scope="session")
+def stories_dir(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260K as it is, exported in float32; copy it before changing it."""
+    from support.onnx import export_language_model
+
+    directory = tmp_path_factory.mktemp("stories") / "out"
+    export_language_model(load_model(data_dir / "models" / "stories260K"), directory)
+    return directory
+
+
 @pytest.fixture
 def babyllama(data_dir: Path) -> LoadedModel:
     """A trained Llama of a million weights."""

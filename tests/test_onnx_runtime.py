@@ -1,63 +1,28 @@
-"""Running exported directories: text, sampling, batches, limits, and damaged or foreign files."""
+"""Running exported decoders: text, sampling, batches, limits."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 import pytest
 import torch
-from support.onnx import genai_tokens
-from torch import nn
+from support.graphs import relative_error
+from support.onnx import export_language_model, genai_tokens
 from transformers import GenerationConfig
 
-from teq_graph.capture import capture
-from teq_graph.config import WeightSpec
 from teq_graph.errors import InputError, ModelFileError
-from teq_graph.graph import linears, weight_name
 from teq_graph.loading import LoadedModel, load_model
 from teq_graph.onnx import decoding, tensors
-from teq_graph.onnx.export import export_onnx
-from teq_graph.onnx.runtime import OnnxDecoder, OnnxModel, load
-from teq_graph.onnx.session import MAX_THREADS
-from teq_graph.onnx.text import StoppedText, TextStream
-from teq_graph.passes.fold_constants import FoldConstants
-from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
-from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
-from teq_graph.passes.normalize_linears import NormalizeLinears
-from teq_graph.passes.quantize_linears import QuantizeLinears
-from teq_graph.passes.remove_no_ops import RemoveNoOps
+from teq_graph.onnx.runtime import OnnxDecoder
 
 PROMPT = "Once upon a time"
-
-
-def export_language_model(loaded: LoadedModel, directory: Path, bits: int | None, dtype: str) -> torch.fx.GraphModule:
-    captured = capture(loaded.model)
-    module = captured.graph_module
-    for step in (RemoveNoOps(), NormalizeLinears(), FoldConstants(), FuseRMSNorm()):
-        step(module)
-    if bits is not None:
-        names = {weight_name(linear) for linear in linears(module)} - {captured.lm_head}
-        QuantizeLinears(dict.fromkeys(names, WeightSpec(bits, 32)))(module)
-        LowerToMatMulNBits()(module)
-    export_onnx(
-        captured,
-        directory,
-        dtype=dtype,
-        accuracy_level=1,
-        tokenizer=loaded.tokenizer,
-        config=loaded.model.config,
-        generation_config=loaded.model.generation_config,
-    )
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -65,29 +30,9 @@ def stories(data_dir: Path) -> LoadedModel:
     return load_model(data_dir / "models" / "stories260K")
 
 
-@pytest.fixture(scope="module")
-def stories_dir(stories: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """stories260K as it is, exported in float32; tests copy it before changing it."""
-    directory = tmp_path_factory.mktemp("stories") / "out"
-    export_language_model(stories, directory, bits=None, dtype="float32")
-    return directory
-
-
 @pytest.fixture
 def decoder(stories_dir: Path) -> OnnxDecoder:
     return OnnxDecoder.load(stories_dir, threads=1)
-
-
-@pytest.fixture(scope="module")
-def classifier_dir(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 4)).eval()
-    captured = capture(model, (torch.randn(3, 8),), ({0: torch.export.Dim.DYNAMIC},))
-    return model, export_onnx(captured, tmp_path_factory.mktemp("classifier") / "out")
-
-
-def relative_error(actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    return float(np.abs(actual.astype(np.float64) - expected).max() / np.abs(expected).max())
 
 
 def greedy(stories: LoadedModel, tokens: list[int], count: int) -> list[int]:
@@ -159,29 +104,28 @@ def test_logits_equal_pytorch(stories: LoadedModel, decoder: OnnxDecoder) -> Non
     actual = decoder.logits(ids, mask)
     assert actual.dtype == np.float32
     real = mask.bool()
-    assert relative_error(actual[real.numpy()], expected[real].double().numpy()) <= 1e-5
+    assert relative_error(torch.from_numpy(actual)[real], expected[real]) <= 1e-5
 
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_quantized_logits_of_a_trained_model(babyllama: LoadedModel, bits: int, tmp_path: Path) -> None:
-    module = export_language_model(babyllama, tmp_path / "out", bits, "float32")
+    compiled = export_language_model(babyllama, tmp_path / "out", bits)
     decoder = OnnxDecoder.load(tmp_path / "out", threads=1)
     ids = torch.randint(0, 105, (2, 20))
-    empty = decoder.shape.empty_past(2, torch.float32)
-    expected, _ = module(ids, torch.ones_like(ids), empty)
-    assert relative_error(decoder.logits(ids), expected.detach().double().numpy()) <= 1e-4
+    expected = compiled(input_ids=ids).logits
+    assert relative_error(torch.from_numpy(decoder.logits(ids)), expected) <= 1e-4
     (tokens,) = decoder.generate([ids[0].tolist()], 8)
     replayed = decoder.logits([[*ids[0].tolist(), *tokens]])[0].argmax(-1)
     assert replayed[19:-1].tolist() == tokens
 
 
 def test_half_precision(stories: LoadedModel, tmp_path: Path) -> None:
-    module = export_language_model(stories, tmp_path / "out", 8, "float16")
+    compiled = export_language_model(stories, tmp_path / "out", 8, "float16")
     decoder = OnnxDecoder.load(tmp_path / "out", threads=1)
     assert {item.type for item in decoder.session.get_inputs()} == {"tensor(int64)", "tensor(float16)"}
     ids = torch.randint(0, 512, (2, 20))
-    expected, _ = module(ids, torch.ones_like(ids), decoder.shape.empty_past(2, torch.float32))
-    assert relative_error(decoder.logits(ids), expected.detach().double().numpy()) <= 4e-3
+    expected = compiled(input_ids=ids).logits
+    assert relative_error(torch.from_numpy(decoder.logits(ids)), expected) <= 4e-3
     tokens = decoder.generate(decoder.encode(PROMPT), 20)
     replayed = decoder.logits([[*decoder.encode(PROMPT), *tokens]])[0].argmax(-1)
     assert replayed[4:-1].tolist() == tokens
@@ -189,7 +133,7 @@ def test_half_precision(stories: LoadedModel, tmp_path: Path) -> None:
 
 def test_bfloat16(stories: LoadedModel, tmp_path: Path) -> None:
     """onnxruntime has its kernels on GPUs only: the CPU finds the graph well typed, and itself without them."""
-    export_language_model(stories, tmp_path / "out", bits=4, dtype="bfloat16")
+    export_language_model(stories, tmp_path / "out", 4, "bfloat16")
     proto = onnx.load(tmp_path / "out" / "model.onnx")
     types = {item.name: item.type.tensor_type.elem_type for item in (*proto.graph.input, *proto.graph.output)}
     cached = [kind for name, kind in types.items() if name.startswith(("past", "present"))]
@@ -240,40 +184,6 @@ def test_numbers_of_numpy_are_numbers(decoder: OnnxDecoder) -> None:
             assert decoder.generate(prompt, np.int16(8), eos_token_id=stops, **given) == plain
     batch = torch.tensor([tokens, tokens])
     assert decoder.generate(batch, 8, **given, eos_token_id=[2])[0] == plain  # type: ignore[arg-type]
-
-
-class Bytes:
-    """A tokenizer whose tokens are the bytes of UTF-8."""
-
-    def decode(self, tokens: list[int], **_: Any) -> str:
-        return bytes(tokens).decode("utf-8", errors="replace")
-
-
-def test_text_waits_for_whole_characters() -> None:
-    stream = TextStream(Bytes(), list(b"before "))
-    pieces = [stream.push(byte) for byte in "aé€🙂b".encode()]
-    assert pieces == ["a", "", "é", "", "", "€", "", "", "", "🙂", "b"]
-    assert stream.push("é".encode()[0]) == ""
-    assert stream.finish() == "�"
-    assert stream.finish() == ""
-
-
-def test_text_of_random_characters() -> None:
-    generator = np.random.default_rng(torch.randint(0, 2**31, ()).item())
-    text = "".join(chr(code) for code in generator.integers(32, 0x2FFF, 200) if chr(code).isprintable())
-    stream = TextStream(Bytes())
-    assert "".join(stream.push(byte) for byte in text.encode()) + stream.finish() == text
-
-
-def test_stop_strings_across_pieces() -> None:
-    text = "one two three, two"
-    for stops, expected in ((("two",), "one "), (("ee,", "three"), "one two "), (("four",), text), (("o", "e tw"), "")):
-        stopped = StoppedText(TextStream(Bytes()), stops)
-        pieces = [stopped.push(byte) for byte in text.encode()]
-        assert "".join(pieces) + stopped.finish() == expected
-        assert stopped.stopped == (expected != text)
-    waiting = StoppedText(TextStream(Bytes()), ["abc"])
-    assert [waiting.push(byte) for byte in b"xababd"] == ["x", "", "", "ab", "", "abd"]
 
 
 def test_stop_strings_end_text_and_tokens(decoder: OnnxDecoder) -> None:
@@ -449,206 +359,6 @@ def test_chat_prompts(decoder: OnnxDecoder) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"prompt: character 6 is .* accepted is Unicode text"):
         decoder.encode_chat("\udcff")
-
-
-def test_unknown_providers_are_named(stories_dir: Path) -> None:
-    for providers in (["NoSuchExecutionProvider"], [("NoSuchExecutionProvider", {"device_id": 0})]):
-        with pytest.raises(InputError, match=r"'NoSuchExecutionProvider'.*CPUExecutionProvider"):
-            OnnxDecoder.load(stories_dir, providers=providers)  # type: ignore[arg-type]
-    for wrong in ("CPUExecutionProvider", ()):
-        with pytest.raises(InputError, match="providers"):
-            OnnxDecoder.load(stories_dir, providers=wrong)
-    threads: Any
-    for threads in (0, -1, 1.5, "2", 99_999_999_999, MAX_THREADS + 1):
-        with pytest.raises(InputError, match=f"threads=.*: accepted are None and integers from 1 to {MAX_THREADS}"):
-            OnnxDecoder.load(stories_dir, threads=threads)
-    for providers in (5, {"CPUExecutionProvider"}, [5], [()], [None]):  # type: ignore[assignment]
-        with pytest.raises(InputError, match=r"provider"):
-            OnnxDecoder.load(stories_dir, providers=providers)  # type: ignore[arg-type]
-
-
-def test_session_options_are_the_user_s(stories_dir: Path) -> None:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    decoder = OnnxDecoder.load(stories_dir, ["CPUExecutionProvider"], threads=1, session_options=options)
-    assert decoder.session.get_session_options().graph_optimization_level == options.graph_optimization_level
-    assert decoder.session.get_session_options().intra_op_num_threads == 1
-    assert decoder.generate(PROMPT, 10) == OnnxDecoder.load(stories_dir, threads=1).generate(PROMPT, 10)
-
-
-def remove_everything(path: Path) -> None:
-    shutil.rmtree(path)
-
-
-def drop_description(path: Path) -> None:
-    (path / "teq_graph.json").unlink()
-
-
-def scramble_description(path: Path) -> None:
-    (path / "teq_graph.json").write_text("{nonsense")
-
-
-def empty_description(path: Path) -> None:
-    (path / "teq_graph.json").write_text('{"format_version": 1}')
-
-
-def list_description(path: Path) -> None:
-    (path / "teq_graph.json").write_text("[]")
-
-
-def later_description(path: Path) -> None:
-    (path / "teq_graph.json").write_text('{"format_version": 99}')
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    content = json.loads((path / "teq_graph.json").read_text())
-    change(content)
-    (path / "teq_graph.json").write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"dtype": "bogus"}, "dtype='bogus'"),
-        ({"dtype": 5}, "dtype=5"),
-        ({"dtype": ["float32"]}, "dtype="),
-        ({"opset": "23"}, "opset='23'"),
-        ({"accuracy_level": 4.0}, "accuracy_level=4.0"),
-        ({"eos_token_ids": [2.5]}, "eos_token_ids=2.5"),
-        ({"eos_token_ids": "ab"}, "eos_token_ids='a'"),
-        ({"eos_token_ids": 2}, "int"),
-        ({"pad_token_id": "x"}, "pad_token_id='x'"),
-        ({"weights": []}, ""),
-        ({"unknown": 1}, "unknown"),
-        ({"decoder": "x"}, ""),
-        ({"decoder": {"vocab_size": "x"}}, "vocab_size='x'"),
-        ({"decoder": {"vocab_size": True}}, "vocab_size=True"),
-        ({"decoder": {"vocab_size": 0}}, "vocab_size=0"),
-        ({"decoder": {"max_positions": "many"}}, "max_positions='many'"),
-        ({"decoder": {"layers": 5}}, ""),
-        ({"decoder": {"layers": [{"key_heads": 1}]}}, "key_dim"),
-        (
-            {"decoder": {"layers": [dict.fromkeys(("key_heads", "key_dim", "value_heads", "value_dim"), -1)]}},
-            "key_heads",
-        ),
-    ],
-    ids=repr,
-)
-def test_a_damaged_description(stories_dir: Path, changes: dict[str, Any], named: str, tmp_path: Path) -> None:
-    directory = shutil.copytree(stories_dir, tmp_path / "out")
-
-    def change(content: dict[str, Any]) -> None:
-        for name, value in changes.items():
-            content[name] = {**content[name], **value} if isinstance(value, dict) else value
-
-    edit(directory, change)
-    with pytest.raises(ModelFileError, match=f"teq_graph.json is damaged: .*{named}") as caught:
-        load(directory)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("dtype", ["float16", None])
-def test_a_description_of_another_model(dtype: str | None, stories_dir: Path, tmp_path: Path) -> None:
-    directory = shutil.copytree(stories_dir, tmp_path / "out")
-    edit(directory, lambda content: content.update(dtype=dtype) if dtype else content["decoder"]["layers"].pop())
-    with pytest.raises(InputError, match="onnxruntime refuses input_ids") as caught:
-        OnnxDecoder.load(directory, threads=1).generate([1, 2], 2)
-    assert "\n" not in str(caught.value)
-
-
-def drop_model(path: Path) -> None:
-    (path / "model.onnx").unlink()
-
-
-def cut_model(path: Path) -> None:
-    content = (path / "model.onnx").read_bytes()
-    (path / "model.onnx").write_bytes(content[: len(content) // 2])
-
-
-def scramble_model(path: Path) -> None:
-    (path / "model.onnx").write_bytes(bytes(range(256)) * 10)
-
-
-@pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        (remove_everything, "out"),
-        (drop_description, "teq_graph.json is missing"),
-        (scramble_description, "teq_graph.json"),
-        (empty_description, "teq_graph.json"),
-        (list_description, "teq_graph.json"),
-        (later_description, "format_version=99"),
-        (drop_model, "model.onnx is missing"),
-        (cut_model, "model.onnx"),
-        (scramble_model, "model.onnx"),
-    ],
-)
-def test_damaged_directories(stories_dir: Path, damage: Any, named: str, tmp_path: Path) -> None:
-    shutil.copytree(stories_dir, tmp_path / "out")
-    damage(tmp_path / "out")
-    for open_directory in (OnnxDecoder.load, load):
-        with pytest.raises(ModelFileError, match=named) as caught:
-            open_directory(tmp_path / "out")
-        assert "\n" not in str(caught.value)
-
-
-def test_a_directory_without_tokenizer(stories_dir: Path, tmp_path: Path) -> None:
-    shutil.copytree(stories_dir, tmp_path / "out")
-    for path in (tmp_path / "out").glob("tokenizer*"):
-        path.unlink()
-    decoder = OnnxDecoder.load(tmp_path / "out", threads=1)
-    assert decoder.generate([1, 100], 3)
-    with pytest.raises(ModelFileError, match="no usable tokenizer") as caught:
-        decoder.generate(PROMPT)
-    assert "\n" not in str(caught.value)
-
-
-def test_other_models_run(classifier_dir: tuple[nn.Module, Path]) -> None:
-    model, directory = classifier_dir
-    opened = load(directory)
-    assert isinstance(opened, OnnxModel)
-    (name,) = (item.name for item in opened.session.get_inputs())
-    x = torch.randn(5, 8)
-    (actual,) = opened.run(**{name: x}).values()
-    assert relative_error(actual, model(x).detach().double().numpy()) <= 1e-6
-    with pytest.raises(InputError, match="wrong"):
-        opened.run(wrong=x)
-    with pytest.raises(InputError, match=r"\[5, 7\]") as caught:
-        opened.run(**{name: x[:, :7]})
-    assert "\n" not in str(caught.value)
-    for wrong in ([[1.0], [2.0, 3.0]], [["a"]], None, {"x": 1}):
-        with pytest.raises(InputError, match=rf"^{name}: accepted are values of float32") as caught:
-            opened.run(**{name: wrong})
-        assert "\n" not in str(caught.value)
-    with pytest.raises(ModelFileError, match="it is not a causal language model"):
-        OnnxDecoder.load(directory)
-
-
-def test_what_onnxruntime_raises_it_does_not_log_as_well(
-    classifier_dir: tuple[nn.Module, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Of attributes that its kernels refuse it tells on standard error, too."""
-    directory = shutil.copytree(classifier_dir[1], tmp_path / "out")
-    model = onnx.load(directory / "model.onnx")
-    node = next(node for node in model.graph.node if node.op_type in ("Gemm", "MatMul"))
-    attributes = dict(K=8, N=4, bits=5, block_size=16)
-    quantized = onnx.helper.make_node(
-        "MatMulNBits", [node.input[0], "codes", "scales"], ["x"], domain="com.microsoft", **attributes
-    )
-    model.graph.node.append(quantized)
-    codes, scales = np.zeros((4, 1, 8), np.uint8), np.zeros((4, 1), np.float32)
-    model.graph.initializer.extend([onnx.numpy_helper.from_array(codes, "codes")])
-    model.graph.initializer.extend([onnx.numpy_helper.from_array(scales, "scales")])
-    model.graph.output.append(onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, None))
-    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    onnx.save(model, directory / "model.onnx")
-    with pytest.raises(ModelFileError, match=r"cannot be loaded: .*MatMulNBits"):
-        load(directory)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_load_tells_decoders_from_others(stories_dir: Path) -> None:
-    assert isinstance(load(stories_dir), OnnxDecoder)
 
 
 def test_onnxruntime_genai_gives_the_same_tokens(stories_dir: Path, decoder: OnnxDecoder) -> None:

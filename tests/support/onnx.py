@@ -1,4 +1,4 @@
-"""Run an exported directory in onnxruntime."""
+"""Write an exported directory, and run it in onnxruntime."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+import teq_graph
 from teq_graph.compiled import CompiledModel
+from teq_graph.loading import LoadedModel
 from teq_graph.onnx.directory import Metadata
 
 
@@ -50,6 +52,16 @@ class OnnxModel:
         feeds = {name: value.contiguous().numpy() for name, value in zip(names, values, strict=True)}
         logits, *present = map(torch.from_numpy, self.session.run(None, feeds))
         return logits, present
+
+
+def export_language_model(
+    loaded: LoadedModel, directory: Path, bits: int | None = None, dtype: str = "float32"
+) -> CompiledModel:
+    """`loaded`, rounded to nearest or with `bits=None` in float, in a directory that computes in `dtype`."""
+    quantization = teq_graph.QuantizationConfig(bits or 4, 32, skip=() if bits else ("*",))
+    compiled = teq_graph.compile(loaded.model, tokenizer=loaded.tokenizer, quantization=quantization, training=None)
+    compiled.export_onnx(directory, dtype=dtype, accuracy_level=1)  # type: ignore[arg-type]
+    return compiled
 
 
 def genai_tokens(directory: Path, prompt: list[int], count: int) -> list[int]:
