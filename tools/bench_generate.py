@@ -2,7 +2,7 @@
 
     python tools/bench_generate.py smollm2 --markdown bench.md
 
-Contenders, each with 4-bit weights in blocks of 32, the vocabulary projection included:
+Contenders, each with 4-bit weights in blocks of 32, the vocabulary projection and the embedding included:
 
   teq_graph         what `teq-graph quantize` writes, driven by `OnnxDecoder`
   builder           the graph of onnxruntime-genai's model builder, driven by the same `OnnxDecoder`
@@ -13,8 +13,9 @@ Contenders, each with 4-bit weights in blocks of 32, the vocabulary projection i
 
 The builder's and genai need onnxruntime-genai, `llama.cpp` needs `llama-cpp-python`; what is not installed is
 left out, by name. Method: each contender is loaded in a process of its own. Every round runs each once, in turn, so
-that the machine's drift hits all alike; the first round is not counted; medians and ratios of medians to teq_graph. One
-decode step is one token for a batch of one, after the prompt; a fresh random prompt each round. Load and memory are
+that the machine's drift hits all alike; the first round is not counted; medians, and medians of each round's ratio to
+teq_graph. Prefill lasts until the first token, decode from there to the last, a token for a batch of one each; a fresh
+random prompt each round. Load and memory are
 those of the process from before it opens the model, libraries imported: the most that its memory grew by. What making
 a directory took: seconds from the float model to the files, and memory, the float model's included, beside the size of
 its weights.
@@ -33,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -50,8 +51,8 @@ from teq_graph.onnx.runtime import OnnxDecoder
 
 GROUP_SIZE = 32
 SPAWN = multiprocessing.get_context("spawn")
-Generate = Callable[[list[int], int], None]
-"""Continues a prompt by a number of tokens, greedily, whatever comes."""
+Generate = Callable[[list[int], int], Iterable[object]]
+"""Continues a prompt by a number of tokens, greedily, whatever comes; gives something as soon as it has each."""
 
 
 @dataclasses.dataclass
@@ -80,9 +81,9 @@ class Contender:
     def measure(self, prompt: list[int], tokens: int) -> None:
         """Tokens per second of the prompt, and of what follows its first token."""
         self._connection.send((prompt, tokens))
-        first, all_tokens = self._answer()
+        first, others = self._answer()
         self.prefill.append(len(prompt) / first)
-        self.decode.append(tokens / (all_tokens - first))
+        self.decode.append(tokens / others)
 
     def close(self) -> None:
         """Ends the process, and keeps by how many megabytes it grew."""
@@ -103,15 +104,16 @@ def _serve(connection: Connection, load: Callable[..., Generate], arguments: tup
     connection.send(time.perf_counter() - started)
     with contextlib.suppress(EOFError):  # another contender failed
         while (request := connection.recv()) is not None:
-            prompt, tokens = request
-            connection.send((_seconds(generate, prompt, 1), _seconds(generate, prompt, tokens + 1)))
+            connection.send(_seconds(generate, *request))
         connection.send((peak_bytes() - before) / 1e6)
 
 
-def _seconds(generate: Generate, prompt: list[int], tokens: int) -> float:
-    started = time.perf_counter()
-    generate(prompt, tokens)
-    return time.perf_counter() - started
+def _seconds(generate: Generate, prompt: list[int], tokens: int) -> tuple[float, float]:
+    """Until the first token, and from there through `tokens` more."""
+    times = [time.perf_counter()]
+    times += [time.perf_counter() for _ in generate(prompt, tokens + 1)]
+    assert len(times) == tokens + 2
+    return times[1] - times[0], times[-1] - times[1]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -119,7 +121,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens that are decoded")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--markdown", type=Path, help="file that takes the table")
     return parser.parse_args()
@@ -132,7 +134,12 @@ def export(model: str, directory: Path, bits: int | None) -> Made:
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     started = time.perf_counter()
     quantization = teq_graph.QuantizationConfig(
-        bits=bits or 4, group_size=GROUP_SIZE, symmetric=True, quantize_lm_head=True, skip=() if bits else ("*",)
+        bits or 4,
+        GROUP_SIZE,
+        symmetric=True,
+        quantize_lm_head=True,
+        quantize_embedding=bits is not None,
+        skip=() if bits else ("*",),
     )
     compiled = teq_graph.compile(loaded.model, quantization=quantization, training=None, tokenizer=loaded.tokenizer)
     compiled.export_onnx(directory)
@@ -141,7 +148,7 @@ def export(model: str, directory: Path, bits: int | None) -> Made:
 
 def onnx_decoder(directory: Path, threads: int) -> Generate:
     decoder = OnnxDecoder.load(directory, threads=threads)
-    return lambda prompt, tokens: decoder.generate(prompt, tokens, eos_token_id=(), do_sample=False) and None
+    return lambda prompt, tokens: decoder.stream(prompt, tokens, eos_token_id=(), do_sample=False)
 
 
 def build_with_genai(model: str, directory: Path) -> Made:
@@ -168,14 +175,14 @@ def genai(directory: Path, threads: int) -> Generate:
     config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {threads}}}}}}}}}')
     model = onnxruntime_genai.Model(config)
 
-    def generate(prompt: list[int], tokens: int) -> None:
+    def generate(prompt: list[int], tokens: int) -> Iterator[object]:
         params = onnxruntime_genai.GeneratorParams(model)
         length = len(prompt) + tokens
         params.set_search_options(do_sample=False, max_length=length, min_length=length)
         generator = onnxruntime_genai.Generator(model, params)
         generator.append_tokens(np.array(prompt, dtype=np.int32))
         for _ in range(tokens):
-            generator.generate_next_token()
+            yield generator.generate_next_token()
 
     return generate
 
@@ -185,11 +192,13 @@ def llama_cpp(path: Path, threads: int, context: int) -> Generate:
 
     model = llama_cpp.Llama(str(path), n_ctx=context, n_batch=512, n_threads=threads, verbose=False)
 
-    def generate(prompt: list[int], tokens: int) -> None:
+    def generate(prompt: list[int], tokens: int) -> Iterator[object]:
         model.reset()
-        model.eval(prompt)
-        for _ in range(tokens - 1):
-            model.eval([model.sample(temp=0.0)])
+        chosen = prompt
+        for _ in range(tokens):
+            model.eval(chosen)
+            chosen = [model.sample(temp=0.0)]
+            yield chosen
 
     return generate
 
@@ -238,9 +247,10 @@ def table(args: argparse.Namespace, found: list[Contender], made: dict[str, Made
         cells = []
         for kind in ("prefill", "decode"):
             values, reference = getattr(contender, kind)[1:], getattr(found[0], kind)[1:]
-            middle = statistics.median(values)
-            ratio = statistics.median(reference) / middle
-            cells += [f"{middle:.0f} ({min(values):.0f}–{max(values):.0f})", f"{ratio:.2f}×"]
+            ratios = [ours / theirs for ours, theirs in zip(reference, values, strict=True)]
+            cells += [f"{statistics.median(values):.0f} ({min(values):.0f}–{max(values):.0f})"]
+            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            cells += [f"{middle:.2f}× ({low:.2f}–{high:.2f})"]
         cells += [f"{contender.megabytes:.0f}", f"{contender.load_seconds:.2f}"]
         cells += [f"{contender.grown:.0f} ({contender.grown / contender.megabytes:.2f}×)"]
         making = made.get(contender.name)
@@ -249,9 +259,9 @@ def table(args: argparse.Namespace, found: list[Contender], made: dict[str, Made
 
     head = (
         f"`{args.model}`, {args.threads} threads, prompt of {args.prompt} tokens, {args.tokens} decoded, "
-        f"{args.rounds} rounds in turn: medians (smallest–largest), and how many times as fast teq_graph is; "
-        "growth of memory, also beside the files; seconds that making the files took, and memory beside the float "
-        "weights."
+        f"{args.rounds} rounds in turn: medians (smallest–largest), and how many times as fast teq_graph is "
+        "(quartiles); growth of memory, also beside the files; seconds that making the files took, and memory beside "
+        "the float weights."
     )
     names = (
         "",
