@@ -78,8 +78,8 @@ def _bias(graph_module: GraphModule, captured: CapturedGraph, site: Attention) -
         # Filled, not added: two smallest numbers make an infinity, and padding that sees nothing no number at all.
         bias = build(aten.masked_fill.Scalar, total, row(build(aten.eq.Scalar, mask, 0)), lowest)
     else:
-        hidden = build(aten.rsub.Scalar, build(aten.to.dtype, mask, captured.dtype), 1.0)
-        bias = row(build(aten.mul.Tensor, hidden, lowest))
+        hidden = build(aten.sub.Tensor, build(aten.to.dtype, mask, captured.dtype), 1.0)
+        bias = row(build(aten.mul.Tensor, hidden, -lowest))
     length = build(aten.sym_size.int, tokens, 1)
     return build(aten.expand.default, bias, [-1, -1, length, -1])
 
