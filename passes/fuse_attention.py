@@ -18,7 +18,7 @@ from teq_graph.analysis.attention import Attention, Heads, Rotation, find_attent
 from teq_graph.analysis.attention.scores import has_flat_batch
 from teq_graph.capture import CapturedGraph
 from teq_graph.graph import aten
-from teq_graph.passes.merge_products import CallBuilder, join_products, kind
+from teq_graph.passes.merge_products import join_products, kind
 
 HEAD_SIZES = 8
 """onnxruntime's kernel takes heads of a multiple of this size, …"""
@@ -65,7 +65,7 @@ def _bias(graph_module: GraphModule, captured: CapturedGraph, site: Attention) -
     tokens, mask, *_ = [node for node in graph.nodes if node.op == "placeholder"]
     terms = site.scores.biases
     first = next(node for node in graph.nodes if node.op == "call_function")
-    build = CallBuilder(graph_module, site.output if terms else first)
+    build = fx.CallBuilder(graph_module, site.output if terms else first)
     lowest = torch.finfo(captured.dtype).min
 
     def row(value: Node) -> Node:
@@ -84,7 +84,7 @@ def _bias(graph_module: GraphModule, captured: CapturedGraph, site: Attention) -
     return build(aten.expand.default, bias, [-1, -1, length, -1])
 
 
-def _with_four_dims(build: CallBuilder, bias: Node, heads: int) -> Node:
+def _with_four_dims(build: fx.CallBuilder, bias: Node, heads: int) -> Node:
     """[b or 1, h or 1, s or 1, p + s], as `analysis.attention.scores.as_bias`."""
     if has_flat_batch(bias):
         return build(aten.unflatten.int, bias, 0, [-1, heads])
@@ -100,7 +100,7 @@ def _measure_by_mask(graph_module: GraphModule, captured: CapturedGraph) -> None
     for past, present in captured.cache_pairs().items():
         for query in [*past.users, *present.users]:
             if fx.is_call(query, aten.sym_size.int) and query.args[1] in (2, -2):
-                build = CallBuilder(graph_module, query)
+                build = fx.CallBuilder(graph_module, query)
                 length = build(aten.sym_size.int, mask, 1)
                 if query.args[0] is past:
                     length = build(operator.sub, length, build(aten.sym_size.int, tokens, 1))
@@ -109,7 +109,7 @@ def _measure_by_mask(graph_module: GraphModule, captured: CapturedGraph) -> None
 
 
 def _fuse(graph_module: GraphModule, site: Attention, bias: Node, tables: dict[int, tuple[Node, Node]]) -> None:
-    build = CallBuilder(graph_module, site.output)
+    build = fx.CallBuilder(graph_module, site.output)
     plan = _plan(site)
     rotation = plan.rotation
     operands: Sequence[Node | None]
@@ -183,13 +183,13 @@ def _can_pack(heads: Sequence[Heads | None]) -> bool:
     return len(kinds) == 1 and None not in kinds
 
 
-def _pack(build: CallBuilder, heads: Sequence[Heads | None]) -> Node:
+def _pack(build: fx.CallBuilder, heads: Sequence[Heads | None]) -> Node:
     """One product for queries, keys and values: rows of the projections in the order of heads."""
     parts = [part for part in heads if part is not None]
     return join_products(build, [part.source for part in parts], "packed", [part.channels.flatten() for part in parts])
 
 
-def _flat(build: CallBuilder, node: Node, count: int, heads: Heads | None) -> Node:
+def _flat(build: fx.CallBuilder, node: Node, count: int, heads: Heads | None) -> Node:
     """[b, s, h * d]: a projection whose channels are in order, or else the part that became of it.
 
     `count` tells how many heads a query [b * h, s, d] has.

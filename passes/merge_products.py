@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.utils import _pytree as pytree
 
 from teq_graph import graph as fx
 from teq_graph import ops as _ops  # noqa: F401  registers the op
@@ -37,8 +33,10 @@ class MergeProducts(PassBase):
     def call(self, graph_module: GraphModule) -> PassResult:
         groups: dict[object, list[Node]] = {}
         for node in graph_module.graph.nodes:
-            if fx.is_call(node, QUANTIZED) and kind(node) and all(len(source.users) == 1 for source in _tensors(node)):
-                groups.setdefault((kind(node), fx.arguments(node)["N"]), []).append(node)
+            if not fx.is_call(node, QUANTIZED) or any(len(source.users) > 1 for source in _tensors(node)):
+                continue
+            if (alike := kind(node)) is not None:
+                groups.setdefault((alike, fx.arguments(node)["N"]), []).append(node)
         merged = [group for group in groups.values() if len(group) > 1]
         for group in merged:
             _merge(graph_module, group)
@@ -52,7 +50,7 @@ def _tensors(node: Node) -> list[Node]:
 
 
 def _merge(graph_module: GraphModule, group: Sequence[Node]) -> None:
-    build = CallBuilder(graph_module, group[0])
+    build = fx.CallBuilder(graph_module, group[0])
     sizes = [fx.arguments(node)["N"] for node in group]
     split = build(aten.split_with_sizes.default, join_products(build, group, "merged"), sizes, -1)
     outputs = [build(operator.getitem, split, index) for index in range(len(group))]
@@ -65,24 +63,6 @@ def _merge(graph_module: GraphModule, group: Sequence[Node]) -> None:
 # ------------------------------------------------------------------------------------- what other passes use as well
 
 
-class CallBuilder:
-    """Adds calls before one node, with their values' shapes."""
-
-    def __init__(self, graph_module: GraphModule, before: Node) -> None:
-        self.graph_module = graph_module
-        self.before = before
-
-    def __call__(self, target: Any, *args: Any) -> Node:
-        graph = self.graph_module.graph
-        with graph.inserting_before(self.before):
-            node = graph.call_function(target, args)
-        values = torch.fx.node.map_arg(args, lambda source: source.meta["val"])
-        mode = next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), nullcontext())
-        with mode:
-            node.meta["val"] = target(*values)
-        return node
-
-
 def kind(node: Node) -> tuple[object, ...] | None:
     """The same for products of one value that are alike in everything but their rows; None where it is no product."""
     if not fx.is_call(node, *PRODUCTS) or not all(map(fx.is_tensor_constant, _tensors(node))):
@@ -92,7 +72,7 @@ def kind(node: Node) -> tuple[object, ...] | None:
 
 
 def join_products(
-    build: CallBuilder, products: Sequence[Node], suffix: str, rows: Sequence[Tensor] | None = None
+    build: fx.CallBuilder, products: Sequence[Node], suffix: str, rows: Sequence[Tensor] | None = None
 ) -> Node:
     """One product with all rows of `products`, which are of one `kind`, or with those at the indices `rows` of each.
 

@@ -1,13 +1,16 @@
-"""Small helpers over torch.fx graphs: tensors behind `get_attr` nodes, arguments by name, clean-up."""
+"""Small helpers over torch.fx graphs: tensors behind `get_attr` nodes, arguments by name, new calls, clean-up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -115,6 +118,24 @@ def arguments(node: Node) -> dict[str, Any]:
         else:
             values[argument.name] = node.kwargs.get(argument.name, argument.default_value)
     return values
+
+
+class CallBuilder:
+    """Adds calls before one node, with their values' shapes."""
+
+    def __init__(self, graph_module: GraphModule, before: Node) -> None:
+        self.graph_module = graph_module
+        self.before = before
+
+    def __call__(self, target: Any, *args: Any) -> Node:
+        graph = self.graph_module.graph
+        with graph.inserting_before(self.before):
+            node = graph.call_function(target, args)
+        values = torch.fx.node.map_arg(args, lambda source: source.meta["val"])
+        mode = next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), nullcontext())
+        with mode:
+            node.meta["val"] = target(*values)
+        return node
 
 
 def ndim(node: Node) -> int:

@@ -192,6 +192,24 @@ def test_every_layer_becomes_one_op(name: str) -> None:
     assert same_logits(captured, result, mask) <= 1e-5
 
 
+def check_padded_batch(
+    compiled: teq_graph.CompiledModel, model: OnnxModel, dtype: torch.dtype, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of a batch with padding, which `model` gives as well in a prefill and two steps of decoding."""
+    tokens, mask = torch.randint(3, 90, (2, 11)), torch.ones(2, 11, dtype=torch.int64)
+    mask[0, :4] = 0
+    expected = compiled(input_ids=tokens, attention_mask=mask).logits
+    logits, past = model.step(compiled, tokens[:, :9], None, mask[:, :9])
+    parts = [logits]
+    for end in (10, 11):
+        logits, past = model.step(compiled, tokens[:, end - 1 : end], past, mask[:, :end])
+        parts.append(logits)
+    actual, seen = torch.cat(parts, 1), mask.bool()
+    assert actual.dtype == dtype
+    assert relative_error(actual[seen].float(), expected[seen]) <= tolerance
+    return tokens, expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_onnxruntime_gives_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,16 +220,7 @@ def test_onnxruntime_gives_the_same(name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", None)
     model = OnnxModel(compiled.export_onnx(tmp_path / "out", accuracy_level=1))
     assert "GroupQueryAttention" in {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
-    tokens, mask = torch.randint(3, 90, (2, 11)), torch.ones(2, 11, dtype=torch.int64)
-    mask[0, :4] = 0
-    expected = compiled(input_ids=tokens, attention_mask=mask).logits
-    logits, past = model.step(compiled, tokens[:, :9], None, mask[:, :9])
-    parts = [logits]
-    for end in (10, 11):
-        logits, past = model.step(compiled, tokens[:, end - 1 : end], past, mask[:, :end])
-        parts.append(logits)
-    seen = mask.bool()
-    assert relative_error(torch.cat(parts, 1)[seen], expected[seen]) <= 1e-4
+    tokens, expected = check_padded_batch(compiled, model, torch.float32, 1e-4)
     parts, past = [], None
     for start, end in ((0, 5), (5, 9), (9, 11)):
         logits, past = model.step(compiled, tokens[1:, start:end], past)
@@ -231,16 +240,7 @@ def test_onnxruntime_adds_biases_and_caps_scores_in_half_precision(name: str, tm
     family, config, _ = FAMILIES[name]
     compiled = compiled_model(family, **config)
     model = OnnxModel(compiled.export_onnx(tmp_path / "out", dtype="float16", accuracy_level=1))
-    tokens, mask = torch.randint(3, 90, (2, 11)), torch.ones(2, 11, dtype=torch.int64)
-    mask[0, :4] = 0
-    expected = compiled(input_ids=tokens, attention_mask=mask).logits
-    logits, past = model.step(compiled, tokens[:, :9], None, mask[:, :9])
-    parts = [logits]
-    for end in (10, 11):
-        logits, past = model.step(compiled, tokens[:, end - 1 : end], past, mask[:, :end])
-        parts.append(logits)
-    seen = mask.bool()
-    assert relative_error(torch.cat(parts, 1)[seen].float(), expected[seen]) <= 5e-3
+    check_padded_batch(compiled, model, torch.float16, 5e-3)
 
 
 def greedy(compiled: teq_graph.CompiledModel, prompt: list[int], count: int) -> list[int]:

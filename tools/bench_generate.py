@@ -15,10 +15,9 @@ The builder's and genai need onnxruntime-genai, `llama.cpp` needs `llama-cpp-pyt
 left out, by name. Method: each contender is loaded in a process of its own. Every round runs each once, in turn, so
 that the machine's drift hits all alike; the first round is not counted; medians, and medians of each round's ratio to
 teq_graph. Prefill lasts until the first token, decode from there to the last, a token for a batch of one each; a fresh
-random prompt each round. Load and memory are
-those of the process from before it opens the model, libraries imported: the most that its memory grew by. What making
-a directory took: seconds from the float model to the files, and memory, the float model's included, beside the size of
-its weights.
+random prompt each round. Load and memory are those of the process from before it opens the model, libraries imported:
+the most that its memory grew by. What making a directory took: seconds from the float model to the files, and memory,
+the float model's included, beside the size of its weights.
 """
 
 from __future__ import annotations
