@@ -22,8 +22,8 @@ from teq_graph.config import BITS, WeightSpec
 from teq_graph.errors import ConfigError, ExportError
 from teq_graph.graph import linears, weight_name
 from teq_graph.loading import LoadedModel
-from teq_graph.onnx import export
 from teq_graph.onnx.export import export_onnx, lower
+from teq_graph.onnx.model_file import save_model
 from teq_graph.onnx.translations import foreign_operators
 from teq_graph.passes.fold_constants import FoldConstants
 from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
@@ -77,7 +77,7 @@ def mlp() -> CapturedGraph:
 
 
 def open_model(model: ir.Model, directory: Path) -> onnxruntime.InferenceSession:
-    export.save_model(model, directory)
+    save_model(model, directory)
     return onnxruntime.InferenceSession(str(directory / "model.onnx"), providers=["CPUExecutionProvider"])
 
 
@@ -188,6 +188,8 @@ def test_attention_and_norms_are_one_operator_each(lowered: ir.Model) -> None:
     assert counts.count("SkipSimplifiedLayerNormalization") == 4
     assert counts.count("QuickGelu") == 2
     assert "Sigmoid" not in counts
+    skips = [node for node in lowered.graph if node.op_type == "SkipSimplifiedLayerNormalization"]
+    assert all(bool(value.name) == bool(value.uses()) for node in skips for value in node.outputs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -199,7 +201,7 @@ def test_a_layer_of_a_decoder_is_ten_operators(dtype: str) -> None:
 
 
 def test_the_model_is_valid_and_has_known_operators_only(lowered: ir.Model, tmp_path: Path) -> None:
-    export.save_model(lowered, tmp_path)
+    save_model(lowered, tmp_path)
     path = tmp_path / "model.onnx"
     onnx.checker.check_model(str(path))
     model = onnx.load(path, load_external_data=False)

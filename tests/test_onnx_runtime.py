@@ -151,7 +151,7 @@ def test_bfloat16(stories: LoadedModel, tmp_path: Path) -> None:
 def test_prefill_in_parts_changes_nothing(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [PROMPT, "Lily and her mom went to the park to play with the"]
     expected = [*decoder.generate(prompts, 12), decoder.generate(prompts[1], 12)]
-    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 4)
+    monkeypatch.setitem(decoding.PREFILL_TOKENS, "cpu", 4)
     assert [*decoder.generate(prompts, 12), decoder.generate(prompts[1], 12)] == expected
 
 

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -21,7 +22,8 @@ from teq_graph.analysis.embeddings import find_embeddings
 from teq_graph.capture import CapturedGraph, capture
 from teq_graph.config import BITS, WeightSpec
 from teq_graph.errors import ConfigError, InputError
-from teq_graph.onnx.export import lower, save_model
+from teq_graph.onnx.export import lower
+from teq_graph.onnx.model_file import save_model
 from teq_graph.onnx.runtime import OnnxDecoder, load
 from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
 from teq_graph.passes.quantize_embeddings import QuantizeEmbeddings
@@ -304,6 +306,34 @@ def test_onnxruntime_reads_one_weight_and_equals_pytorch(tied: bool, bits: int, 
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     ids = word_ids(2, 9)
     (actual,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+    assert relative_error(torch.from_numpy(actual), compiled(ids)) <= 1e-5
+
+
+def test_a_table_and_its_projection_are_one_place_in_the_file(tmp_path: Path) -> None:
+    words, width = 4096, 512
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(words, width)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.linear(self.words(ids).tanh(), self.words.weight)
+
+    ids = torch.randint(words, (2, 5))
+    compiled = teq_graph.compile(randomize(Tied()), (ids,), SHAPES, quantization=BOTH, training=None)
+    compiled.export_onnx(tmp_path / "model", accuracy_level=1)
+    path = tmp_path / "model" / "model.onnx"
+    graph = onnx.load(path, load_external_data=False).graph
+    operators, tensors = [node.op_type for node in graph.node], {tensor.name: tensor for tensor in graph.initializer}
+    assert "Reshape" not in operators
+    lookup, product = (graph.node[operators.index(name)] for name in ("GatherBlockQuantized", "MatMulNBits"))
+    table, weight = tensors[lookup.input[0]], tensors[product.input[1]]
+    assert list(table.dims) == [words, width // 2] and list(weight.dims) == [words, width // 16, 8]
+    assert table.external_data == weight.external_data
+    stored = sum(tensor.nbytes for tensor in compiled.graph_module.state_dict().values())
+    assert path.with_name("model.onnx.data").stat().st_size <= stored * 1.01
+    actual = load(tmp_path / "model").run(ids=ids)["output"]  # type: ignore[union-attr]
     assert relative_error(torch.from_numpy(actual), compiled(ids)) <= 1e-5
 
 

@@ -20,8 +20,9 @@ from teq_graph.onnx.text import StoppedText
 
 IntArray = npt.NDArray[np.int64]
 
-# Longer prompts are prefilled in parts, which bounds the memory of their attention scores.
-PREFILL_TOKENS = 512
+# Longer prompts are prefilled in parts, which bounds the memory of activations and attention scores. A processor is
+# as fast with small parts, a GPU is not.
+PREFILL_TOKENS = {"cpu": 128, "cuda": 512}
 
 _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 
@@ -90,7 +91,7 @@ class DecoderSession:
             mask[index, length - len(row.prompt) :] = 1
         cache = self._new_cache(len(ids), length + count)
         # The operator that shares buffers takes several new tokens after a past for one sequence only.
-        prefill = length if self.metadata.shared_buffers and len(rows) > 1 else PREFILL_TOKENS
+        prefill = length if self.metadata.shared_buffers and len(rows) > 1 else PREFILL_TOKENS[self._device]
         running, fresh = list(range(len(rows))), ids
         for step in range(count):
             seen = mask.shape[1] - fresh.shape[1]

@@ -26,9 +26,10 @@ from teq_graph.capture import CapturedGraph
 from teq_graph.config import ACCURACY_LEVELS, DTYPES
 from teq_graph.errors import ConfigError, ExportError
 from teq_graph.files import new_directory, one_line, write_json
-from teq_graph.onnx.directory import DATA_FILE, GENAI_FILE, MODEL_FILE, Metadata
-from teq_graph.onnx.fusions import RULES
+from teq_graph.onnx.directory import GENAI_FILE, Metadata
+from teq_graph.onnx.fusions import fuse
 from teq_graph.onnx.genai import genai_config
+from teq_graph.onnx.model_file import save_model
 from teq_graph.onnx.translations import CODES_OF, foreign_operators, translation_table
 from teq_graph.passes.change_dtype import ChangeDtype
 from teq_graph.passes.fuse_attention import FuseAttention
@@ -38,11 +39,6 @@ from teq_graph.passes.remove_no_ops import RemoveNoOps
 
 # The first with Attention, RMSNormalization and RotaryEmbedding.
 OPSETS = (23, 24)
-
-# Files above this size keep their tensors in model.onnx.data.
-_EXTERNAL_FROM_BYTES = 2**20
-# Smaller tensors (shapes, scalars) stay in model.onnx, so that shape inference sees them.
-_EXTERNAL_TENSOR_BYTES = 1024
 
 
 def export_onnx(
@@ -140,17 +136,6 @@ def lower(
         raise ExportError(f"node {node.name}: operator {name} is neither standard ONNX nor com.microsoft")
     model.producer_name, model.producer_version = "teq_graph", None
     return model
-
-
-def save_model(model: ir.Model, directory: Path) -> None:
-    """Write `model.onnx`, and `model.onnx.data` where the tensors exceed 1 MiB, into `directory`."""
-    path = directory / MODEL_FILE
-    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-    total = sum(tensor.nbytes for tensor in tensors)
-    if total > _EXTERNAL_FROM_BYTES:
-        ir.save(model, path, external_data=DATA_FILE, size_threshold_bytes=_EXTERNAL_TENSOR_BYTES)
-    else:
-        ir.save(model, path)
 
 
 def _check_options(dtype: str, accuracy_level: int, opset: int) -> None:
@@ -271,7 +256,7 @@ def _simplify(model: ir.Model) -> None:
     )
     for step in passes:
         step(model)
-    RULES.apply_to_model(model)
+    fuse(model)
     common.RemoveUnusedNodesPass()(model)
 
 
@@ -377,4 +362,4 @@ def _eos_token_ids(*sources: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (int(value),)
 
 
-__all__ = ["OPSETS", "export_onnx", "lower", "save_model"]
+__all__ = ["OPSETS", "export_onnx", "lower"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
 from teq_graph.onnx.translations import CONTRIB_DOMAIN
@@ -58,7 +59,17 @@ class SiLU(RewriteRuleClassBase):
         return op.QuickGelu(x, alpha=1.0, _domain=CONTRIB_DOMAIN, _version=1)
 
 
-RULES = RewriteRuleSet(
+_RULES = RewriteRuleSet(
     [rule.rule() for rule in (SkipRMSNormalization, SkipLayerNormalization, SiLU)],  # type: ignore[no-untyped-call]
     commute=True,
 )
+
+
+def fuse(model: ir.Model) -> None:
+    """Apply every rule of this module to `model`."""
+    _RULES.apply_to_model(model)
+    for node in model.graph:
+        if node.op_type in (SkipRMSNormalization.fused, SkipLayerNormalization.fused):
+            for value in node.outputs[1:]:
+                if not value.uses() and not value.is_graph_output():
+                    value.name = ""  # onnxruntime makes a tensor of every output that has a name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -144,8 +145,8 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         return _MATMUL_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=accuracy_level)
 
     def embedding_nbits(indices: Any, b: Any, scales: Any, zero_points: Any, D: int, bits: int, block_size: int) -> Any:
-        # onnxruntime folds this when it loads the model: a view of the table, which it then reads in place.
-        rows = op.Reshape(b, op.Constant(value_ints=[0, -1]))
+        count, *row = b.shape
+        rows = op.Reshape(b, op.Constant(value_ints=[count, math.prod(row)]))
         inputs = [rows, indices, scales] if zero_points is None else [rows, indices, scales, zero_points]
         gathered = _GATHER_BLOCK_QUANTIZED(*inputs, gather_axis=0, quantize_axis=1, block_size=block_size, bits=bits)
         if D % block_size == 0:
