@@ -42,16 +42,10 @@ def _name_reshaped(model: ir.Model) -> bool:
         if not isinstance(source, ir.ExternalTensor) or shape is None or (shape.numpy() <= 0).any():
             continue
         (view,) = node.outputs
-        value = ir.Value(name=view.name, shape=ir.Shape(shape.numpy().tolist()), type=ir.TensorType(source.dtype))
-        value.const_value = ir.ExternalTensor(
-            source.location,
-            source.offset,
-            source.length,
-            source.dtype,
-            shape=value.shape,
-            name=value.name,
-            base_dir=source.base_dir,
-        )
+        name, dims = str(view.name), ir.Shape(shape.numpy().tolist())
+        value = ir.Value(name=name, shape=dims, type=ir.TensorType(source.dtype))
+        place = (source.location, source.offset, source.length, source.dtype)
+        value.const_value = ir.ExternalTensor(*place, shape=dims, name=name, base_dir=source.base_dir)
         view.replace_all_uses_with(value)
         graph.remove(node, safe=True)
         graph.register_initializer(value)
