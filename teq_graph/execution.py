@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from teq_graph import graph as fx
@@ -39,6 +40,16 @@ def run(nodes: Iterable[Node], values: Values, replaced: Mapping[Any, Any] | Non
 def keep_only(values: Values, needed: set[Node]) -> Values:
     """`values` without what nothing needs any more."""
     return {node: value for node, value in values.items() if node in needed}
+
+
+def shared(values: Values, others: Values) -> Values:
+    """`values` with the tensors of `others` where they are equal: masks and rotary tables of one length, mostly."""
+
+    def is_equal(one: Any, other: Any) -> bool:
+        both = isinstance(one, Tensor) and isinstance(other, Tensor)
+        return both and one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+    return {node: others[node] if is_equal(value, others.get(node)) else value for node, value in values.items()}
 
 
 def advance(nodes: Iterable[Node], values: Values, needed: set[Node]) -> Values:

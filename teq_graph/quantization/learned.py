@@ -102,27 +102,26 @@ class _Quantize(torch.autograd.Function):
         shrink, last = torch.exp(-log_scale), 2**bits - 1
         zero = zero.round().clamp_(0, last)
         value = torch.empty_like(latent)
-        # Of floats: comparing into booleans, and multiplying by them, is not vectorised.
-        kept = torch.empty_like(latent)
         for rows in _row_runs(latent):
             z, target = zero[rows, :, None], value[rows]
             torch.mul(latent[rows], shrink[rows, :, None], out=target)
-            target.round_().add_(z)
-            codes = target.clamp(0, last)
-            torch.eq(codes, target, out=kept[rows])
-            torch.mul(codes.sub_(z), scale[rows, :, None], out=target)
-        ctx.save_for_backward(latent, shrink, scale, value, kept)
+            target.round_().add_(z).clamp_(0, last).sub_(z).mul_(scale[rows, :, None])
+        ctx.save_for_backward(latent, shrink, scale, zero, value)
+        ctx.last = last
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        latent, shrink, scale, value, kept = ctx.saved_tensors
+        latent, shrink, scale, zero, value = ctx.saved_tensors
         to_latent = torch.empty_like(latent)
         to_log, to_scale, to_zero = (torch.empty_like(scale) for _ in range(3))
         for rows in _row_runs(latent):
             g, s, out = grad[rows], scale[rows], to_latent[rows]
-            torch.mul(g, kept[rows], out=out)
+            # Which are kept is computed again, as floats: comparing into booleans, and multiplying by them, is not
+            # vectorised.
+            codes = (latent[rows] * shrink[rows, :, None]).round_().add_(zero[rows, :, None])
+            torch.eq(codes.clamp(0, ctx.last), codes, out=out).mul_(g)
             to_zero[rows] = s * (out.sum(-1) - g.sum(-1))
             to_scale[rows] = (g * value[rows]).sum(-1) / s
             out.mul_((s * shrink[rows])[..., None])

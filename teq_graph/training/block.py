@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from teq_graph import graph as fx
+from teq_graph import memory
 from teq_graph.analysis.blocks import Block
 from teq_graph.config import TrainingConfig, WeightSpec
 from teq_graph.execution import Values, run
@@ -99,8 +100,11 @@ class BlockTrainer:
         for name, stage in (("clip", clip), ("gptq", compensate), ("bias", correct_biases)):
             if name in stages:
                 choice = stage(problem, choice)
+                memory.trim()
         if choice is not candidates[0]:
             candidates.append(choice)
+        # The largest of what the stages go by, and no more than the above go by them.
+        problem = dataclasses.replace(problem, moments={}, means={})
         if "tune" in stages and self.config.steps:
             candidates.append(tune(problem, choice, self.config, self.generator, self.bar))
         errors = [before]

@@ -50,10 +50,11 @@ def optimize(
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NumericsError(f"training loss is {value}: accepted are finite losses; lower learning_rate")
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        # Not beside the activations of the next step.
+        optimizer.zero_grad()
         if smallest is not None:
             with torch.no_grad():
                 for tensor in tensors:

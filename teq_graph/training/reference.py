@@ -15,7 +15,7 @@ from teq_graph import graph as fx
 from teq_graph.analysis.blocks import Block
 from teq_graph.capture import CapturedGraph
 from teq_graph.errors import InputError, NumericsError
-from teq_graph.execution import Values, advance, input_values, keep_only, needed_after, run
+from teq_graph.execution import Values, advance, input_values, keep_only, needed_after, run, shared
 from teq_graph.files import one_line
 from teq_graph.graph import aten
 
@@ -81,7 +81,7 @@ class FloatReference:
                     raise NumericsError(f"calibration batch {number}: the float model gives NaN or infinity")
                 if not is_last:
                     targets.append(outputs)
-                values[number] = keep_only(env, kept[index])
+                values[number] = shared(keep_only(env, kept[index]), values[0])
             joined = {name: torch.cat(parts) for name, parts in samples.items()}
             again = functools.partial(_computed_again, nodes, output_nodes, inputs)
             yield joined, again if is_last else targets.__getitem__

@@ -23,7 +23,7 @@ from teq_graph.analysis.blocks import Block
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import BLOCK_STAGES, TrainingConfig, WeightSpec
 from teq_graph.errors import InputError
-from teq_graph.execution import Values, advance, constant_ancestors, needed_after, run
+from teq_graph.execution import Values, advance, constant_ancestors, needed_after, run, shared
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
 from teq_graph.progress import task
 from teq_graph.quantization import QuantizedWeight
@@ -80,6 +80,7 @@ class Trainer:
 
     def run(self) -> None:
         """Every stage, the scales by the configured objective."""
+        memory.trim()  # of what capture and analysis used
         by_model = self.config.objective == "model"
         if "scales" in self.stages and by_model:
             self._train_model()
@@ -130,7 +131,8 @@ class Trainer:
                 constants = trainer.tensors.constants()
                 with torch.no_grad():
                     for number in range(len(values)):
-                        values[number] = advance(block.nodes, {**values[number], **constants}, kept[index])
+                        after = advance(block.nodes, {**values[number], **constants}, kept[index])
+                        values[number] = shared(after, values[0])
                 del trainer, constants
                 memory.trim()
 
