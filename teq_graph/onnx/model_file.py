@@ -35,13 +35,14 @@ def _name_reshaped(model: ir.Model) -> bool:
     let go of what is mapped. Returns whether there was one.
     """
     graph = model.graph
-    reshapes = [node for node in graph if node.op_type == "Reshape" and len(node.inputs) == 2]
     changed = False
-    for node in reshapes:
+    for node in [node for node in graph if node.op_type == "Reshape"]:
         source, shape = (value.const_value if value is not None else None for value in node.inputs)
-        if not isinstance(source, ir.ExternalTensor) or shape is None or (shape.numpy() <= 0).any():
-            continue
         (view,) = node.outputs
+        if not isinstance(source, ir.ExternalTensor) or shape is None or view.is_graph_output():
+            continue
+        if (shape.numpy() <= 0).any():  # sizes that follow from the others
+            continue
         name, dims = str(view.name), ir.Shape(shape.numpy().tolist())
         value = ir.Value(name=name, shape=dims, type=ir.TensorType(source.dtype))
         place = (source.location, source.offset, source.length, source.dtype)
