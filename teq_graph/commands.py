@@ -136,7 +136,10 @@ def quantize(
         ),
     ] = None,
     preset: Annotated[
-        str, typer.Option(metavar="NAME", help="How much work to put in: fast, default or best.")
+        str,
+        typer.Option(
+            metavar="NAME", help="How much work to put in: fast, default, or best, which takes tens of times as long."
+        ),
     ] = "default",
     method: Annotated[
         str | None,

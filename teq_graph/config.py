@@ -208,7 +208,8 @@ class TrainingConfig:
 
         `"fast"` trains nothing: some two forward passes per calibration token and one Cholesky factor per linear.
         `"default"` trains each block for 50 steps. `"best"` trains each block for 200 steps on four times the text and
-        then the whole model, which has to fit in memory with its gradients.
+        then the whole model, which has to fit in memory with its gradients: tens of times the time of `"default"`, and
+        5 GB for a model of 135 million parameters on 4 rows of 256 tokens at a time.
         """
         _require(name in PRESETS, "preset", name, f"{tuple(PRESETS)}")
         return cls(**{**PRESETS[name], **options})
