@@ -47,7 +47,7 @@ def shared(values: Values, others: Values) -> Values:
 
     def is_equal(one: Any, other: Any) -> bool:
         both = isinstance(one, Tensor) and isinstance(other, Tensor)
-        return both and one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+        return both and one.dtype == other.dtype and torch.equal(one, other)
 
     return {node: others[node] if is_equal(value, others.get(node)) else value for node, value in values.items()}
 

@@ -41,7 +41,7 @@ def _name_reshaped(model: ir.Model) -> bool:
         (view,) = node.outputs
         if not isinstance(source, ir.ExternalTensor) or shape is None or view.is_graph_output():
             continue
-        if (shape.numpy() <= 0).any():  # sizes that follow from the others
+        if (shape.numpy() <= 0).any():  # 0 and -1 stand for sizes that follow from others
             continue
         name, dims = str(view.name), ir.Shape(shape.numpy().tolist())
         value = ir.Value(name=name, shape=dims, type=ir.TensorType(source.dtype))
@@ -51,5 +51,6 @@ def _name_reshaped(model: ir.Model) -> bool:
         graph.remove(node, safe=True)
         graph.register_initializer(value)
         changed = True
-    common.RemoveUnusedNodesPass()(model)
+    if changed:  # a source that nothing else reads
+        common.RemoveUnusedNodesPass()(model)
     return changed

@@ -103,7 +103,7 @@ class BlockTrainer:
                 memory.trim()
         if choice is not candidates[0]:
             candidates.append(choice)
-        # The largest of what the stages go by, and no more than the above go by them.
+        # Tuning does not read the moments: their memory is free for its activations.
         problem = dataclasses.replace(problem, moments={}, means={})
         if "tune" in stages and self.config.steps:
             candidates.append(tune(problem, choice, self.config, self.generator, self.bar))
