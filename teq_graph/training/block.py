@@ -107,6 +107,7 @@ class BlockTrainer:
         problem = dataclasses.replace(problem, moments={}, means={})
         if "tune" in stages and self.config.steps:
             candidates.append(tune(problem, choice, self.config, self.generator, self.bar))
+            memory.trim()
         errors = [before]
         for candidate in candidates[1:]:
             self._use(candidate, problem)
