@@ -47,6 +47,9 @@ def generate(
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable.")
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Repeatable sampling.  [default: random]")] = None,
+    prompt_lookup: Annotated[
+        int | None, typer.Option(metavar="N", help="Guess N tokens at a time: faster where text is copied or repeats.")
+    ] = None,
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="First message of a chat, from the system.")
     ] = None,
@@ -72,6 +75,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop_strings": stop,
         "seed": seed,
+        "prompt_lookup_num_tokens": prompt_lookup,
     }
     decoder = opening.open_decoder(directory, threads, provider)
     from teq_graph.onnx.conversation import Conversation

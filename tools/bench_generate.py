@@ -5,6 +5,8 @@
 Contenders, each with 4-bit weights in blocks of 32, the vocabulary projection and the embedding included:
 
   teq_graph         what `teq-graph quantize` writes, driven by `OnnxDecoder`
+  lookup            the same, guessing tokens from the text before (`prompt_lookup_num_tokens`); with --text only, since
+                    after random tokens a model repeats itself, which is guessed too well
   builder           the graph of onnxruntime-genai's model builder, driven by the same `OnnxDecoder`
   builder in genai  the same, driven by onnxruntime-genai, as its users run it
   genai             our directory, driven by onnxruntime-genai
@@ -14,10 +16,10 @@ Contenders, each with 4-bit weights in blocks of 32, the vocabulary projection a
 The builder's and genai need onnxruntime-genai, `llama.cpp` needs `llama-cpp-python`; what is not installed is
 left out, by name. Method: each contender is loaded in a process of its own. Every round runs each once, in turn, so
 that the machine's drift hits all alike; the first round is not counted; medians, and medians of each round's ratio to
-teq_graph. Prefill lasts until the first token, decode from there to the last, a token for a batch of one each; a fresh
-random prompt each round. Load and memory are those of the process from before it opens the model, libraries imported:
-the most that its memory grew by. What making a directory took: seconds from the float model to the files, and memory,
-the float model's included, beside the size of its weights.
+teq_graph. Prefill lasts until the first token, decode from there to the last, a token for a batch of one each; each
+round has a fresh prompt, of random tokens or a piece of --text. Load and memory are those of the process from before it
+opens the model, libraries imported: the most that its memory grew by. What making a directory took: seconds from the
+float model to the files, and memory, the float model's included, beside the size of its weights.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -122,6 +125,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="tokens that are decoded")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--text", type=Path, help="file that prompts are cut from; random tokens if absent")
+    parser.add_argument("--lookup", type=int, default=4, help="tokens that `lookup` guesses at a time")
     parser.add_argument("--markdown", type=Path, help="file that takes the table")
     return parser.parse_args()
 
@@ -145,9 +150,10 @@ def export(model: str, directory: Path, bits: int | None) -> Made:
     return Made(time.perf_counter() - started, (peak_bytes() - before) / weights)
 
 
-def onnx_decoder(directory: Path, threads: int) -> Generate:
+def onnx_decoder(directory: Path, threads: int, lookup: int = 0) -> Generate:
     decoder = OnnxDecoder.load(directory, threads=threads)
-    return lambda prompt, tokens: decoder.stream(prompt, tokens, eos_token_id=(), do_sample=False)
+    options: dict[str, Any] = {"eos_token_id": (), "do_sample": False, "prompt_lookup_num_tokens": lookup}
+    return lambda prompt, tokens: decoder.stream(prompt, tokens, **options)
 
 
 def build_with_genai(model: str, directory: Path) -> Made:
@@ -210,6 +216,18 @@ def gguf_file(model: str) -> Path | None:
     return next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
 
 
+def prompts_of(args: argparse.Namespace, decoder: OnnxDecoder) -> Iterator[list[int]]:
+    """Fresh prompts without end."""
+    vocabulary, random = decoder.shape.vocab_size, np.random.default_rng()
+    text = decoder.encode(args.text.read_text(encoding="utf-8")) if args.text else []
+    if args.text and len(text) <= args.prompt:
+        sys.exit(f"error: {args.text}: {len(text)} tokens; accepted are more than the {args.prompt} of a prompt")
+    while True:
+        start = int(random.integers(max(1, len(text) - args.prompt)))
+        fresh = random.integers(vocabulary // 100, vocabulary, args.prompt).tolist()
+        yield text[start : start + args.prompt] or fresh
+
+
 def contenders(args: argparse.Namespace, directory: Path) -> tuple[list[Contender], dict[str, Made]]:
     ours, in_float, built = (directory / name for name in ("teq_graph", "float32", "builder"))
     has_genai = importlib.util.find_spec("onnxruntime_genai") is not None
@@ -221,6 +239,8 @@ def contenders(args: argparse.Namespace, directory: Path) -> tuple[list[Contende
         if has_genai:
             made["builder"] = pool.submit(build_with_genai, args.model, directory).result()
     found = [Contender("teq_graph", _megabytes(ours), onnx_decoder, ours, args.threads)]
+    if args.text:
+        found.append(Contender("lookup", _megabytes(ours), onnx_decoder, ours, args.threads, args.lookup))
     if has_genai:
         found.append(Contender("builder", _megabytes(built), onnx_decoder, built, args.threads))
         found.append(Contender("builder in genai", _megabytes(built), genai, built, args.threads))
@@ -256,8 +276,9 @@ def table(args: argparse.Namespace, found: list[Contender], made: dict[str, Made
         cells += ["", ""] if making is None else [f"{making.seconds:.0f}", f"{making.memory:.1f}×"]
         return f"| {contender.name} | {' | '.join(cells)} |"
 
+    source = f"of `{args.text.name}`" if args.text else "at random"
     head = (
-        f"`{args.model}`, {args.threads} threads, prompt of {args.prompt} tokens, {args.tokens} decoded, "
+        f"`{args.model}`, {args.threads} threads, prompt of {args.prompt} tokens {source}, {args.tokens} decoded, "
         f"{args.rounds} rounds in turn: medians (smallest–largest), and how many times as fast teq_graph is "
         "(quartiles); growth of memory, also beside the files; seconds that making the files took, and memory beside "
         "the float weights."
@@ -281,11 +302,8 @@ def main() -> None:
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as scratch:
         found, made = contenders(args, Path(scratch))
-        shape = Metadata.read(Path(scratch) / "teq_graph").decoder
-        assert shape is not None
-        vocabulary, random = shape.vocab_size, np.random.default_rng()
-        for _ in range(args.rounds + 1):
-            prompt = random.integers(vocabulary // 100, vocabulary, args.prompt).tolist()
+        prompts = prompts_of(args, OnnxDecoder.load(Path(scratch) / "teq_graph"))
+        for prompt in itertools.islice(prompts, args.rounds + 1):
             for contender in found:
                 contender.measure(prompt, args.tokens)
         for contender in found:

@@ -15,6 +15,7 @@ from teq_graph.errors import InputError
 from teq_graph.files import one_line
 from teq_graph.onnx import tensors
 from teq_graph.onnx.directory import LOGITS_FROM, Metadata
+from teq_graph.onnx.prompt_lookup import guess
 from teq_graph.onnx.sampling import Sampler
 from teq_graph.onnx.text import StoppedText
 
@@ -74,14 +75,19 @@ class DecoderSession:
         self._device = _DEVICES.get(provider, "cpu")
         self._device_id = int(session.get_provider_options().get(provider, {}).get("device_id", 0))
         self._chooses_logits = any(item.name == LOGITS_FROM for item in session.get_inputs())
-        self._logits_from = [OrtValue.ortvalue_from_numpy(np.array([start])) for start in (-1, 0)]
 
     def logits(self, ids: IntArray, mask: IntArray) -> npt.NDArray[np.float32]:
         """Logits float32 [b, s, vocab] of whole sequences."""
-        return self._step(ids, mask, self._new_cache(*ids.shape), all_logits=True)
+        return self._step(ids, mask, self._new_cache(*ids.shape), ids.shape[1])
 
-    def decode(self, rows: Sequence[Continuation], count: int, sampler: Sampler) -> Iterator[tuple[int, int, str]]:
-        """(row, token, text) as they are generated, `count` tokens for each row at most."""
+    def decode(
+        self, rows: Sequence[Continuation], count: int, sampler: Sampler, lookup: int = 0
+    ) -> Iterator[tuple[int, int, str]]:
+        """(row, token, text) as they are generated, `count` tokens for each row at most.
+
+        A sequence by itself is given up to `lookup` guessed tokens with its newest one. They stay as far as they are
+        what the sampler chooses then; what the others leave in a shared cache is written over.
+        """
         length = max(len(row.prompt) for row in rows)
         # Left padding: the last position of every row is its newest token.
         ids = np.full((len(rows), length), self.metadata.pad_token_id or 0, dtype=np.int64)
@@ -92,30 +98,44 @@ class DecoderSession:
         cache = self._new_cache(len(ids), length + count)
         # The operator that shares buffers takes several new tokens after a past for one sequence only.
         prefill = length if self.metadata.shared_buffers and len(rows) > 1 else PREFILL_TOKENS[self._device]
-        running, fresh = list(range(len(rows))), ids
-        for step in range(count):
-            seen = mask.shape[1] - fresh.shape[1]
-            for start in range(0, fresh.shape[1], prefill):
-                part = fresh[:, start : start + prefill]
-                logits = self._step(part, mask[:, : seen + start + part.shape[1]], cache)
-            tokens = sampler(logits[:, -1], [(row.prompt, row.tokens) for row in rows])
-            for index in running:
-                token = int(tokens[index])
-                piece = rows[index].push(token)
-                if step == count - 1 and rows[index].finish_reason is None:
-                    rows[index].finish_reason = "length"
-                if piece is not None:
-                    yield index, token, piece
-            running = [index for index in running if rows[index].finish_reason is None]
-            if not running:
-                return
-            fresh = tokens[:, None]
+        lookup = min(lookup, prefill - 1) if self.metadata.shared_buffers and len(rows) == 1 else 0
+        running, fresh, left = list(range(len(rows))), ids, count
+        guessed: list[int] = []
+        while left:
+            logits = self._read(fresh, mask, cache, prefill, 1 + len(guessed))
+            for accepted, ahead in enumerate([*guessed, None]):
+                newest = logits[:, accepted - 1 - len(guessed)]
+                tokens = sampler(newest, [(row.prompt, row.tokens) for row in rows])
+                left -= 1
+                for index in running:
+                    token = int(tokens[index])
+                    piece = rows[index].push(token)
+                    if not left and rows[index].finish_reason is None:
+                        rows[index].finish_reason = "length"
+                    if piece is not None:
+                        yield index, token, piece
+                running = [index for index in running if rows[index].finish_reason is None]
+                if not running:
+                    return
+                if tokens[0] != ahead:
+                    break
+            mask = mask[:, : mask.shape[1] - len(guessed) + accepted]
+            guessed = guess([*rows[0].prompt, *rows[0].tokens], min(lookup, left - 1)) if lookup else []
+            fresh = np.array([[tokens[0], *guessed]]) if guessed else tokens[:, None]
             mask = np.concatenate([mask, np.ones_like(fresh)], axis=1)
 
-    def _step(self, ids: IntArray, mask: IntArray, cache: Cache, all_logits: bool = False) -> npt.NDArray[np.float32]:
-        """Logits [b, s or 1, vocab]; the cache, which stays on the session's device, holds the new tokens afterwards.
+    def _read(self, fresh: IntArray, mask: IntArray, cache: Cache, size: int, last: int) -> npt.NDArray[np.float32]:
+        """Logits of the `last` positions, of which the graph may give more, after tokens in parts of `size`."""
+        seen = mask.shape[1] - fresh.shape[1]
+        for start in range(0, fresh.shape[1], size):
+            part = fresh[:, start : start + size]
+            logits = self._step(part, mask[:, : seen + start + part.shape[1]], cache, last)
+        return logits
 
-        Only the last position's unless `all_logits`, where the graph has a choice.
+    def _step(self, ids: IntArray, mask: IntArray, cache: Cache, last: int) -> npt.NDArray[np.float32]:
+        """Logits [b, s, vocab]; the cache, which stays on the session's device, holds the new tokens afterwards.
+
+        Only of the `last` positions, where the graph has a choice.
         """
         try:
             binding = cache.binding
@@ -123,8 +143,9 @@ class DecoderSession:
             binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
             rows, positions = ids.shape
             if self._chooses_logits:
-                binding.bind_ortvalue_input(LOGITS_FROM, self._logits_from[all_logits])
-                positions = positions if all_logits else 1
+                positions = min(positions, last)
+                logits_from = OrtValue.ortvalue_from_numpy(np.array([-positions]))
+                binding.bind_ortvalue_input(LOGITS_FROM, logits_from)
             # onnxruntime writes into this array, and does not keep it alive.
             logits = np.empty((rows, positions, self.shape.vocab_size), tensors.array_type(self._dtype))
             binding.bind_ortvalue_output("logits", tensors.as_value(logits, self._dtype))

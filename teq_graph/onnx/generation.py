@@ -23,7 +23,7 @@ NEUTRAL: Mapping[str, Any] = {
     **dict.fromkeys(("bad_words_ids", "sequence_bias", "begin_suppress_tokens", "forced_bos_token_id"), None),
     **dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty", "guidance_scale"), None),
     **dict.fromkeys(("watermarking_config", "penalty_alpha", "dola_layers", "max_time", "top_h"), None),
-    **dict.fromkeys(("constraints", "force_words_ids", "prompt_lookup_num_tokens", "min_length"), None),
+    **dict.fromkeys(("constraints", "force_words_ids", "min_length"), None),
 }
 """Options of transformers that would change the tokens and are not implemented, at the values where they do not."""
 
@@ -50,6 +50,9 @@ class GenerationOptions:
     suppress_tokens: tokens that never come.
     eos_token_id: token or tokens before which a sequence ends; None: the model's.
     stop_strings: text before which a sequence ends.
+    prompt_lookup_num_tokens: how many tokens are guessed at a time from the text before, for a sequence by itself:
+        faster where text is copied or repeats. They stay as far as they are what is chosen anyway, up to the
+        rounding of logits that are computed together. 0 or None: none.
     seed: of sampling; the same one gives the same tokens for the same logits.
     """
 
@@ -71,6 +74,7 @@ class GenerationOptions:
     suppress_tokens: tuple[int, ...] = ()
     eos_token_id: tuple[int, ...] | None = None
     stop_strings: tuple[str, ...] = ()
+    prompt_lookup_num_tokens: int | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -174,5 +178,6 @@ _CHECKS: Mapping[str, Check] = {
     "suppress_tokens": _token_ids,
     "eos_token_id": _token_ids,
     "stop_strings": _strings,
+    "prompt_lookup_num_tokens": _integer(0),
     "seed": _integer(0),
 }

@@ -20,9 +20,9 @@ _POSITIONS = 1
 def add_logits_from(model: ir.Model) -> bool:
     """x → head → logits   becomes   x → Slice(logits_from, …) → head → logits
 
-    `logits_from` int64 [1] is a new input: 0 for all logits, -1 for the last position's. The vocabulary projection of a
-    long prompt is a fifth of a small model's work, and its logits are the largest tensor by far; generation needs the
-    last only. Returns whether there is such a head.
+    `logits_from` int64 [1] is a new input: 0 for all logits, -n for those of the last n positions. The vocabulary
+    projection of a long prompt is a fifth of a small model's work, and its logits are the largest tensor by far;
+    generation needs the last only. Returns whether there is such a head.
     """
     graph = model.graph
     logits = value = graph.outputs[0]

@@ -299,7 +299,8 @@ class OnnxDecoder:
         if self.shape.max_positions is not None:
             # The last position that fits still gives one token.
             count = min(count, self.shape.max_positions - length + 1)
-        return self._decoding.decode(rows, count, Sampler(options, sorted(rows[0].eos_tokens)))
+        sampler = Sampler(options, sorted(rows[0].eos_tokens))
+        return self._decoding.decode(rows, count, sampler, options.prompt_lookup_num_tokens or 0)
 
     def _encode(self, text: str, **options: Any) -> list[int]:
         return [int(token) for token in self.tokenizer(arguments.text("prompt", text), **options)["input_ids"]]

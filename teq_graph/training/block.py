@@ -14,7 +14,7 @@ from teq_graph import graph as fx
 from teq_graph import memory
 from teq_graph.analysis.blocks import Block
 from teq_graph.config import TrainingConfig, WeightSpec
-from teq_graph.execution import Values, run
+from teq_graph.execution import Values, advance, run
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertedScales
 from teq_graph.progress import Task
 from teq_graph.training.initialization import initial_scale
@@ -156,13 +156,16 @@ class BlockTrainer:
     def _moments(self, weights: Mapping[str, Tensor], constants: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Second moments [K, K] and means [K] of what the linear of each weight reads, float32, over all batches."""
         source_of = {name: fx.operand(linear) for linear, name in self.tensors.linears.items() if name in weights}
+        sources = set(source_of.values())
+        # Nothing reads what comes after them, the block's last product mostly.
+        inside = [index for index, node in enumerate(self.block.nodes) if node in sources]
+        nodes = self.block.nodes[: max(inside, default=-1) + 1]
         specs = [self.specs[name] for name in weights]
         moments: dict[Node, Tensor] = {}
         means: dict[Node, Tensor] = {}
         for values in self.values:
-            env = {**values, **constants}
             with torch.no_grad(), fast_products(weights.values(), specs):
-                run(self.block.nodes, env)
+                env = advance(nodes, {**values, **constants}, sources)
             for source in dict.fromkeys(source_of.values()):
                 read = env[source].reshape(-1, env[source].shape[-1]).float()
                 of_batch = (read.t() @ read).div_(len(read) * len(self.values)), read.mean(0) / len(self.values)
