@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -56,10 +56,12 @@ class Continuation:
 
 @dataclasses.dataclass
 class Cache:
-    """Keys and values of each layer, in turn, and what binds them to the session."""
+    """Keys and values of each layer, in turn, what binds them to the session, and what it fills with logits."""
 
     values: list[OrtValue]
     binding: onnxruntime.IOBinding
+    logits: npt.NDArray[Any]
+    logits_from: OrtValue | None = None
 
 
 class DecoderSession:
@@ -90,19 +92,22 @@ class DecoderSession:
         """
         length = max(len(row.prompt) for row in rows)
         # Left padding: the last position of every row is its newest token.
-        ids = np.full((len(rows), length), self.metadata.pad_token_id or 0, dtype=np.int64)
-        mask = np.zeros_like(ids)
+        fresh = np.full((len(rows), length), self.metadata.pad_token_id or 0, dtype=np.int64)
+        mask = np.ones((len(rows), length + count), dtype=np.int64)
         for index, row in enumerate(rows):
-            ids[index, length - len(row.prompt) :] = row.prompt
-            mask[index, length - len(row.prompt) :] = 1
-        cache = self._new_cache(len(ids), length + count)
+            padding = length - len(row.prompt)
+            fresh[index, padding:] = row.prompt
+            mask[index, :padding] = 0
+        cache = self._new_cache(*mask.shape)
         # The operator that shares buffers takes several new tokens after a past for one sequence only.
         prefill = length if self.metadata.shared_buffers and len(rows) > 1 else PREFILL_TOKENS[self._device]
         lookup = min(lookup, prefill - 1) if self.metadata.shared_buffers and len(rows) == 1 else 0
-        running, fresh, left = list(range(len(rows))), ids, count
-        guessed: list[int] = []
+        running, guessed = list(range(len(rows))), list[int]()
+        seen, left = 0, count
         while left:
-            logits = self._read(fresh, mask, cache, prefill, 1 + len(guessed))
+            for start in range(0, fresh.shape[1], prefill):
+                part = fresh[:, start : start + prefill]
+                logits = self._step(part, mask[:, : seen + start + part.shape[1]], cache, 1 + len(guessed))
             for accepted, ahead in enumerate([*guessed, None]):
                 newest = logits[:, accepted - 1 - len(guessed)]
                 tokens = sampler(newest, [(row.prompt, row.tokens) for row in rows])
@@ -119,21 +124,13 @@ class DecoderSession:
                     return
                 if tokens[0] != ahead:
                     break
-            mask = mask[:, : mask.shape[1] - len(guessed) + accepted]
+            seen += fresh.shape[1] - len(guessed) + accepted
             guessed = guess([*rows[0].prompt, *rows[0].tokens], min(lookup, left - 1)) if lookup else []
             fresh = np.array([[tokens[0], *guessed]]) if guessed else tokens[:, None]
-            mask = np.concatenate([mask, np.ones_like(fresh)], axis=1)
-
-    def _read(self, fresh: IntArray, mask: IntArray, cache: Cache, size: int, last: int) -> npt.NDArray[np.float32]:
-        """Logits of the `last` positions, of which the graph may give more, after tokens in parts of `size`."""
-        seen = mask.shape[1] - fresh.shape[1]
-        for start in range(0, fresh.shape[1], size):
-            part = fresh[:, start : start + size]
-            logits = self._step(part, mask[:, : seen + start + part.shape[1]], cache, last)
-        return logits
 
     def _step(self, ids: IntArray, mask: IntArray, cache: Cache, last: int) -> npt.NDArray[np.float32]:
-        """Logits [b, s, vocab]; the cache, which stays on the session's device, holds the new tokens afterwards.
+        """Logits [b, s, vocab], until the next step; the cache, which stays on the session's device, holds the new
+        tokens afterwards.
 
         Only of the `last` positions, where the graph has a choice.
         """
@@ -144,11 +141,8 @@ class DecoderSession:
             rows, positions = ids.shape
             if self._chooses_logits:
                 positions = min(positions, last)
-                logits_from = OrtValue.ortvalue_from_numpy(np.array([-positions]))
-                binding.bind_ortvalue_input(LOGITS_FROM, logits_from)
-            # onnxruntime writes into this array, and does not keep it alive.
-            logits = np.empty((rows, positions, self.shape.vocab_size), tensors.array_type(self._dtype))
-            binding.bind_ortvalue_output("logits", tensors.as_value(logits, self._dtype))
+            if cache.logits.shape[:2] != (rows, positions):
+                self._bind_logits(cache, rows, positions)
             if not self.metadata.shared_buffers:
                 for name, value in zip(self._cache_names("past_key_values"), cache.values, strict=True):
                     binding.bind_ortvalue_input(name, value)
@@ -159,7 +153,15 @@ class DecoderSession:
                 cache.values = binding.get_outputs()[1:]
         except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
             raise InputError(f"onnxruntime refuses input_ids {list(ids.shape)}: {one_line(error)}") from error
-        return tensors.as_float32(logits)
+        return tensors.as_float32(cache.logits)
+
+    def _bind_logits(self, cache: Cache, rows: int, positions: int) -> None:
+        # onnxruntime uses the memory of both, and does not keep it alive.
+        cache.logits = np.empty((rows, positions, self.shape.vocab_size), tensors.array_type(self._dtype))
+        cache.binding.bind_ortvalue_output("logits", tensors.as_value(cache.logits, self._dtype))
+        if self._chooses_logits:
+            cache.logits_from = OrtValue.ortvalue_from_numpy(np.array([-positions]))
+            cache.binding.bind_ortvalue_input(LOGITS_FROM, cache.logits_from)
 
     def _cache_names(self, prefix: str) -> list[str]:
         return [f"{prefix}.{index}.{kind}" for index in range(len(self.shape.layers)) for kind in ("key", "value")]
@@ -171,7 +173,7 @@ class DecoderSession:
             for heads, dim in ((c.key_heads, c.key_dim), (c.value_heads, c.value_dim)):
                 zeros = np.zeros((batch, heads, length, dim), tensors.array_type(self._dtype))
                 values.append(tensors.as_value(zeros, self._dtype, self._device, self._device_id))
-        cache = Cache(values, self.session.io_binding())
+        cache = Cache(values, self.session.io_binding(), np.empty((0, 0)))
         if self.metadata.shared_buffers:
             # Once for all steps: binding a hundred names anew takes a fifth of a small model's step.
             for prefix, bind in (

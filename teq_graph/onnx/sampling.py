@@ -41,11 +41,11 @@ class Sampler:
         `before` are, for each row, its prompt and the tokens that follow it so far.
         Raises NumericsError for NaN, infinity, and where every token is masked.
         """
+        best: npt.NDArray[np.int64] = logits.argmax(axis=-1)
         # The largest logit is NaN or infinite where any is.
-        if not np.isfinite(logits.max(axis=-1)).all():
+        if not np.isfinite(logits[np.arange(len(best)), best]).all():
             raise NumericsError("the model's logits have NaN or infinite values: accepted are finite ones")
         if not self._changes_logits and not self.options.samples:
-            best: npt.NDArray[np.int64] = logits.argmax(axis=-1)
             return best
         rows = [row.astype(np.float64) for row in logits]
         if self._changes_logits:
