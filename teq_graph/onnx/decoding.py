@@ -92,13 +92,11 @@ class DecoderSession:
         """
         length = max(len(row.prompt) for row in rows)
         # Left padding: the last position of every row is its newest token.
+        padding = np.array([length - len(row.prompt) for row in rows])
         fresh = np.full((len(rows), length), self.metadata.pad_token_id or 0, dtype=np.int64)
-        mask = np.ones((len(rows), length + count), dtype=np.int64)
         for index, row in enumerate(rows):
-            padding = length - len(row.prompt)
-            fresh[index, padding:] = row.prompt
-            mask[index, :padding] = 0
-        cache = self._new_cache(*mask.shape)
+            fresh[index, padding[index] :] = row.prompt
+        cache = self._new_cache(len(rows), length + count)
         # The operator that shares buffers takes several new tokens after a past for one sequence only.
         prefill = length if self.metadata.shared_buffers and len(rows) > 1 else PREFILL_TOKENS[self._device]
         lookup = min(lookup, prefill - 1) if self.metadata.shared_buffers and len(rows) == 1 else 0
@@ -107,7 +105,8 @@ class DecoderSession:
         while left:
             for start in range(0, fresh.shape[1], prefill):
                 part = fresh[:, start : start + prefill]
-                logits = self._step(part, mask[:, : seen + start + part.shape[1]], cache, 1 + len(guessed))
+                mask = np.arange(seen + start + part.shape[1]) >= padding[:, None]
+                logits = self._step(part, mask.astype(np.int64), cache, 1 + len(guessed))
             for accepted, ahead in enumerate([*guessed, None]):
                 newest = logits[:, accepted - 1 - len(guessed)]
                 tokens = sampler(newest, [(row.prompt, row.tokens) for row in rows])
