@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from teq_graph import progress
+from teq_graph import memory, progress
 from teq_graph.errors import NumericsError
 
 StepFn: TypeAlias = Callable[[Tensor, Any], tuple[Tensor, Any]]
@@ -52,6 +52,8 @@ def sample_text(
             for _ in range(written.shape[1], length):
                 logits, past = step(pieces[-1], past)
                 pieces.append(_draw(logits[:, -1], generator))
+                # A cache that is copied as it grows leaves gaps that its next copy does not fit.
+                memory.trim()
                 work.advance(len(written))
             texts.append(torch.cat(pieces, 1))
     return torch.cat(texts).clone()
