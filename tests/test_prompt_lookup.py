@@ -34,9 +34,10 @@ def decoder(stories_dir: Path) -> OnnxDecoder:
 def test_prompt_lookup_gives_the_same_tokens_in_fewer_steps(
     decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
+    """Steps are fewer but where no run of four may come twice: then what followed three before is never chosen."""
     once = decoder.generate(decoder.encode(PROMPT), 40, do_sample=False)
     tokens = [*decoder.encode(PROMPT), *once, *decoder.encode(PROMPT), *once[:5]]
-    expected, steps = decoder.generate(tokens, 50, **options), [0]
+    steps = [0]
     step = decoding.DecoderSession._step
 
     def counted(self: Any, *args: Any) -> Any:
@@ -44,11 +45,16 @@ def test_prompt_lookup_gives_the_same_tokens_in_fewer_steps(
         return step(self, *args)
 
     monkeypatch.setattr(decoding.DecoderSession, "_step", counted)
+    expected = decoder.generate(tokens, 50, **options)
+    one_by_one = steps[0]
     for lookup in (1, 3, 8):
         steps[0] = 0
         stream = decoder.stream(tokens, 50, prompt_lookup_num_tokens=lookup, **options)
         assert [*stream] == expected == stream.tokens
-        assert steps[0] < len(expected) + 1
+        if "no_repeat_ngram_size" in options:
+            assert steps[0] == one_by_one
+        else:
+            assert steps[0] < one_by_one
     last = decoder.stream(tokens, 1, prompt_lookup_num_tokens=8, **options)
     assert [*last] == expected[:1] and last.finish_reason == "length"
 
