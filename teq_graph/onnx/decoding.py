@@ -99,8 +99,9 @@ class DecoderSession:
         cache = self._new_cache(len(rows), length + count)
         # The operator that shares buffers takes several new tokens after a past for one sequence only.
         prefill = length if self.metadata.shared_buffers and len(rows) > 1 else PREFILL_TOKENS[self._device]
+        # The newest token and its guesses are one part, whose logits are all needed.
         lookup = min(lookup, prefill - 1) if self.metadata.shared_buffers and len(rows) == 1 else 0
-        running, guessed = list(range(len(rows))), list[int]()
+        guessed: list[int] = []
         seen, left = 0, count
         while left:
             for start in range(0, fresh.shape[1], prefill):
@@ -111,15 +112,16 @@ class DecoderSession:
                 newest = logits[:, accepted - 1 - len(guessed)]
                 tokens = sampler(newest, [(row.prompt, row.tokens) for row in rows])
                 left -= 1
-                for index in running:
+                for index, row in enumerate(rows):
+                    if row.finish_reason is not None:
+                        continue
                     token = int(tokens[index])
-                    piece = rows[index].push(token)
-                    if not left and rows[index].finish_reason is None:
-                        rows[index].finish_reason = "length"
+                    piece = row.push(token)
+                    if not left and row.finish_reason is None:
+                        row.finish_reason = "length"
                     if piece is not None:
                         yield index, token, piece
-                running = [index for index in running if rows[index].finish_reason is None]
-                if not running:
+                if all(row.finish_reason is not None for row in rows):
                     return
                 if tokens[0] != ahead:
                     break

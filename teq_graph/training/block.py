@@ -166,7 +166,7 @@ class BlockTrainer:
         for values in self.values:
             with torch.no_grad(), fast_products(weights.values(), specs):
                 env = advance(nodes, {**values, **constants}, sources)
-            for source in dict.fromkeys(source_of.values()):
+            for source in sources:
                 read = env[source].reshape(-1, env[source].shape[-1]).float()
                 of_batch = (read.t() @ read).div_(len(read) * len(self.values)), read.mean(0) / len(self.values)
                 for total, part in zip((moments, means), of_batch, strict=True):
