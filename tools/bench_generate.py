@@ -47,7 +47,7 @@ from peers.job import peak_bytes, resident_bytes
 
 import teq_graph
 from teq_graph.capture.pretrained import probe_decoder
-from teq_graph.loading import DEFAULT_MODEL, load_model
+from teq_graph.loading import DEFAULT_MODEL, load_model, load_tokenizer
 from teq_graph.onnx.directory import Metadata
 from teq_graph.onnx.runtime import OnnxDecoder
 
@@ -216,16 +216,21 @@ def gguf_file(model: str) -> Path | None:
     return next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
 
 
-def prompts_of(args: argparse.Namespace, decoder: OnnxDecoder) -> Iterator[list[int]]:
-    """Fresh prompts without end."""
-    vocabulary, random = decoder.shape.vocab_size, np.random.default_rng()
-    text = decoder.encode(args.text.read_text(encoding="utf-8")) if args.text else []
-    if args.text and len(text) <= args.prompt:
+def prompts_of(args: argparse.Namespace, directory: Path) -> Iterator[list[int]]:
+    """Fresh prompts without end, for the model in a directory."""
+    random = np.random.default_rng()
+    if args.text is None:
+        shape = Metadata.read(directory).decoder
+        assert shape is not None
+        while True:
+            yield random.integers(shape.vocab_size // 100, shape.vocab_size, args.prompt).tolist()
+    tokenizer = load_tokenizer(args.model, str(directory))
+    text = tokenizer(args.text.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    if len(text) <= args.prompt:
         sys.exit(f"error: {args.text}: {len(text)} tokens; accepted are more than the {args.prompt} of a prompt")
     while True:
-        start = int(random.integers(max(1, len(text) - args.prompt)))
-        fresh = random.integers(vocabulary // 100, vocabulary, args.prompt).tolist()
-        yield text[start : start + args.prompt] or fresh
+        start = random.integers(len(text) - args.prompt)
+        yield text[start : start + args.prompt]
 
 
 def contenders(args: argparse.Namespace, directory: Path) -> tuple[list[Contender], dict[str, Made]]:
@@ -302,7 +307,7 @@ def main() -> None:
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as scratch:
         found, made = contenders(args, Path(scratch))
-        prompts = prompts_of(args, OnnxDecoder.load(Path(scratch) / "teq_graph"))
+        prompts = prompts_of(args, Path(scratch) / "teq_graph")
         for prompt in itertools.islice(prompts, args.rounds + 1):
             for contender in found:
                 contender.measure(prompt, args.tokens)
