@@ -8,14 +8,13 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import teq_graph.ops  # noqa: F401  (registers the operators)
-from teq_graph import graph as fx
 from teq_graph.errors import NumericsError
-from teq_graph.graph import aten
-
-CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
+from teq_graph.graph.nodes import aten, is_call
+from teq_graph.graph.op_sets import NAMED_CASTS
+from teq_graph.graph.tensors import add_tensor, drop_unused, get_attr_node, has_tensor, node_tensor, set_tensor
+from teq_graph.passes.base import GraphPass, PassResult
 
 EMBEDDINGS = (aten.embedding.default, torch.ops.teq_graph.embedding_nbits.default)
 
@@ -51,7 +50,7 @@ WIDE = (
 )
 
 
-class ChangeDtype(PassBase):
+class ChangeDtype(GraphPass[None]):
     """x → linear(x, w: float32) → y      becomes      x → linear(x, w: float16) → y      for float16, say
 
     Parameters, activations, floating-point inputs and outputs (hence the KV cache) of the graph's type take the
@@ -74,7 +73,7 @@ class ChangeDtype(PassBase):
         super().__init__()
         self.dtype = dtype
 
-    def call(self, graph_module: GraphModule) -> PassResult:
+    def call(self, graph_module: GraphModule) -> PassResult[None]:
         old = _graph_dtype(graph_module)
         if old is None:
             return PassResult(graph_module, False)
@@ -107,20 +106,20 @@ class _Conversion:
             elif node.op == "get_attr" and node in self.was:
                 self._constant(node)
             elif node.op == "call_function":
-                if fx.is_call(node, *EMBEDDINGS) or self.activations.intersection(node.all_input_nodes):
+                if is_call(node, *EMBEDDINGS) or self.activations.intersection(node.all_input_nodes):
                     self.activations.add(node)
                     self._activation(node)
                 else:
                     self._position(node)
             elif node.op == "output":
                 node.args = (torch.fx.map_arg(node.args[0], self._output),)
-        fx.drop_unused(self.graph_module)
+        drop_unused(self.graph_module)
         self._restore_names()
 
     def _constant(self, node: Node) -> None:
         """A constant keeps its type until something reads it in another."""
         self.now[node] = self.was[node]
-        tensor = fx.node_tensor(node)
+        tensor = node_tensor(node)
         if tensor.numel() and bool(tensor.detach().abs().max() > self.limit):
             self.beyond.add(node)
 
@@ -137,7 +136,7 @@ class _Conversion:
             self._note_beyond(node)
 
     def _activation(self, node: Node) -> None:
-        if node.target in CASTS:
+        if node.target in NAMED_CASTS:
             _rename_dtype(node, self.old, self.new)
             if node in self.was:
                 self._set(node, self.new if self.was[node] == self.old else self.was[node])
@@ -160,7 +159,7 @@ class _Conversion:
         # A bound is not meant to the digit, a weight is.
         largest = torch.finfo(self.new).max
         for source in self.beyond.intersection(node.all_input_nodes):
-            if source.op == "get_attr" and (magnitude := float(fx.node_tensor(source).detach().abs().max())) > largest:
+            if source.op == "get_attr" and (magnitude := float(node_tensor(source).detach().abs().max())) > largest:
                 raise NumericsError(
                     f"{source.target} has a value of magnitude {magnitude:.3g}: accepted for {self.new} are "
                     f"magnitudes up to {largest:.5g}"
@@ -169,7 +168,7 @@ class _Conversion:
     def _operand_dtype(self, node: Node) -> torch.dtype:
         if node.target in PRODUCTS:
             return self.new
-        if node.target in WIDE or (fx.is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]):
+        if node.target in WIDE or (is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]):
             return torch.float32
         kinds = {self.now[source] for source in self.activations.intersection(node.all_input_nodes, self.now)}
         return torch.float32 if kinds == {torch.float32} else self.new
@@ -184,11 +183,11 @@ class _Conversion:
         return self.casts[source, dtype]
 
     def _stored(self, source: Node, dtype: torch.dtype) -> Node:
-        tensor = fx.node_tensor(source).detach()
+        tensor = node_tensor(source).detach()
         if source in self.beyond and bool(tensor.abs().max() > torch.finfo(dtype).max):
             tensor = tensor.clamp(-self.limit, self.limit)
-        name = fx.add_tensor(self.graph_module, str(source.target), tensor.to(dtype))
-        node = fx.get_attr_node(self.graph_module, name)
+        name = add_tensor(self.graph_module, str(source.target), tensor.to(dtype))
+        node = get_attr_node(self.graph_module, name)
         self.now[node] = dtype
         return node
 
@@ -230,10 +229,10 @@ class _Conversion:
     def _restore_names(self) -> None:
         """Give converted constants the names of those that they replaced altogether."""
         for (source, _), node in self.casts.items():
-            if source.op == "get_attr" and not fx.has_tensor(self.graph_module, str(source.target)):
-                fx.set_tensor(self.graph_module, str(source.target), fx.node_tensor(node))
+            if source.op == "get_attr" and not has_tensor(self.graph_module, str(source.target)):
+                set_tensor(self.graph_module, str(source.target), node_tensor(node))
                 node.target = source.target
-        fx.drop_unused(self.graph_module)
+        drop_unused(self.graph_module)
 
 
 def _widen(graph_module: GraphModule) -> bool:
@@ -241,7 +240,7 @@ def _widen(graph_module: GraphModule) -> bool:
     narrow = [node for node in graph_module.graph.nodes if _float_dtype(node) == torch.bfloat16]
     for node in narrow:
         if node.op == "get_attr":
-            fx.set_tensor(graph_module, str(node.target), fx.node_tensor(node).detach().float())
+            set_tensor(graph_module, str(node.target), node_tensor(node).detach().float())
         _rename_dtype(node, torch.bfloat16, torch.float32)
         node.meta["val"] = _cast_value(node.meta["val"], torch.float32)
     if narrow:
@@ -275,7 +274,7 @@ def _float_dtype(node: Node) -> torch.dtype | None:
     """The type of a node's floating-point value (of the first such, where it gives several)."""
     value = node.meta.get("val")
     if value is None and node.op == "get_attr":
-        value = node.meta["val"] = fx.node_tensor(node)
+        value = node.meta["val"] = node_tensor(node)
     for item in value if isinstance(value, tuple | list) else (value,):
         if isinstance(item, Tensor) and item.is_floating_point():
             return item.dtype

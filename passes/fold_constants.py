@@ -8,9 +8,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from teq_graph import graph as fx
+from teq_graph.graph.nodes import is_tensor_constant
+from teq_graph.graph.tensors import add_tensor, drop_unused, node_tensor, set_tensor
+from teq_graph.passes.base import GraphPass, PassResult
 
 Step: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """An op, and its arguments with None in the place of the value that it is applied to."""
@@ -34,7 +35,7 @@ class Origin:
         return origin
 
 
-class FoldConstants(PassBase):
+class FoldConstants(GraphPass[None]):
     """add(weight, 1) → c   becomes   c'
 
     where c' is a new constant. It keeps the name of its first source where nothing else reads that.
@@ -42,13 +43,13 @@ class FoldConstants(PassBase):
     from is kept in `graph_module.meta["origins"]`, so that a scale can be written back.
     """
 
-    def call(self, graph_module: GraphModule) -> PassResult:
+    def call(self, graph_module: GraphModule) -> PassResult[None]:
         modified = False
         for node in list(graph_module.graph.nodes):
             if _is_foldable(node):
                 modified |= _fold(graph_module, node)
         if modified:
-            fx.drop_unused(graph_module)
+            drop_unused(graph_module)
         return PassResult(graph_module, modified)
 
 
@@ -58,12 +59,12 @@ def _is_foldable(node: Node) -> bool:
     if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
         return False
     inputs = node.all_input_nodes
-    return bool(inputs) and all(map(fx.is_tensor_constant, inputs)) and isinstance(node.meta.get("val"), Tensor)
+    return bool(inputs) and all(map(is_tensor_constant, inputs)) and isinstance(node.meta.get("val"), Tensor)
 
 
 def _fold(graph_module: GraphModule, node: Node) -> bool:
     sources = node.all_input_nodes
-    lookup = {source: fx.node_tensor(source) for source in sources}
+    lookup = {source: node_tensor(source) for source in sources}
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lookup.__getitem__)
     assert callable(node.target)
     if any(not isinstance(dim, int) for dim in node.meta["val"].shape):
@@ -78,9 +79,9 @@ def _fold(graph_module: GraphModule, node: Node) -> bool:
     replaces = set(first.users) == {node}
     if replaces:
         name = first.target
-        fx.set_tensor(graph_module, name, value)
+        set_tensor(graph_module, name, value)
     else:
-        name = fx.add_tensor(graph_module, first.target, value)
+        name = add_tensor(graph_module, first.target, value)
     graph_module.meta.setdefault("origins", {})[name] = origin
     with graph_module.graph.inserting_before(node):
         constant = graph_module.graph.create_node("get_attr", name)

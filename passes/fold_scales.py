@@ -5,28 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from teq_graph import graph as fx
 from teq_graph.errors import NumericsError
-from teq_graph.graph import node_tensor
+from teq_graph.graph.tensors import drop_unused, get_tensor, node_tensor, set_tensor
+from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertedScales
 
 
-class FoldScales(PassBase):
+class FoldScales(GraphPass[tuple[Tensor, ...]]):
     """norm(x; w / s), linear(·; fake_quantize(W · s))   becomes   norm(x; w'), linear(·; W')
 
     with w' = w / s and W' = W · s as new tensors: the ops the graph had before `InsertScales`, in float.
-    `learned` holds the scales, one tensor [channels] for each equivalence.
+    The result's value holds the scales, one tensor [channels] for each equivalence.
     """
 
     def __init__(self, inserted: InsertedScales) -> None:
         self.inserted = inserted
-        self.learned: tuple[Tensor, ...] = ()
 
-    def call(self, graph_module: GraphModule) -> PassResult:
-        self.learned = tuple(
-            fx.get_tensor(graph_module, name).detach().clamp(min=SMALLEST_SCALE) for name in self.inserted.scales
+    def call(self, graph_module: GraphModule) -> PassResult[tuple[Tensor, ...]]:
+        learned = tuple(
+            get_tensor(graph_module, name).detach().clamp(min=SMALLEST_SCALE) for name in self.inserted.scales
         )
         for name, scaled in self.inserted.scaled.items():
             result = self.inserted.quantized.get(name, scaled)
@@ -38,11 +36,11 @@ class FoldScales(PassBase):
                     raise NumericsError(
                         f"{name} overflows {folded.dtype} when its scale is folded in: use float32 weights"
                     )
-                fx.set_tensor(graph_module, name, folded)
+                set_tensor(graph_module, name, folded)
                 source.meta["val"] = folded
             result.replace_all_uses_with(source)
-        fx.drop_unused(graph_module)
-        return PassResult(graph_module, bool(self.inserted.scaled))
+        drop_unused(graph_module)
+        return PassResult(graph_module, bool(self.inserted.scaled), learned)
 
 
 def scaled_tensor(node: Node) -> Node:

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from teq_graph import graph as fx
 from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.analysis.attention import Attention, Heads, Rotation, find_attentions
 from teq_graph.analysis.attention.scores import has_flat_batch
 from teq_graph.capture import CapturedGraph
-from teq_graph.graph import aten
+from teq_graph.graph.nodes import CallBuilder, aten, is_call, rank_of
+from teq_graph.graph.tensors import add_tensor, drop_unused, get_attr_node
+from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.passes.merge_products import join_products, kind
 
 HEAD_SIZES = 8
@@ -28,7 +28,7 @@ ROTATED_CHANNELS = 16
 """… and this many channels of each, or a multiple."""
 
 
-class FuseAttention(PassBase):
+class FuseAttention(GraphPass[None]):
     """softmax(cap(scale * q keys^T) + bias + mask) values → transpose → reshape
 
     with keys = repeat(cat(past_k, k)), values = repeat(cat(past_v, v)), and q and k rotated by the position
@@ -44,7 +44,7 @@ class FuseAttention(PassBase):
     def __init__(self, captured: CapturedGraph) -> None:
         self.captured = captured
 
-    def call(self, graph_module: GraphModule) -> PassResult:
+    def call(self, graph_module: GraphModule) -> PassResult[None]:
         sites = [site for site in find_attentions(self.captured) if site.query.meta["val"].shape[-1] % HEAD_SIZES == 0]
         if sites:
             biases: dict[tuple[Node, ...], Node] = {}
@@ -55,7 +55,7 @@ class FuseAttention(PassBase):
                     biases[terms] = _bias(graph_module, self.captured, site)
                 _fuse(graph_module, site, biases[terms], tables)
             _measure_by_mask(graph_module, self.captured)
-            fx.drop_unused(graph_module)
+            drop_unused(graph_module)
         return PassResult(graph_module, bool(sites))
 
 
@@ -65,7 +65,7 @@ def _bias(graph_module: GraphModule, captured: CapturedGraph, site: Attention) -
     tokens, mask, *_ = [node for node in graph.nodes if node.op == "placeholder"]
     terms = site.scores.biases
     first = next(node for node in graph.nodes if node.op == "call_function")
-    build = fx.CallBuilder(graph_module, site.output if terms else first)
+    build = CallBuilder(graph_module, site.output if terms else first)
     lowest = torch.finfo(captured.dtype).min
 
     def row(value: Node) -> Node:
@@ -84,11 +84,11 @@ def _bias(graph_module: GraphModule, captured: CapturedGraph, site: Attention) -
     return build(aten.expand.default, bias, [-1, -1, length, -1])
 
 
-def _with_four_dims(build: fx.CallBuilder, bias: Node, heads: int) -> Node:
+def _with_four_dims(build: CallBuilder, bias: Node, heads: int) -> Node:
     """[b or 1, h or 1, s or 1, p + s], as `analysis.attention.scores.as_bias`."""
     if has_flat_batch(bias):
         return build(aten.unflatten.int, bias, 0, [-1, heads])
-    while fx.ndim(bias) < 4:
+    while rank_of(bias) < 4:
         bias = build(aten.unsqueeze.default, bias, 0)
     return bias
 
@@ -99,8 +99,8 @@ def _measure_by_mask(graph_module: GraphModule, captured: CapturedGraph) -> None
     tokens, mask, *_ = [node for node in graph.nodes if node.op == "placeholder"]
     for past, present in captured.cache_pairs().items():
         for query in [*past.users, *present.users]:
-            if fx.is_call(query, aten.sym_size.int) and query.args[1] in (2, -2):
-                build = fx.CallBuilder(graph_module, query)
+            if is_call(query, aten.sym_size.int) and query.args[1] in (2, -2):
+                build = CallBuilder(graph_module, query)
                 length = build(aten.sym_size.int, mask, 1)
                 if query.args[0] is past:
                     length = build(operator.sub, length, build(aten.sym_size.int, tokens, 1))
@@ -109,7 +109,7 @@ def _measure_by_mask(graph_module: GraphModule, captured: CapturedGraph) -> None
 
 
 def _fuse(graph_module: GraphModule, site: Attention, bias: Node, tables: dict[int, tuple[Node, Node]]) -> None:
-    build = fx.CallBuilder(graph_module, site.output)
+    build = CallBuilder(graph_module, site.output)
     plan = _plan(site)
     rotation = plan.rotation
     operands: Sequence[Node | None]
@@ -183,23 +183,23 @@ def _can_pack(heads: Sequence[Heads | None]) -> bool:
     return len(kinds) == 1 and None not in kinds
 
 
-def _pack(build: fx.CallBuilder, heads: Sequence[Heads | None]) -> Node:
+def _pack(build: CallBuilder, heads: Sequence[Heads | None]) -> Node:
     """One product for queries, keys and values: rows of the projections in the order of heads."""
     parts = [part for part in heads if part is not None]
     return join_products(build, [part.source for part in parts], "packed", [part.channels.flatten() for part in parts])
 
 
-def _flat(build: fx.CallBuilder, node: Node, count: int, heads: Heads | None) -> Node:
+def _flat(build: CallBuilder, node: Node, count: int, heads: Heads | None) -> Node:
     """[b, s, h * d]: a projection whose channels are in order, or else the part that became of it.
 
     `count` tells how many heads a query [b * h, s, d] has.
     """
     if heads is None:
-        if fx.ndim(node) == 3:
+        if rank_of(node) == 3:
             node = build(aten.unflatten.int, node, 0, [-1, count])
         return build(aten.flatten.using_ints, build(aten.transpose.int, node, 1, 2), 2)
     source = build(aten.transpose.int, heads.source, 1, 2) if heads.by_head else heads.source
-    return source if fx.ndim(source) == 3 else build(aten.flatten.using_ints, source, 2)
+    return source if rank_of(source) == 3 else build(aten.flatten.using_ints, source, 2)
 
 
 def _table_nodes(
@@ -207,7 +207,7 @@ def _table_nodes(
 ) -> tuple[Node, Node]:
     if id(rotation) not in tables:
         cos, sin = (
-            fx.get_attr_node(graph_module, fx.add_tensor(graph_module, f"rotary.{name}", table))
+            get_attr_node(graph_module, add_tensor(graph_module, f"rotary.{name}", table))
             for name, table in (("cos", rotation.cos), ("sin", rotation.sin))
         )
         tables[id(rotation)] = cos, sin

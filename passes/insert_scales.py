@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from teq_graph import graph as fx
-from teq_graph.analysis.equivalence import Equivalence, ScaledTensor, divide, multiply, spread
+from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor, divide, multiply, spread
 from teq_graph.config import WeightSpec
+from teq_graph.graph.nodes import aten, is_call
+from teq_graph.graph.tensors import add_tensor, get_tensor
+from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.quantization import fake_quantize
 
 SMALLEST_SCALE = 1e-5  # arXiv 2310.10944, section 3.2
@@ -40,25 +41,24 @@ def fake_quantize_weight(weight: Tensor, bits: int, group_size: int, symmetric: 
     return fake_quantize(weight, WeightSpec(bits, group_size, symmetric))
 
 
-class InsertScales(PassBase):
+class InsertScales(GraphPass[InsertedScales]):
     """norm(x; w), linear(·; W)   becomes   norm(x; w / s), linear(·; fake_quantize(W · s))
 
     with s a parameter [channels] of each equivalence, all ones. Weights in `specs` are fake-quantized even
-    where no equivalence reaches them. `inserted` says what was added, for `FoldScales` to take out again.
+    where no equivalence reaches them. The result's value says what was added, for `FoldScales` to take out again.
     """
 
     def __init__(self, equivalences: Sequence[Equivalence], specs: Mapping[str, WeightSpec]) -> None:
         self.equivalences = tuple(equivalences)
         self.specs = specs
-        self.inserted: InsertedScales | None = None
 
-    def call(self, graph_module: GraphModule) -> PassResult:
+    def call(self, graph_module: GraphModule) -> PassResult[InsertedScales]:
         parts: dict[str, list[tuple[int, ScaledTensor, bool]]] = {}
         names = []
         for number, equivalence in enumerate(self.equivalences):
-            device = fx.get_tensor(graph_module, equivalence.producer).device
+            device = get_tensor(graph_module, equivalence.producer).device
             ones = nn.Parameter(torch.ones(equivalence.channels, device=device))
-            name = fx.add_tensor(graph_module, f"teq_scales.{number}", ones)
+            name = add_tensor(graph_module, f"teq_scales.{number}", ones)
             names.append(name)
             for scaled in equivalence.divided:
                 parts.setdefault(scaled.name, []).append((number, scaled, True))
@@ -83,17 +83,17 @@ class InsertScales(PassBase):
                 value.meta["val"] = source.meta["val"]
             for reader in readers:
                 reader.replace_input_with(source, value)
-        self.inserted = InsertedScales(self.equivalences, tuple(names), scaled_nodes, quantized)
+        inserted = InsertedScales(self.equivalences, tuple(names), scaled_nodes, quantized)
         graph_module.recompile()
-        return PassResult(graph_module, bool(scaled_nodes))
+        return PassResult(graph_module, bool(scaled_nodes), inserted)
 
     @staticmethod
     def _scale(graph_module: GraphModule, value: Node, scale_name: str, scaled: ScaledTensor, is_divided: bool) -> Node:
-        graph, device = graph_module.graph, fx.get_tensor(graph_module, scale_name).device
-        index = fx.add_tensor(graph_module, f"teq_index.{scale_name.rpartition('.')[2]}", scaled.index.to(device))
+        graph, device = graph_module.graph, get_tensor(graph_module, scale_name).device
+        index = add_tensor(graph_module, f"teq_index.{scale_name.rpartition('.')[2]}", scaled.index.to(device))
         sources = [graph.create_node("get_attr", name) for name in (scale_name, index)]
         for node, name in zip(sources, (scale_name, index), strict=True):
-            node.meta["val"] = fx.get_tensor(graph_module, name)
+            node.meta["val"] = get_tensor(graph_module, name)
         factor = graph.call_function(spread_scale, tuple(sources))
         return graph.call_function(divide if is_divided else multiply, (value, factor))
 
@@ -101,5 +101,5 @@ class InsertScales(PassBase):
 def _readers(source: Node, is_weight: bool) -> list[Node]:
     """Who reads the new value. A weight that is only quantized may be read elsewhere too, as it is."""
     if is_weight:
-        return [user for user in source.users if fx.is_call(user, fx.aten.linear.default) and user.args[1] is source]
+        return [user for user in source.users if is_call(user, aten.linear.default) and user.args[1] is source]
     return list(source.users)

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from teq_graph import graph as fx
 from teq_graph import ops as _ops  # noqa: F401  registers the op
+from teq_graph.graph.nodes import arguments_of, aten, is_call
+from teq_graph.graph.tensors import drop_unused
+from teq_graph.passes.base import GraphPass, PassResult
 
 
-class LowerToMatMulNBits(PassBase):
+class LowerToMatMulNBits(GraphPass[None]):
     """linear(x, dequantize_nbits(codes, scales, zero_points), bias)
 
     becomes   matmul_nbits(x, codes, scales, zero_points, bias)
     """
 
-    def call(self, graph_module: GraphModule) -> PassResult:
+    def call(self, graph_module: GraphModule) -> PassResult[None]:
         modified = False
         graph = graph_module.graph
         for linear in list(graph.nodes):
-            if not fx.is_call(linear, fx.aten.linear.default):
+            if not is_call(linear, aten.linear.default):
                 continue
-            values = fx.arguments(linear)
+            values = arguments_of(linear)
             weight = values["weight"]
-            if not fx.is_call(weight, torch.ops.teq_graph.dequantize_nbits.default):
+            if not is_call(weight, torch.ops.teq_graph.dequantize_nbits.default):
                 continue
             assert isinstance(weight, Node)
             codes, scales, zero_points, *shape = weight.args
@@ -38,5 +39,5 @@ class LowerToMatMulNBits(PassBase):
             graph.erase_node(linear)
             modified = True
         if modified:
-            fx.drop_unused(graph_module)
+            drop_unused(graph_module)
         return PassResult(graph_module, modified)

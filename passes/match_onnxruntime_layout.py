@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import teq_graph.ops  # noqa: F401  (registers the operators)
-from teq_graph import graph as fx
+from teq_graph.graph.nodes import arguments_of, is_call
+from teq_graph.graph.tensors import add_tensor, drop_unused, get_attr_node, node_tensor
+from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.quantization import QuantizedWeight
 
 READERS = (torch.ops.teq_graph.matmul_nbits.default, torch.ops.teq_graph.embedding_nbits.default)
@@ -17,7 +18,7 @@ Stored = tuple[Node, Node, Node | None]
 """The nodes that read b, scales and zero_points."""
 
 
-class MatchOnnxruntimeLayout(PassBase):
+class MatchOnnxruntimeLayout(GraphPass[None]):
     """matmul_nbits(a, b, …, bits=3, block_size=K)   becomes   matmul_nbits(a, b', …, bits=4, block_size=128)
 
     and so does embedding_nbits(indices, b, …).
@@ -27,12 +28,12 @@ class MatchOnnxruntimeLayout(PassBase):
     operators read is stored once.
     """
 
-    def call(self, graph_module: GraphModule) -> PassResult:
+    def call(self, graph_module: GraphModule) -> PassResult[None]:
         done: dict[tuple[Stored, int, int], tuple[Stored, int, int]] = {}
         for node in list(graph_module.graph.nodes):
-            if not fx.is_call(node, *READERS):
+            if not is_call(node, *READERS):
                 continue
-            values: dict[str, Any] = fx.arguments(node)
+            values: dict[str, Any] = arguments_of(node)
             stored: Stored = (values["b"], values["scales"], values["zero_points"])
             key = (stored, values["bits"], values["block_size"])
             weight = _weight(stored, values)
@@ -44,12 +45,12 @@ class MatchOnnxruntimeLayout(PassBase):
             (values["b"], values["scales"], values["zero_points"]), values["bits"], values["block_size"] = done[key]
             node.args, node.kwargs = tuple(values.values()), {}
         if done:
-            fx.drop_unused(graph_module)
+            drop_unused(graph_module)
         return PassResult(graph_module, bool(done))
 
 
 def _weight(stored: Stored, values: dict[str, Any]) -> QuantizedWeight:
-    b, scales, zero_points = (None if node is None else fx.node_tensor(node) for node in stored)
+    b, scales, zero_points = (None if node is None else node_tensor(node) for node in stored)
     assert b is not None and scales is not None
     k = values["K"] if "K" in values else values["D"]
     return QuantizedWeight(b, scales, zero_points, b.shape[0], k, values["bits"], values["block_size"])
@@ -60,7 +61,7 @@ def _store(graph_module: GraphModule, old: Stored, weight: QuantizedWeight) -> S
     nodes: list[Node | None] = []
     for node, tensor in zip(old, (weight.packed, weight.scales, weight.zero_points), strict=True):
         if node is not None and tensor is not None:
-            node = fx.get_attr_node(graph_module, fx.add_tensor(graph_module, str(node.target), tensor))
+            node = get_attr_node(graph_module, add_tensor(graph_module, str(node.target), tensor))
         nodes.append(node)
     b, scales, zero_points = nodes
     assert b is not None and scales is not None

@@ -5,16 +5,23 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from teq_graph import graph as fx
-from teq_graph.graph import aten
+from teq_graph.graph.nodes import (
+    arguments_of,
+    aten,
+    dtype_of,
+    is_call,
+    is_tensor_constant,
+    operand_of,
+    operands_of,
+    rank_of,
+)
+from teq_graph.graph.op_sets import RESHAPES, TRANSPOSES
+from teq_graph.graph.tensors import drop_unused
+from teq_graph.passes.base import GraphPass, PassResult
 
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default, aten.mT.default)
 
-
-class NormalizeLinears(PassBase):
+class NormalizeLinears(GraphPass[None]):
     """1. addmm(bias, x, W[K, N])       →  linear(x, t(W), bias)
     2. mm(x, W), matmul(x, W)           →  linear(x, t(W))
     3. linear(x, t(t(W)))               →  linear(x, W)
@@ -26,28 +33,28 @@ class NormalizeLinears(PassBase):
     those of x but for the last.
     """
 
-    def call(self, graph_module: GraphModule) -> PassResult:
+    def call(self, graph_module: GraphModule) -> PassResult[None]:
         modified = False
         for node in list(graph_module.graph.nodes):
             modified |= _rewrite_product(node) or _absorb_bias(node) or _keep_dimensions(node)
         if modified:
-            fx.drop_unused(graph_module)
+            drop_unused(graph_module)
         return PassResult(graph_module, modified)
 
 
 def _rewrite_product(node: Node) -> bool:
-    if fx.is_call(node, aten.addmm.default):
-        values = fx.arguments(node)
+    if is_call(node, aten.addmm.default):
+        values = arguments_of(node)
         bias, x, matrix = values["self"], values["mat1"], values["mat2"]
-        if values["beta"] != 1 or values["alpha"] != 1 or not fx.is_tensor_constant(bias):
+        if values["beta"] != 1 or values["alpha"] != 1 or not is_tensor_constant(bias):
             return False
         if bias.meta["val"].shape != node.meta["val"].shape[-1:]:
             return False
-    elif fx.is_call(node, aten.mm.default, aten.matmul.default):
+    elif is_call(node, aten.mm.default, aten.matmul.default):
         bias, (x, matrix) = None, node.args[:2]
     else:
         return False
-    if not isinstance(x, Node) or fx.is_tensor_constant(x) or not _is_constant_matrix(matrix):
+    if not isinstance(x, Node) or is_tensor_constant(x) or not _is_constant_matrix(matrix):
         return False
     graph = node.graph
     with graph.inserting_before(node):
@@ -64,31 +71,31 @@ def _rewrite_product(node: Node) -> bool:
 
 
 def _is_constant_matrix(value: object) -> bool:
-    if fx.is_call(value, *TRANSPOSES):
+    if is_call(value, *TRANSPOSES):
         assert isinstance(value, Node)
         value = value.args[0]
-    return fx.is_tensor_constant(value) and fx.ndim(value) == 2
+    return is_tensor_constant(value) and rank_of(value) == 2
 
 
 def _transposes(matrix: Node) -> bool:
     """Whether `matrix` is the transpose of what it reads: `permute(0, 1)` is not."""
-    if fx.is_call(matrix, aten.transpose.int):
-        _, first, second = fx.operands(matrix)
+    if is_call(matrix, aten.transpose.int):
+        _, first, second = operands_of(matrix)
         return bool((first - second) % 2 == 1)
-    if fx.is_call(matrix, aten.permute.default):
-        return [dim % 2 for dim in fx.operands(matrix)[1]] == [1, 0]
-    return fx.is_call(matrix, *TRANSPOSES)
+    if is_call(matrix, aten.permute.default):
+        return [dim % 2 for dim in operands_of(matrix)[1]] == [1, 0]
+    return is_call(matrix, *TRANSPOSES)
 
 
 def _absorb_bias(node: Node) -> bool:
-    if not fx.is_call(node, aten.add.Tensor) or node.kwargs:
+    if not is_call(node, aten.add.Tensor) or node.kwargs:
         return False
     for linear, bias in (node.args, reversed(node.args)):
-        if not (fx.is_call(linear, aten.linear.default) and fx.is_tensor_constant(bias)):
+        if not (is_call(linear, aten.linear.default) and is_tensor_constant(bias)):
             continue
         assert isinstance(linear, Node) and isinstance(bias, Node)
-        has_bias = fx.arguments(linear)["bias"] is not None
-        fits = bias.meta["val"].shape == linear.meta["val"].shape[-1:] and fx.dtype(bias) == fx.dtype(linear)
+        has_bias = arguments_of(linear)["bias"] is not None
+        fits = bias.meta["val"].shape == linear.meta["val"].shape[-1:] and dtype_of(bias) == dtype_of(linear)
         if not has_bias and fits and len(linear.users) == 1:
             linear.args = (*linear.args[:2], bias)
             # The constant may be read only from here on, so the linear moves down to its reader.
@@ -100,15 +107,15 @@ def _absorb_bias(node: Node) -> bool:
 
 
 def _keep_dimensions(node: Node) -> bool:
-    if not fx.is_call(node, *RESHAPES):
+    if not is_call(node, *RESHAPES):
         return False
-    linear = fx.operand(node)
-    if not fx.is_call(linear, aten.linear.default) or len(linear.users) != 1:
+    linear = operand_of(node)
+    if not is_call(linear, aten.linear.default) or len(linear.users) != 1:
         return False
-    flat = fx.operand(linear)
-    if not fx.is_call(flat, *RESHAPES):
+    flat = operand_of(linear)
+    if not is_call(flat, *RESHAPES):
         return False
-    x = fx.operand(flat)
+    x = operand_of(flat)
     shape, source = node.meta["val"].shape, x.meta["val"].shape
     wanted = (*source[:-1], linear.meta["val"].shape[-1])
     if len(shape) != len(wanted) or not _same_size(source[-1], flat.meta["val"].shape[-1]):

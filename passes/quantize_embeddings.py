@@ -6,15 +6,16 @@ from collections.abc import Mapping
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from teq_graph import graph as fx
 from teq_graph import ops as _ops  # noqa: F401  registers the op
+from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant
+from teq_graph.graph.tensors import drop_unused
+from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.passes.quantize_linears import dequantize_node
 from teq_graph.quantization import QuantizedWeight
 
 
-class QuantizeEmbeddings(PassBase):
+class QuantizeEmbeddings(GraphPass[None]):
     """embedding(W[V, D], i), linear(x, W)
 
     becomes   embedding_nbits(i, codes, scales, zero_points), linear(x, dequantize_nbits(codes, scales, zero_points))
@@ -26,16 +27,16 @@ class QuantizeEmbeddings(PassBase):
     def __init__(self, tables: Mapping[str, QuantizedWeight]) -> None:
         self.tables = tables
 
-    def call(self, graph_module: GraphModule) -> PassResult:
+    def call(self, graph_module: GraphModule) -> PassResult[None]:
         graph = graph_module.graph
         dequantized: dict[str, Node] = {}
         for reader in list(graph.nodes):
-            is_embedding = fx.is_call(reader, fx.aten.embedding.default)
-            if not is_embedding and not fx.is_call(reader, fx.aten.linear.default):
+            is_embedding = is_call(reader, aten.embedding.default)
+            if not is_embedding and not is_call(reader, aten.linear.default):
                 continue
-            values = fx.arguments(reader)
+            values = arguments_of(reader)
             source = values["weight"]
-            if not fx.is_tensor_constant(source) or source.target not in self.tables:
+            if not is_tensor_constant(source) or source.target not in self.tables:
                 continue
             name = str(source.target)
             if name not in dequantized:
@@ -53,5 +54,5 @@ class QuantizeEmbeddings(PassBase):
             reader.replace_all_uses_with(result)
             graph.erase_node(reader)
         if dequantized:
-            fx.drop_unused(graph_module)
+            drop_unused(graph_module)
         return PassResult(graph_module, bool(dequantized))

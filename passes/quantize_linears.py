@@ -6,18 +6,19 @@ from collections.abc import Mapping
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from teq_graph import graph as fx
 from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.config import WeightSpec
+from teq_graph.graph.nodes import linear_nodes, operand_of, weight_name_of
+from teq_graph.graph.tensors import add_tensor, drop_unused, get_tensor, node_tensor
+from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.quantization import QuantizedWeight, quantize_weight
 
 
-class QuantizeLinears(PassBase):
+class QuantizeLinears(GraphPass[dict[str, QuantizedWeight]]):
     """linear(x, W[N, K])   becomes   linear(x, dequantize_nbits(codes, scales, zero_points))
 
-    for the weights in `specs`, as they were `chosen` or else rounded to nearest. `quantized` holds them by
+    for the weights in `specs`, as they were `chosen` or else rounded to nearest. The result's value holds them by
     weight name. Codes and grid stand beside where the weight was, as `codes`, `scales` and `zero_points`, in the
     layout of MatMulNBits.
     """
@@ -25,25 +26,25 @@ class QuantizeLinears(PassBase):
     def __init__(self, specs: Mapping[str, WeightSpec], chosen: Mapping[str, QuantizedWeight] | None = None) -> None:
         self.specs = specs
         self.chosen = chosen or {}
-        self.quantized: dict[str, QuantizedWeight] = {}
 
-    def call(self, graph_module: GraphModule) -> PassResult:
-        dequantized = {}
-        for linear in list(fx.linears(graph_module)):
-            name = fx.weight_name(linear)
+    def call(self, graph_module: GraphModule) -> PassResult[dict[str, QuantizedWeight]]:
+        quantized: dict[str, QuantizedWeight] = {}
+        dequantized: dict[str, Node] = {}
+        for linear in list(linear_nodes(graph_module)):
+            name = weight_name_of(linear)
             if name not in self.specs:
                 continue
             if name not in dequantized:
-                weight = fx.node_tensor(fx.operand(linear, 1))
-                self.quantized[name] = self.chosen.get(name) or quantize_weight(
+                weight = node_tensor(operand_of(linear, 1))
+                quantized[name] = self.chosen.get(name) or quantize_weight(
                     weight.detach(), self.specs[name], weight.dtype
                 )
                 # Before the first reader; later readers of the same weight follow it.
-                dequantized[name] = dequantize_node(graph_module, linear, name, self.quantized[name])
+                dequantized[name] = dequantize_node(graph_module, linear, name, quantized[name])
             linear.update_arg(1, dequantized[name])
         if dequantized:
-            fx.drop_unused(graph_module)
-        return PassResult(graph_module, bool(dequantized))
+            drop_unused(graph_module)
+        return PassResult(graph_module, bool(dequantized), quantized)
 
 
 def dequantize_node(graph_module: GraphModule, before: Node, name: str, weight: QuantizedWeight) -> Node:
@@ -58,10 +59,10 @@ def dequantize_node(graph_module: GraphModule, before: Node, name: str, weight: 
             if tensor is None:
                 tensors.append(None)
                 continue
-            node = graph.create_node("get_attr", fx.add_tensor(graph_module, f"{stem}{part}", tensor))
+            node = graph.create_node("get_attr", add_tensor(graph_module, f"{stem}{part}", tensor))
             node.meta["val"] = tensor
             tensors.append(node)
         shape = (weight.k, weight.n, weight.bits, weight.block_size)
         result = graph.call_function(torch.ops.teq_graph.dequantize_nbits.default, (*tensors, *shape))
-    result.meta["val"] = fx.get_tensor(graph_module, name)
+    result.meta["val"] = get_tensor(graph_module, name)
     return result

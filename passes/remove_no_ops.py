@@ -6,10 +6,11 @@ import sys
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from teq_graph import graph as fx
-from teq_graph.graph import aten
+from teq_graph.graph.nodes import arguments_of, aten, operand_of
+from teq_graph.graph.op_sets import ALIASES, CASTS
+from teq_graph.graph.tensors import drop_unused
+from teq_graph.passes.base import GraphPass, PassResult
 
 CHECKS = (
     aten._assert_tensor_metadata.default,
@@ -19,30 +20,15 @@ CHECKS = (
     aten.sym_constrain_range.default,
     torch._check,
 )
-# Ops that give back their first argument where dtype and device already agree; layout is always strided.
-CASTS = (
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.to.other,
-    aten.type_as.default,
-    aten._to_copy.default,
-)
-IDENTITIES = (
-    aten.alias.default,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
-    aten.lift_fresh.default,
-)
 
 
-class RemoveNoOps(PassBase):
+class RemoveNoOps(GraphPass[None]):
     """x → to(float32) → dropout → slice(0, end) → y   becomes   x → y
 
     where x is float32 already. Values and dtypes stay exactly as they are.
     """
 
-    def call(self, graph_module: GraphModule) -> PassResult:
+    def call(self, graph_module: GraphModule) -> PassResult[None]:
         modified = False
         for node in list(graph_module.graph.nodes):
             if node.op != "call_function":
@@ -55,23 +41,23 @@ class RemoveNoOps(PassBase):
                 graph_module.graph.erase_node(node)
                 modified = True
         if modified:
-            fx.drop_unused(graph_module)
+            drop_unused(graph_module)
         return PassResult(graph_module, modified)
 
 
 def _keeps_type(node: Node) -> bool:
-    source, result = fx.operand(node).meta.get("val"), node.meta["val"]
+    source, result = operand_of(node).meta.get("val"), node.meta["val"]
     return source is not None and source.dtype == result.dtype and source.device == result.device
 
 
 def _is_no_op(node: Node) -> bool:
-    if node.target in IDENTITIES:
+    if node.target in ALIASES:
         return True
     if node.target in CASTS:
         return _keeps_type(node)
     if node.target == aten.dropout.default:
-        return not fx.arguments(node)["train"]
+        return not arguments_of(node)["train"]
     if node.target == aten.slice.Tensor:
-        values = fx.arguments(node)
+        values = arguments_of(node)
         return values["start"] in (None, 0) and values["end"] in (None, sys.maxsize) and values["step"] == 1
     return False

@@ -5,42 +5,41 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from teq_graph import graph as fx
+from teq_graph.graph.nodes import linear_nodes, operand_of
+from teq_graph.graph.tensors import add_tensor, drop_unused, get_tensor
+from teq_graph.passes.base import GraphPass, PassResult
 
 
-class UntieWeights(PassBase):
+class UntieWeights(GraphPass[dict[str, str]]):
     """linear(x, W), embedding(W, i)   becomes   linear(x, W_untied), embedding(W, i)
 
     for the weights called `names`, so that a tied vocabulary projection can be scaled and quantized while
     the embedding stays as it is. All linears of a weight share its copy. Both names hold one tensor until one of
-    them is replaced; `renamed` maps the old name to the new.
+    them is replaced. The result's value maps old names to new ones.
     """
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = names
-        self.renamed: dict[str, str] = {}
 
-    def call(self, graph_module: GraphModule) -> PassResult:
+    def call(self, graph_module: GraphModule) -> PassResult[dict[str, str]]:
         readers: dict[Node, list[Node]] = {}
-        for linear in fx.linears(graph_module):
-            readers.setdefault(fx.operand(linear, 1), []).append(linear)
-        modified = False
+        for linear in linear_nodes(graph_module):
+            readers.setdefault(operand_of(linear, 1), []).append(linear)
+        renamed: dict[str, str] = {}
         for weight, linears in readers.items():
             name = str(weight.target)
             if name not in self.names or set(weight.users) <= set(linears):
                 continue
             owner, _, leaf = name.rpartition(".")
             own_name = f"{owner}_untied.{leaf}" if owner else f"{leaf}_untied"
-            copy = fx.add_tensor(graph_module, own_name, fx.get_tensor(graph_module, name))
+            copy = add_tensor(graph_module, own_name, get_tensor(graph_module, name))
             with graph_module.graph.inserting_before(weight):
                 node = graph_module.graph.create_node("get_attr", copy)
             node.meta = dict(weight.meta)
             for linear in linears:
                 linear.update_arg(1, node)
-            self.renamed[name] = copy
-            modified = True
-        if modified:
-            fx.drop_unused(graph_module)
-        return PassResult(graph_module, modified)
+            renamed[name] = copy
+        if renamed:
+            drop_unused(graph_module)
+        return PassResult(graph_module, bool(renamed), renamed)

@@ -15,11 +15,12 @@ from teq_graph.errors import (
     KernelError,
     ModelFileError,
     NumericsError,
+    PassError,
     TeqGraphError,
 )
 
 if TYPE_CHECKING:
-    from teq_graph.analysis.equivalence import Equivalence
+    from teq_graph.analysis.equivalences.equivalence import Equivalence
     from teq_graph.compile import compile, transform
     from teq_graph.compiled import CompiledModel, load
 
@@ -36,6 +37,7 @@ __all__ = [
     "KernelError",
     "ModelFileError",
     "NumericsError",
+    "PassError",
     "QuantizationConfig",
     "TeqGraphError",
     "TrainingConfig",
@@ -47,7 +49,7 @@ __all__ = [
 # Imported when first asked for: torch takes seconds, and `teq-graph --help` has no use for it.
 _LAZY = {
     "CompiledModel": "teq_graph.compiled",
-    "Equivalence": "teq_graph.analysis.equivalence",
+    "Equivalence": "teq_graph.analysis.equivalences.equivalence",
     "compile": "teq_graph.compile",
     "load": "teq_graph.compiled",
     "transform": "teq_graph.compile",

@@ -11,40 +11,29 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.passes.infra.pass_base import PassBase
 
-from teq_graph import graph as fx
+from teq_graph import pipeline
 from teq_graph.analysis.blocks import find_blocks
 from teq_graph.analysis.embeddings import find_embeddings
-from teq_graph.analysis.equivalence import Equivalence
-from teq_graph.analysis.products import OtherWeight, find_other_weights
+from teq_graph.analysis.equivalences import Equivalence, Findings, find_equivalences
+from teq_graph.analysis.other_weights import OtherWeight, find_other_weights
 from teq_graph.calibration import calibration_batches
 from teq_graph.capture import CapturedGraph, capture
 from teq_graph.capture.pretrained import is_pretrained
 from teq_graph.compiled import CompiledModel
 from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
 from teq_graph.errors import CaptureError, ConfigError
-from teq_graph.passes.find_equivalences import FindEquivalences, Findings
-from teq_graph.passes.fold_constants import FoldConstants
+from teq_graph.graph.nodes import linear_nodes, weight_name_of
+from teq_graph.graph.tensors import get_tensor, node_tensor, set_tensor
 from teq_graph.passes.fold_scales import FoldScales
-from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
 from teq_graph.passes.insert_scales import InsertScales
-from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
-from teq_graph.passes.normalize_linears import NormalizeLinears
-from teq_graph.passes.quantize_embeddings import QuantizeEmbeddings
 from teq_graph.passes.quantize_linears import QuantizeLinears
-from teq_graph.passes.remove_no_ops import RemoveNoOps
 from teq_graph.passes.untie_weights import UntieWeights
 from teq_graph.quantization import QuantizedWeight, find_clipped_grid, find_grid, quantize
 from teq_graph.report import BlockReport, EmbeddingReport, LinearReport, Report
 from teq_graph.training import Trainer
 from teq_graph.training.sensitivity import choose_bits
 from teq_graph.write_back import can_write_back, write_back
-
-# In this order: no-op casts hide products and norms; `weight.T` must be a linear's operand before it is
-# folded into a constant; `1 + weight` must be a constant before it is a norm's gain.
-NORMALIZATION: tuple[type[PassBase], ...] = (RemoveNoOps, NormalizeLinears, FoldConstants, FuseRMSNorm)
-
 
 Decision = tuple[str, WeightSpec | None, str | None]
 """Name of a weight, its spec, and where it has none the reason."""
@@ -93,7 +82,7 @@ class Analysis:
         """The embedding tables rounded to nearest, on clipped ranges where `clip`."""
         quantized = {}
         for name, spec in self.tables.items():
-            weight = fx.get_tensor(self.captured.graph_module, name)
+            weight = get_tensor(self.captured.graph_module, name)
             grid = (find_clipped_grid if clip else find_grid)(weight, spec, weight.dtype)
             quantized[name] = QuantizedWeight.from_codes(quantize(weight, grid), grid, weight.dtype)
         return quantized
@@ -113,21 +102,18 @@ def analyze(
     captured = capture(model, example_inputs, dynamic_shapes)
     graph_module = captured.graph_module
     before = tensor_bytes(graph_module)
-    for step in NORMALIZATION:
-        step()(graph_module)
+    pipeline.run(pipeline.NORMALIZE, graph_module)
     specs, kept = choose_linears(captured, quantization)
     tables, tables_in_float = choose_embeddings(captured, quantization, specs)
     _check_patterns(quantization, list(dict.fromkeys([*specs, *kept, *tables, *tables_in_float])))
     # Before the analysis: a tied projection of its own can be scaled, a shared one cannot.
-    untie = UntieWeights(specs.keys() - tables.keys())
-    untie(graph_module)
+    renamed = pipeline.run(pipeline.untie(specs.keys() - tables.keys()), graph_module).of(UntieWeights)
     chooses = [name for name in specs if quantization.chooses_bits_of(name) and name not in tables]
-    free = frozenset(untie.renamed.get(name, name) for name in chooses)
-    specs = {untie.renamed.get(name, name): spec for name, spec in specs.items()}
-    finder = FindEquivalences(captured)
-    finder(graph_module)
+    free = frozenset(renamed.get(name, name) for name in chooses)
+    specs = {renamed.get(name, name): spec for name, spec in specs.items()}
+    findings = find_equivalences(captured)
     others, notes = find_other_weights(graph_module), tuple(_notes(model, captured))
-    return Analysis(captured, specs, kept, finder.findings, before, free, others, notes, tables, tables_in_float)
+    return Analysis(captured, specs, kept, findings, before, free, others, notes, tables, tables_in_float)
 
 
 def compile(  # noqa: A001  the name is the contract, as torch.compile's is
@@ -172,12 +158,10 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     if training is not None and specs and (equivalences or any(stage != "scales" for stage in stages)):
         batches = batches or calibration_batches(calibration, captured, training, tokenizer, example_inputs)
         equivalences, blocks, chosen = train(analysis, batches, training, tables)
-    quantizer = QuantizeLinears(specs, chosen)
-    originals = {name: fx.get_tensor(captured.graph_module, name) for name in specs | analysis.tables}
-    for step in (QuantizeEmbeddings(tables), quantizer, LowerToMatMulNBits()):
-        step(captured.graph_module)
+    originals = {name: get_tensor(captured.graph_module, name) for name in specs | analysis.tables}
+    done = pipeline.run(pipeline.quantize(specs, chosen, tables), captured.graph_module)
     report = dataclasses.replace(
-        make_report(analysis, blocks, originals, quantizer.quantized | tables), seconds=time.monotonic() - started
+        make_report(analysis, blocks, originals, done.of(QuantizeLinears) | tables), seconds=time.monotonic() - started
     )
     config = getattr(model, "config", None)
     return CompiledModel(
@@ -239,12 +223,11 @@ def train(
     used = found if "scales" in training.stages_for(specs.values()) else ()
     trainer = Trainer(captured, InsertScales(used, specs), blocks, batches, training, tables or {})
     trainer.run()
-    folder = FoldScales(trainer.inserted)
-    folder(captured.graph_module)
+    scales = FoldScales(trainer.inserted)(captured.graph_module).value
     floats = {name: trainer.reference.tensor(name) for name in trainer.tables}
     for name, tensor in (floats | trainer.floats).items():
-        fx.set_tensor(captured.graph_module, name, tensor)
-    learned = tuple(dataclasses.replace(e, scale=s) for e, s in zip(used, folder.learned, strict=True)) or found
+        set_tensor(captured.graph_module, name, tensor)
+    learned = tuple(dataclasses.replace(e, scale=s) for e, s in zip(used, scales, strict=True)) or found
     return learned, tuple(trainer.reports), trainer.weights
 
 
@@ -257,8 +240,8 @@ def choose_linears(
     """
     specs: dict[str, WeightSpec] = {}
     kept: dict[str, str] = {}
-    for linear in fx.linears(captured.graph_module):
-        name = fx.weight_name(linear)
+    for linear in linear_nodes(captured.graph_module):
+        name = weight_name_of(linear)
         spec = quantization.spec_for(name)
         if spec is None:
             kept[name] = "skipped by pattern"
@@ -314,7 +297,7 @@ def make_report(
     scaled = {name for equivalence in analysis.findings.equivalences for name in equivalence.linears}
 
     def facts(name: str, spec: WeightSpec | None, reason: str | None) -> dict[str, Any]:
-        weight = originals[name] if spec else fx.get_tensor(analysis.captured.graph_module, name)
+        weight = originals[name] if spec else get_tensor(analysis.captured.graph_module, name)
         size = weight.numel() * weight.element_size()
         result = {"name": name, "shape": tuple(weight.shape), "spec": spec, "reason": reason, "bytes_before": size}
         if spec is None:
@@ -348,7 +331,7 @@ def tensor_bytes(graph_module: GraphModule) -> int:
     seen: dict[int, int] = {}
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
-            tensor = fx.node_tensor(node)
+            tensor = node_tensor(node)
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = max(seen.get(storage.data_ptr(), 0), tensor.numel() * tensor.element_size())
     return sum(seen.values())

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.fx import GraphModule
 
-from teq_graph import graph as fx
 from teq_graph import ops as _ops  # noqa: F401  registers the ops a saved graph calls
-from teq_graph.analysis.equivalence import Equivalence, ScaledTensor
+from teq_graph import pipeline
+from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor
 from teq_graph.capture import CapturedGraph, DecoderShape, adopt
 from teq_graph.errors import ModelFileError
-from teq_graph.files import new_directory, one_line, torch_file, write_json
-from teq_graph.passes.remove_no_ops import RemoveNoOps
+from teq_graph.graph.tensors import clone_graph, node_tensor, set_tensor
 from teq_graph.report import Report
+from teq_graph.system.files import new_directory, one_line, torch_file, write_json
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -186,7 +186,7 @@ def load(directory: str | PathLike[str]) -> CompiledModel:
         raise ModelFileError(f"{error.filename} is missing: accepted is a directory written by save()") from None
     except Exception as error:  # zip, JSON and unpickling errors share no base class
         raise ModelFileError(f"{source} cannot be read as a compiled model: {one_line(error)}") from error
-    RemoveNoOps()(graph_module)
+    pipeline.run(pipeline.AFTER_LOADING, graph_module)
     args, kwargs = program.example_inputs or ((), {})
     captured = CapturedGraph(
         graph_module, args, kwargs, _dynamic_shapes(graph_module, args, kwargs), decoder, description["lm_head"]
@@ -208,12 +208,12 @@ def _quiet_export() -> Iterator[None]:
 
 def _compact(graph_module: GraphModule) -> GraphModule:
     """The same graph over tensors that are contiguous and fill their storage: of others torch writes the storage."""
-    twin = fx.clone(graph_module)
+    twin = clone_graph(graph_module)
     for node in twin.graph.nodes:
         if node.op == "get_attr":
-            tensor = fx.node_tensor(node)
+            tensor = node_tensor(node)
             if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
-                fx.set_tensor(twin, node.target, tensor.clone(memory_format=torch.contiguous_format))
+                set_tensor(twin, node.target, tensor.clone(memory_format=torch.contiguous_format))
     return twin
 
 

@@ -8,6 +8,7 @@ TeqGraphError
 ├── InputError         inputs, calibration data or prompts that the graph cannot take
 ├── NumericsError      NaN or infinity where only finite numbers make sense
 ├── EquivalenceError   a scale that would not leave the float output unchanged
+├── PassError          a pass that failed, for another reason than a refusal
 ├── ExportError        the ONNX directory cannot be written
 ├── ModelFileError     a file or directory that cannot be read as a model
 └── KernelError        no kernel for this device, dtype or shape
@@ -36,6 +37,10 @@ class NumericsError(TeqGraphError):
 
 class EquivalenceError(TeqGraphError):
     """A scale that would change the float output."""
+
+
+class PassError(TeqGraphError):
+    """A graph pass failed."""
 
 
 class ExportError(TeqGraphError):

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from teq_graph import progress
 from teq_graph.config import DTYPES
 from teq_graph.errors import ConfigError, ModelFileError
+from teq_graph.system import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

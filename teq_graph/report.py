@@ -7,8 +7,8 @@ import math
 import operator
 from typing import Any
 
-from teq_graph.analysis.equivalence import Refusal
-from teq_graph.analysis.products import OtherWeight
+from teq_graph.analysis.equivalences.equivalence import Refusal
+from teq_graph.analysis.other_weights import OtherWeight
 from teq_graph.config import WeightSpec
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from teq_graph import graph as fx
-from teq_graph.analysis.equivalence import Equivalence
-from teq_graph.graph import aten
+from teq_graph.analysis.equivalences.equivalence import Equivalence
+from teq_graph.graph.nodes import aten
+from teq_graph.graph.op_sets import CASTS
+from teq_graph.graph.tensors import get_tensor
 from teq_graph.passes.fold_constants import Origin, Step
 
 SELF_INVERSE = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.transpose.int)
-CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)
 
 
 def can_write_back(graph_module: GraphModule, equivalence: Equivalence, model: nn.Module) -> bool:
@@ -49,7 +49,7 @@ def write_back(graph_module: GraphModule, equivalences: tuple[Equivalence, ...],
 def _unfolded(graph_module: GraphModule, name: str) -> Tensor | None:
     """The value of its source that gives the graph's tensor `name`; None where it cannot be told."""
     steps = Origin.of(graph_module, name).steps
-    value: Tensor | None = fx.get_tensor(graph_module, name)
+    value: Tensor | None = get_tensor(graph_module, name)
     for step in reversed(steps or ()):
         value = None if value is None else _inverse(step, value)
     return None if steps is None else value

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from teq_graph import pipeline
 from teq_graph.loading import DEFAULT_MODEL, LoadedModel, load_model
 
 # With --import-mode=importlib nothing else puts tests/support in reach.
@@ -32,6 +33,12 @@ def seeded(request: pytest.FixtureRequest) -> None:
     from support.seeds import seed_of
 
     torch.manual_seed(seed_of(request.node.nodeid))
+
+
+@pytest.fixture(autouse=True)
+def checked_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every graph is whole after every pass of a pipeline."""
+    monkeypatch.setattr(pipeline, "checks_every_pass", True)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ from support.seeds import seed_of
 from torch import Tensor, nn
 
 import teq_graph
-from teq_graph import graph as fx
 from teq_graph.compile import analyze
+from teq_graph.graph.nodes import linear_nodes, weight_name_of
+from teq_graph.graph.tensors import get_tensor
 from teq_graph.passes.fold_scales import FoldScales
 from teq_graph.passes.insert_scales import InsertScales
 
@@ -58,17 +59,15 @@ def test_scales_fold_exactly(architecture: Architecture, model: nn.Module) -> No
     analysis = analyze(model, architecture.example_inputs, architecture.dynamic_shapes)
     captured, equivalences = analysis.captured, analysis.findings.equivalences
     graph_module = captured.graph_module
-    linears = [fx.weight_name(linear) for linear in fx.linears(graph_module)]
+    linears = [weight_name_of(linear) for linear in linear_nodes(graph_module)]
     scaled = {name for equivalence in equivalences for name in equivalence.linears}
     assert len(linears) == architecture.linears
     assert len(scaled & set(linears)) == architecture.covered
     ops, before = op_names(graph_module), graph_module.code
-    inserter = InsertScales(equivalences, analysis.specs)
-    inserter(graph_module)
-    assert inserter.inserted is not None
-    for name, equivalence in zip(inserter.inserted.scales, equivalences, strict=True):
-        fx.get_tensor(graph_module, name).data.copy_(random_scale(equivalence.channels))
-    FoldScales(inserter.inserted)(graph_module)
+    inserted = InsertScales(equivalences, analysis.specs)(graph_module).value
+    for name, equivalence in zip(inserted.scales, equivalences, strict=True):
+        get_tensor(graph_module, name).data.copy_(random_scale(equivalence.channels))
+    FoldScales(inserted)(graph_module)
     assert op_names(graph_module) == ops and graph_module.code == before
     inputs = architecture.inputs(3, 9)
     expected = first_output(model, inputs)

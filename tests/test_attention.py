@@ -18,13 +18,13 @@ from torch.fx import Graph, Node
 from torch.nn import functional
 
 import teq_graph
-from teq_graph import graph as fx
 from teq_graph.analysis.attention import find_attentions
-from teq_graph.attention import group_query_attention, rotate
 from teq_graph.capture import CapturedGraph
-from teq_graph.graph import aten
+from teq_graph.graph.nodes import arguments_of, aten, is_call, operand_of
+from teq_graph.graph.tensors import clone_graph
 from teq_graph.onnx.export import lower
 from teq_graph.onnx.runtime import OnnxDecoder
+from teq_graph.ops.group_query_attention import group_query_attention, rotate
 from teq_graph.passes.fuse_attention import FuseAttention
 
 WIDE = {**GQA, "hidden_size": 64}
@@ -145,7 +145,7 @@ def compiled_model(family: str, dtype: torch.dtype = torch.float32, **config: An
 
 
 def fused(captured: CapturedGraph) -> CapturedGraph:
-    result = dataclasses.replace(captured, graph_module=fx.clone(captured.graph_module))
+    result = dataclasses.replace(captured, graph_module=clone_graph(captured.graph_module))
     assert FuseAttention(result)(result.graph_module).modified
     assert not FuseAttention(result)(result.graph_module).modified
     return result
@@ -153,7 +153,7 @@ def fused(captured: CapturedGraph) -> CapturedGraph:
 
 def attentions(captured: CapturedGraph) -> list[dict[str, Any]]:
     op = torch.ops.teq_graph.group_query_attention.default
-    return [fx.arguments(node) for node in captured.graph_module.graph.nodes if fx.is_call(node, op)]
+    return [arguments_of(node) for node in captured.graph_module.graph.nodes if is_call(node, op)]
 
 
 @torch.no_grad()
@@ -285,7 +285,7 @@ def check_it_stays(captured: CapturedGraph) -> None:
 
 
 def calls(graph: Graph, target: Any) -> list[Node]:
-    return [node for node in graph.nodes if fx.is_call(node, target)]
+    return [node for node in graph.nodes if is_call(node, target)]
 
 
 def put_after(source: Node, target: Any, *args: Any) -> Node:
@@ -307,7 +307,7 @@ def over_queries(graph: Graph) -> None:
 def with_a_bias_of_tokens(graph: Graph) -> None:
     tokens = next(node for node in graph.nodes if node.op == "placeholder")
     for softmax in calls(graph, aten.softmax.int):
-        scores = fx.operand(softmax)
+        scores = operand_of(softmax)
         with graph.inserting_before(scores):
             columns = graph.call_function(aten.unsqueeze.default, (tokens, -1))
             rows = graph.call_function(aten.unsqueeze.default, (columns, 1))
@@ -318,7 +318,7 @@ def with_a_bias_of_tokens(graph: Graph) -> None:
 
 def with_a_cap_over_the_mask(graph: Graph) -> None:
     for softmax in calls(graph, aten.softmax.int):
-        masked = fx.operand(softmax)
+        masked = operand_of(softmax)
         with graph.inserting_before(softmax):
             scaled = graph.call_function(aten.div.Tensor, (masked, 2.0))
             capped = graph.call_function(aten.mul.Tensor, (graph.call_function(aten.tanh.default, (scaled,)), 2.0))
@@ -335,7 +335,7 @@ def with_half_of_the_bias(graph: Graph) -> None:
 
 def with_other_heads_scores(graph: Graph) -> None:
     for softmax in calls(graph, aten.softmax.int):
-        put_after(fx.operand(softmax), aten.flip.default, [1])
+        put_after(operand_of(softmax), aten.flip.default, [1])
 
 
 def with_other_heads_weights(graph: Graph) -> None:
@@ -345,7 +345,7 @@ def with_other_heads_weights(graph: Graph) -> None:
 
 def with_scores_in_bounds(graph: Graph) -> None:
     for softmax in calls(graph, aten.softmax.int):
-        put_after(fx.operand(softmax), aten.clamp.default, None, 1e3)
+        put_after(operand_of(softmax), aten.clamp.default, None, 1e3)
 
 
 def with_weights_that_are_read(graph: Graph) -> None:
@@ -385,10 +385,10 @@ def test_angles_that_depend_on_the_length_stay_in_the_graph() -> None:
     """Rotated by the last position's angle times its own, say: no table holds that."""
     captured = compiled_decoder("llama", **WIDE)
     graph = captured.graph_module.graph
-    (cos,) = [node for node in graph.nodes if fx.is_call(node, aten.cos.default)]
+    (cos,) = [node for node in graph.nodes if is_call(node, aten.cos.default)]
     with graph.inserting_before(cos):
-        length = graph.call_function(aten.sym_size.int, (fx.operand(cos), 1))
-        wrong = graph.call_function(aten.mul.Tensor, (fx.operand(cos), length))
+        length = graph.call_function(aten.sym_size.int, (operand_of(cos), 1))
+        wrong = graph.call_function(aten.mul.Tensor, (operand_of(cos), length))
     wrong.meta["val"] = cos.meta["val"]
     cos.args = (wrong,)
     captured.graph_module.recompile()
@@ -398,7 +398,7 @@ def test_angles_that_depend_on_the_length_stay_in_the_graph() -> None:
 def test_a_mask_of_another_kind_stays() -> None:
     captured = compiled_decoder("llama", **WIDE)
     graph = captured.graph_module.graph
-    (later,) = [node for node in graph.nodes if fx.is_call(node, aten.le.Tensor)]
+    (later,) = [node for node in graph.nodes if is_call(node, aten.le.Tensor)]
     later.target = aten.lt.Tensor
     captured.graph_module.recompile()
     assert not find_attentions(captured)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from teq_graph.calibration import TokenInputs, calibration_batches, make_batches
+from teq_graph.calibration.self_sampling import StepFn, sample_text
 from teq_graph.capture import capture
 from teq_graph.config import TrainingConfig
 from teq_graph.errors import InputError, NumericsError
 from teq_graph.loading import LoadedModel
-from teq_graph.self_sampling import StepFn, sample_text
 
 VOCAB = 50
 DYNAMIC = torch.export.Dim.DYNAMIC

@@ -21,8 +21,8 @@ from support.command_line import LAYERS, POSITIONS, QUICK, ROOT, save_tiny_llama
 from transformers import BertConfig, BertModel
 
 import teq_graph
-from teq_graph import console, evaluation
-from teq_graph.cli import run
+from teq_graph import evaluation
+from teq_graph.cli import console, run
 from teq_graph.compiled import CompiledModel
 from teq_graph.errors import ExportError, NumericsError
 from teq_graph.evaluation import builtin_text, perplexity

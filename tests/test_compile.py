@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 import teq_graph
 from teq_graph import QuantizationConfig, TrainingConfig
-from teq_graph import graph as fx
 from teq_graph.errors import (
     InputError,
 )
+from teq_graph.graph.nodes import aten, is_call
+from teq_graph.graph.tensors import node_tensor
 
 
 def test_compile_leaves_the_model_as_it_is() -> None:
@@ -127,8 +128,8 @@ def test_a_tied_head_is_quantized_as_a_copy() -> None:
     compiled = compile_llama(model, quantization=quantization, training=TRAINING)
     ops = [str(node.target) for node in compiled.graph_module.graph.nodes]
     assert ops.count("teq_graph.matmul_nbits.default") == 15 and "aten.linear.default" not in ops
-    (embedding,) = [n for n in compiled.graph_module.graph.nodes if fx.is_call(n, fx.aten.embedding.default)]
-    assert torch.equal(fx.node_tensor(embedding.args[0]), model.model.embed_tokens.weight)
+    (embedding,) = [n for n in compiled.graph_module.graph.nodes if is_call(n, aten.embedding.default)]
+    assert torch.equal(node_tensor(embedding.args[0]), model.model.embed_tokens.weight)
     ids = tokens()
     with torch.no_grad():
         expected = model(ids).logits

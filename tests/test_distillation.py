@@ -10,7 +10,7 @@ from support.architectures import ARCHITECTURES, VOCAB
 from torch import Tensor
 
 import teq_graph
-from teq_graph import options
+from teq_graph.cli import options
 from teq_graph.config import STAGES, QuantizationConfig, TrainingConfig, WeightSpec
 from teq_graph.errors import ConfigError
 from teq_graph.loading import LoadedModel

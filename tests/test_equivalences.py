@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.graphs import apply_and_check, apply_random_scales, capture_small, find, relative_error, run
+from support.graphs import apply_random_scales, capture_small, find, normalize, relative_error, run
 from support.sites import WIDTH, Net, equivalence, examine, refusal, sites
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teq_graph.analysis.equivalence import Equivalence, ScaledTensor
+from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor
+from teq_graph.analysis.equivalences.find import find_equivalences
 from teq_graph.capture import CapturedGraph
 from teq_graph.errors import EquivalenceError
-from teq_graph.passes.find_equivalences import FindEquivalences
 
 HEADS, DIM = 4, 4
 Forward = Callable[..., Any]
@@ -220,9 +220,7 @@ HOMOGENEOUS: dict[str, Forward] = {
     "rolled tokens": lambda s, x: x.roll(1, 1),
     "twice the same": lambda s, x: x.relu() + x.abs(),
     "last token": lambda s, x: x[:, -1],
-    "token chosen by the input": lambda s, x: (
-        x[torch.arange(x.shape[0]), x[:, :, 0].argmax(-1)].detach() if False else x.select(1, 0)
-    ),
+    "token chosen by the input": lambda s, x: x.select(1, 0),
     "gate of its own input": lambda s, x: x * s.gate.sigmoid(),
 }
 
@@ -365,23 +363,24 @@ def test_only_a_cache_that_is_appended_to_carries_scales(variant: str, monkeypat
         return results
 
     expected = outputs()
-    finder = FindEquivalences(captured)
-    finder(captured.graph_module)
-    apply_random_scales(captured.graph_module, finder.findings.equivalences)
+    apply_random_scales(captured.graph_module, find_equivalences(captured).equivalences)
     assert relative_error(outputs(), expected) <= 1e-5
 
 
 # ---------------------------------------------------------------------------------------------- pass and its algebra
 
 
-def test_the_pass_leaves_the_graph_alone() -> None:
+def test_the_analysis_leaves_the_graph_alone() -> None:
     captured = capture_small(Net(lambda s, x: s.second(s.first(x).relu()), first=8, second=nn.Linear(8, 4)),
                              torch.randn(2, 5, WIDTH))  # fmt: skip
-    find(captured)
-    inputs = (torch.randn(3, 6, WIDTH),)
-    step = FindEquivalences(captured)
-    apply_and_check(step, captured.graph_module, inputs, modified=False, tolerance=0)
-    assert step.findings.equivalences
+    normalize(captured)
+    graph_module, inputs = captured.graph_module, (torch.randn(3, 6, WIDTH),)
+    code, expected = graph_module.code, run(graph_module, inputs)
+    weights = {name: tensor.clone() for name, tensor in graph_module.state_dict().items()}
+    first, second = (find_equivalences(captured) for _ in range(2))
+    assert first.equivalences and [e.linears for e in first.equivalences] == [e.linears for e in second.equivalences]
+    assert graph_module.code == code and relative_error(run(graph_module, inputs), expected) == 0
+    assert all(torch.equal(graph_module.state_dict()[name], weight) for name, weight in weights.items())
 
 
 def ones() -> Equivalence:

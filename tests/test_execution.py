@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph
 
-from teq_graph.execution import Values, shared
+from teq_graph.graph.execution import Values, shared
 
 
 def test_equal_tensors_are_kept_once() -> None:

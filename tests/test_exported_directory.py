@@ -20,7 +20,7 @@ from teq_graph.capture import capture
 from teq_graph.errors import InputError, ModelFileError
 from teq_graph.onnx.export import export_onnx
 from teq_graph.onnx.runtime import OnnxDecoder, OnnxModel, load
-from teq_graph.onnx.session import MAX_THREADS
+from teq_graph.onnx.runtime.session import MAX_THREADS
 
 PROMPT = "Once upon a time"
 

@@ -8,9 +8,8 @@ import pytest
 
 from teq_graph.capture import DecoderShape
 from teq_graph.capture.captured import LayerCache
-from teq_graph.commands import _genai_notes
 from teq_graph.onnx.directory import GENAI_FILE, Metadata
-from teq_graph.onnx.genai import DEFAULT_CONTEXT, genai_config
+from teq_graph.onnx.export.genai import DEFAULT_CONTEXT, describe_limits, genai_config
 
 LAYER = LayerCache(2, 16, 2, 16)
 
@@ -29,9 +28,9 @@ def test_a_sequence_has_a_greatest_length(max_positions: int | None, tmp_path: P
     assert (config["model"]["bos_token_id"], config["model"]["eos_token_id"]) == (7, [7, 8])
     (tmp_path / GENAI_FILE).touch()
     assert described.decoder is not None
-    notes = _genai_notes(tmp_path, described.decoder)
-    assert [label for label, _ in notes] == (["note"] if max_positions is None else [])
-    assert all(f"{GENAI_FILE} says {DEFAULT_CONTEXT} tokens" in note for _, note in notes)
+    notes = describe_limits(tmp_path, described.decoder)
+    assert len(notes) == (max_positions is None)
+    assert all(f"{GENAI_FILE} says {DEFAULT_CONTEXT} tokens" in note for note in notes)
 
 
 @pytest.mark.parametrize(
@@ -43,5 +42,5 @@ def test_what_the_format_has_no_words_for(layers: tuple[LayerCache, ...], tmp_pa
     described = metadata(*layers)
     assert genai_config(described, bos_token_id=1) is None
     assert described.decoder is not None
-    ((label, note),) = _genai_notes(tmp_path, described.decoder)
-    assert label == "note" and note.startswith(f"without {GENAI_FILE}: ")
+    (note,) = describe_limits(tmp_path, described.decoder)
+    assert note.startswith(f"without {GENAI_FILE}: ")

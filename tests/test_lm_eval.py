@@ -20,12 +20,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import teq_graph
-from teq_graph import evaluation_tasks, opening
-from teq_graph.cli import run
+from teq_graph.cli import opening, run
 from teq_graph.compiled import CompiledModel
 from teq_graph.errors import ConfigError, InputError, NumericsError
 from teq_graph.evaluation import divergence
-from teq_graph.evaluation_tasks import HarnessModel, TaskScore, evaluate_tasks, load_tasks
+from teq_graph.evaluation import tasks as evaluation_tasks
+from teq_graph.evaluation.tasks import HarnessModel, TaskScore, evaluate_tasks, load_tasks
 from teq_graph.loading import LoadedModel, load_model
 from teq_graph.onnx.runtime import OnnxDecoder
 
@@ -399,7 +399,7 @@ def test_a_name_that_is_no_task(task_dir: Path, refused: Callable[..., str]) -> 
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
-    monkeypatch.delitem(sys.modules, "teq_graph.evaluation_tasks")
+    monkeypatch.delitem(sys.modules, "teq_graph.evaluation.tasks")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert refused("nothing", "--tasks", "piqa") == "--tasks: needs the package lm-eval; pip install teq-graph[tasks]"
 

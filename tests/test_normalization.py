@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional
 
-from teq_graph import graph as fx
 from teq_graph.capture import capture
+from teq_graph.graph.nodes import is_tensor_constant, linear_nodes, weight_name_of
+from teq_graph.graph.tensors import get_tensor
 from teq_graph.passes.fold_constants import FoldConstants
 from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
 from teq_graph.passes.normalize_linears import NormalizeLinears
@@ -191,18 +192,18 @@ def test_constants_fold(name: str) -> None:
     apply_and_check(FoldConstants(), graph_module, inputs, tolerance=0)
     assert set(op_names(graph_module)) <= {"aten.mul.Tensor", "aten.linear.default", "aten.add.Tensor"}
     computed = [node for node in graph_module.graph.nodes if node.op == "call_function"]
-    assert not any(all(map(fx.is_tensor_constant, node.all_input_nodes)) for node in computed)
+    assert not any(all(map(is_tensor_constant, node.all_input_nodes)) for node in computed)
 
 
 def test_a_folded_constant_keeps_the_name_where_it_is_free() -> None:
     graph_module, _ = without_no_ops(EXPRESSIONS["1 + weight"])
-    original = fx.get_tensor(graph_module, "gain").clone()
+    original = get_tensor(graph_module, "gain").clone()
     FoldConstants()(graph_module)
-    assert torch.equal(fx.get_tensor(graph_module, "gain"), 1 + original)
+    assert torch.equal(get_tensor(graph_module, "gain"), 1 + original)
     graph_module, _ = without_no_ops(EXPRESSIONS["read elsewhere"])
-    original = fx.get_tensor(graph_module, "gain").clone()
+    original = get_tensor(graph_module, "gain").clone()
     FoldConstants()(graph_module)
-    assert torch.equal(fx.get_tensor(graph_module, "gain"), original)
+    assert torch.equal(get_tensor(graph_module, "gain"), original)
 
 
 NOT_CONSTANT: dict[str, Forward] = {
@@ -305,11 +306,10 @@ def tied(s: Small, x: Tensor) -> Any:
 
 def test_a_tied_weight_gets_a_copy_for_its_linear() -> None:
     graph_module, inputs = without_no_ops(tied)
-    step = UntieWeights({"weight"})
-    apply_and_check(step, graph_module, inputs, tolerance=0)
-    (linear,) = fx.linears(graph_module)
-    assert fx.weight_name(linear) == step.renamed["weight"] != "weight"
-    assert torch.equal(fx.get_tensor(graph_module, "weight"), fx.get_tensor(graph_module, step.renamed["weight"]))
+    renamed = apply_and_check(UntieWeights({"weight"}), graph_module, inputs, tolerance=0).value
+    (linear,) = linear_nodes(graph_module)
+    assert weight_name_of(linear) == renamed["weight"] != "weight"
+    assert torch.equal(get_tensor(graph_module, "weight"), get_tensor(graph_module, renamed["weight"]))
 
 
 def test_the_linears_of_a_tied_weight_share_one_copy() -> None:
@@ -317,10 +317,9 @@ def test_the_linears_of_a_tied_weight_share_one_copy() -> None:
         return *tied(s, x), functional.linear(x.tanh(), s.weight)
 
     graph_module, inputs = without_no_ops(twice)
-    step = UntieWeights({"weight"})
-    apply_and_check(step, graph_module, inputs, tolerance=0)
-    names = [fx.weight_name(linear) for linear in fx.linears(graph_module)]
-    assert names == [step.renamed["weight"]] * 2
+    renamed = apply_and_check(UntieWeights({"weight"}), graph_module, inputs, tolerance=0).value
+    names = [weight_name_of(linear) for linear in linear_nodes(graph_module)]
+    assert names == [renamed["weight"]] * 2
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 from teq_graph.capture import CapturedGraph, capture
 from teq_graph.config import BITS, WeightSpec
 from teq_graph.errors import ConfigError, ExportError
-from teq_graph.graph import linears, weight_name
+from teq_graph.graph.nodes import linear_nodes, weight_name_of
 from teq_graph.loading import LoadedModel
 from teq_graph.onnx.export import export_onnx, lower
-from teq_graph.onnx.model_file import save_model
-from teq_graph.onnx.translations import foreign_operators
+from teq_graph.onnx.export.model_file import save_model
+from teq_graph.onnx.export.translations import foreign_operators
 from teq_graph.passes.fold_constants import FoldConstants
 from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
 from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
@@ -42,10 +42,10 @@ def prepare(captured: CapturedGraph, spec: WeightSpec | None = None, lm_head: bo
     for step in (RemoveNoOps(), NormalizeLinears(), FoldConstants(), FuseRMSNorm()):
         step(captured.graph_module)
     if spec is not None:
-        names = {weight_name(linear) for linear in linears(captured.graph_module)}
+        names = {weight_name_of(linear) for linear in linear_nodes(captured.graph_module)}
         if lm_head:
             UntieWeights(names)(captured.graph_module)
-            names = {weight_name(linear) for linear in linears(captured.graph_module)}
+            names = {weight_name_of(linear) for linear in linear_nodes(captured.graph_module)}
         specs = {name: spec for name in names if lm_head or name != captured.lm_head}
         QuantizeLinears(specs)(captured.graph_module)
         LowerToMatMulNBits()(captured.graph_module)

@@ -19,8 +19,8 @@ from transformers import GenerationConfig
 
 from teq_graph.errors import InputError, ModelFileError
 from teq_graph.loading import LoadedModel, load_model
-from teq_graph.onnx import decoding, tensors
-from teq_graph.onnx.runtime import OnnxDecoder
+from teq_graph.onnx.runtime import OnnxDecoder, tensors
+from teq_graph.onnx.runtime.generation import decoding
 
 PROMPT = "Once upon a time"
 

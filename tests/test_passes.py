@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional
 
-from teq_graph import graph as fx
-from teq_graph.analysis.equivalence import Equivalence
+from teq_graph.analysis.equivalences.equivalence import Equivalence
 from teq_graph.config import WeightSpec
 from teq_graph.errors import NumericsError
+from teq_graph.graph.nodes import arguments_of, is_call
+from teq_graph.graph.tensors import get_tensor, set_tensor
 from teq_graph.passes.fold_scales import FoldScales
-from teq_graph.passes.insert_scales import InsertScales
+from teq_graph.passes.insert_scales import InsertedScales, InsertScales
 from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
 from teq_graph.passes.merge_products import MergeProducts
 from teq_graph.passes.quantize_linears import QuantizeLinears
@@ -59,11 +60,10 @@ def block() -> tuple[GraphModule, tuple[Equivalence, ...], tuple[Tensor]]:
 NAMES = ("gate.weight", "up.weight", "down.weight", "head.weight")
 
 
-def set_scales(graph_module: GraphModule, inserter: InsertScales) -> list[Tensor]:
-    assert inserter.inserted is not None
-    scales = [random_scale(e.channels) for e in inserter.equivalences]
-    for name, scale in zip(inserter.inserted.scales, scales, strict=True):
-        fx.get_tensor(graph_module, name).data.copy_(scale)
+def set_scales(graph_module: GraphModule, inserted: InsertedScales) -> list[Tensor]:
+    scales = [random_scale(e.channels) for e in inserted.equivalences]
+    for name, scale in zip(inserted.scales, scales, strict=True):
+        get_tensor(graph_module, name).data.copy_(scale)
     return scales
 
 
@@ -79,9 +79,8 @@ def test_inserted_scales_are_ones_and_change_nothing(block: Any) -> None:
 def test_random_scales_leave_the_float_output(block: Any) -> None:
     graph_module, equivalences, inputs = block
     expected = run(graph_module, inputs)
-    inserter = InsertScales(equivalences, {})
-    inserter(graph_module)
-    set_scales(graph_module, inserter)
+    inserted = InsertScales(equivalences, {})(graph_module).value
+    set_scales(graph_module, inserted)
     assert relative_error(run(graph_module, inputs), expected) <= 1e-5
 
 
@@ -93,15 +92,14 @@ def test_nothing_to_insert(block: Any) -> None:
 @pytest.mark.parametrize("spec", [WeightSpec(2, 16), WeightSpec(3, 32), SPEC, WeightSpec(8, -1, True)], ids=str)
 def test_fake_quantization_of_what_is_named(block: Any, spec: WeightSpec) -> None:
     graph_module, equivalences, inputs = block
-    weights = {name: fx.get_tensor(graph_module, name).clone() for name in NAMES}
+    weights = {name: get_tensor(graph_module, name).clone() for name in NAMES}
     for name in ("down.weight", "head.weight"):  # with an equivalence, and without
-        fx.set_tensor(graph_module, name, fake_quantize(weights[name], spec))
+        set_tensor(graph_module, name, fake_quantize(weights[name], spec))
     expected = run(graph_module, inputs)
     for name in NAMES:
-        fx.set_tensor(graph_module, name, weights[name])
-    inserter = InsertScales(equivalences, {"down.weight": spec, "head.weight": spec})
-    inserter(graph_module)
-    assert inserter.inserted is not None and set(inserter.inserted.quantized) == {"down.weight", "head.weight"}
+        set_tensor(graph_module, name, weights[name])
+    inserted = InsertScales(equivalences, {"down.weight": spec, "head.weight": spec})(graph_module).value
+    assert set(inserted.quantized) == {"down.weight", "head.weight"}
     assert relative_error(run(graph_module, inputs), expected) == 0
 
 
@@ -120,18 +118,15 @@ def test_folding_restores_the_graph(block: Any, specs: dict[str, WeightSpec]) ->
     graph_module, equivalences, inputs = block
     expected, code, nodes = run(graph_module, inputs), graph_module.code, str(graph_module.graph)
     weights = {name: tensor.clone() for name, tensor in graph_module.state_dict().items()}
-    inserter = InsertScales(equivalences, specs)
-    inserter(graph_module)
-    scales = set_scales(graph_module, inserter)
-    assert inserter.inserted is not None
-    folder = FoldScales(inserter.inserted)
-    result = folder(graph_module)
-    assert result is not None and result.modified
+    inserted = InsertScales(equivalences, specs)(graph_module).value
+    scales = set_scales(graph_module, inserted)
+    result = FoldScales(inserted)(graph_module)
+    assert result.modified
     check_legal(graph_module, inputs)
     assert graph_module.code == code and str(graph_module.graph) == nodes
     assert set(graph_module.state_dict()) == set(weights)
     assert relative_error(run(graph_module, inputs), expected) <= 1e-5
-    assert all(torch.equal(a, b) for a, b in zip(folder.learned, scales, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(result.value, scales, strict=True))
     for equivalence, scale in zip(equivalences, scales, strict=True):
         weights |= equivalence.apply(weights, scale)
     after = graph_module.state_dict()
@@ -141,12 +136,10 @@ def test_folding_restores_the_graph(block: Any, specs: dict[str, WeightSpec]) ->
 def test_folded_weights_quantize_to_what_was_trained(block: Any) -> None:
     graph_module, equivalences, inputs = block
     specs = dict.fromkeys(NAMES, SPEC)
-    inserter = InsertScales(equivalences, specs)
-    inserter(graph_module)
-    set_scales(graph_module, inserter)
+    inserted = InsertScales(equivalences, specs)(graph_module).value
+    set_scales(graph_module, inserted)
     expected = run(graph_module, inputs)
-    assert inserter.inserted is not None
-    for step in (FoldScales(inserter.inserted), QuantizeLinears(specs)):
+    for step in (FoldScales(inserted), QuantizeLinears(specs)):
         step(graph_module)
     assert relative_error(run(graph_module, inputs), expected) <= 1e-6
     LowerToMatMulNBits()(graph_module)
@@ -156,13 +149,10 @@ def test_folded_weights_quantize_to_what_was_trained(block: Any) -> None:
 def test_a_scale_below_the_smallest_is_clamped(block: Any) -> None:
     graph_module, equivalences, inputs = block
     expected = run(graph_module, inputs)
-    inserter = InsertScales(equivalences, {})
-    inserter(graph_module)
-    assert inserter.inserted is not None
-    fx.get_tensor(graph_module, inserter.inserted.scales[0]).data[:] = -1.0
-    folder = FoldScales(inserter.inserted)
-    folder(graph_module)
-    assert bool((folder.learned[0] > 0).all())
+    inserted = InsertScales(equivalences, {})(graph_module).value
+    get_tensor(graph_module, inserted.scales[0]).data[:] = -1.0
+    (scale, *_) = FoldScales(inserted)(graph_module).value
+    assert bool((scale > 0).all())
     assert relative_error(run(graph_module, inputs), expected) <= 1e-3
 
 
@@ -170,27 +160,25 @@ def test_folding_refuses_to_overflow() -> None:
     captured = capture_small(Block(), torch.randn(2, 5, WIDTH))
     equivalences = find(captured).equivalences
     graph_module = captured.graph_module.half()
-    inserter = InsertScales(equivalences, {})
-    inserter(graph_module)
-    assert inserter.inserted is not None
-    fx.get_tensor(graph_module, inserter.inserted.scales[0]).data = torch.full((WIDTH,), 1e-5)
+    inserted = InsertScales(equivalences, {})(graph_module).value
+    get_tensor(graph_module, inserted.scales[0]).data = torch.full((WIDTH,), 1e-5)
     with pytest.raises(NumericsError, match=r"norm\.(weight|bias) overflows torch\.float16") as caught:
-        FoldScales(inserter.inserted)(graph_module)
+        FoldScales(inserted)(graph_module)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("spec", [WeightSpec(2, 16), WeightSpec(3, -1), SPEC, WeightSpec(8, 32, True)], ids=str)
 def test_quantize_and_lower(block: Any, spec: WeightSpec) -> None:
     graph_module, _, inputs = block
-    weights = {name: fx.get_tensor(graph_module, name).clone() for name in NAMES[:3]}
+    weights = {name: get_tensor(graph_module, name).clone() for name in NAMES[:3]}
     for name, weight in weights.items():
-        fx.set_tensor(graph_module, name, quantize_weight(weight, spec).dequantize())
+        set_tensor(graph_module, name, quantize_weight(weight, spec).dequantize())
     expected = run(graph_module, inputs)
     for name, weight in weights.items():
-        fx.set_tensor(graph_module, name, weight)
-    step = QuantizeLinears(dict.fromkeys(weights, spec))
-    assert step(graph_module).modified
-    assert set(step.quantized) == set(weights)
+        set_tensor(graph_module, name, weight)
+    result = QuantizeLinears(dict.fromkeys(weights, spec))(graph_module)
+    assert result.modified
+    assert set(result.value) == set(weights)
     assert relative_error(run(graph_module, inputs), expected) <= 1e-6
     apply_and_check(QuantizeLinears(dict.fromkeys(weights, spec)), graph_module, inputs, modified=False, tolerance=0)
     apply_and_check(LowerToMatMulNBits(), graph_module, inputs, tolerance=1e-5)
@@ -256,9 +244,9 @@ def test_products_of_one_value_become_one(spec: WeightSpec) -> None:
     graph_module = quantized_products(Gated(), dict.fromkeys(names, spec))
     inputs = (torch.randn(3, 7, WIDTH),)
     apply_and_check(MergeProducts(), graph_module, inputs, tolerance=0.0)
-    products = [node for node in graph_module.graph.nodes if fx.is_call(node, torch.ops.teq_graph.matmul_nbits.default)]
+    products = [node for node in graph_module.graph.nodes if is_call(node, torch.ops.teq_graph.matmul_nbits.default)]
     # Without a bias, and of another size, they stay.
-    assert sorted(fx.arguments(node)["N"] for node in products) == [8, 16, WIDTH, 32]
+    assert sorted(arguments_of(node)["N"] for node in products) == [8, 16, WIDTH, 32]
     assert not MergeProducts()(graph_module).modified
 
 

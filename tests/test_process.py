@@ -18,7 +18,8 @@ from teq_graph.cli import run
 # a shell starts background jobs with SIGINT ignored, nohup with SIGHUP, which children inherit
 MAIN = """
 import os, signal
-from teq_graph import cli, progress
+from teq_graph.cli import process as cli
+from teq_graph.system import progress
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 progress.SHOW_AFTER = progress.LINE_EVERY = 0.0
@@ -43,7 +44,7 @@ def test_interrupted_export_leaves_things_as_they_were(
         (directory / "model.onnx").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("teq_graph.onnx.export.save_model", interrupt)
+    monkeypatch.setattr("teq_graph.onnx.export.export.save_model", interrupt)
     old = tmp_path / "old"
     old.mkdir()
     (old / "teq_graph.json").touch()
@@ -117,7 +118,7 @@ sys.meta_path.insert(0, Finder())
 def test_a_signal_that_the_caller_ignores_stays_ignored() -> None:
     code = """
 import os, signal
-from teq_graph import interruption
+from teq_graph.system import interruption
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
 interruption.install()
 os.kill(os.getpid(), signal.SIGHUP)

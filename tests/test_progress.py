@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from teq_graph import progress
+from teq_graph.system import progress
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from teq_graph.onnx import decoding
-from teq_graph.onnx.prompt_lookup import guess
 from teq_graph.onnx.runtime import OnnxDecoder
+from teq_graph.onnx.runtime.generation import decoding
+from teq_graph.onnx.runtime.generation.prompt_lookup import guess
 
 PROMPT = "Once upon a time"
 

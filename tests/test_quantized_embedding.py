@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 import teq_graph
 from teq_graph import QuantizationConfig, TrainingConfig
-from teq_graph import graph as fx
 from teq_graph.analysis.embeddings import find_embeddings
 from teq_graph.capture import CapturedGraph, capture
 from teq_graph.config import BITS, WeightSpec
 from teq_graph.errors import ConfigError, InputError
+from teq_graph.graph.nodes import is_call
+from teq_graph.graph.tensors import get_tensor, node_tensor, set_tensor
 from teq_graph.onnx.export import lower
-from teq_graph.onnx.model_file import save_model
+from teq_graph.onnx.export.model_file import save_model
 from teq_graph.onnx.runtime import OnnxDecoder, load
 from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
 from teq_graph.passes.quantize_embeddings import QuantizeEmbeddings
@@ -139,15 +140,15 @@ def test_indices_may_be_moved_but_not_computed() -> None:
 def test_the_pass_stores_a_table_once(tied: bool, spec: WeightSpec) -> None:
     captured = capture_words(Words(tied))
     graph_module, inputs = captured.graph_module, (word_ids(2, 9),)
-    table = quantize_weight(fx.get_tensor(graph_module, "words.weight"), spec)
-    fx.set_tensor(graph_module, "words.weight", table.dequantize())
+    table = quantize_weight(get_tensor(graph_module, "words.weight"), spec)
+    set_tensor(graph_module, "words.weight", table.dequantize())
     apply_and_check(QuantizeEmbeddings({"words.weight": table}), graph_module, inputs, tolerance=0)
     apply_and_check(LowerToMatMulNBits(), graph_module, inputs, modified=tied, tolerance=1e-5)
     ops, names = op_names(graph_module), set(graph_module.state_dict())
     assert ops.count(GATHER) == 1 and ops.count(PRODUCT) == tied and ops.count("aten.embedding.default") == 1
     assert "words.weight" not in names and "places.weight" in names
     assert [name for name in names if "codes" in name] == ["words.codes"]
-    assert torch.equal(fx.get_tensor(graph_module, "words.codes"), table.packed)
+    assert torch.equal(get_tensor(graph_module, "words.codes"), table.packed)
 
 
 def test_the_pass_leaves_other_tables() -> None:
@@ -169,11 +170,11 @@ def test_a_tied_projection_and_its_table_are_one_weight(training: TrainingConfig
     grid = find_clipped_grid(weight, spec)
     clipped = QuantizedWeight.from_codes(quantize(weight, grid), grid)
     table = quantize_weight(weight, spec) if training is None else clipped
-    (lookup,) = [node for node in compiled.graph_module.graph.nodes if fx.is_call(node, embedding_nbits)]
+    (lookup,) = [node for node in compiled.graph_module.graph.nodes if is_call(node, embedding_nbits)]
     head = [node for node in compiled.graph_module.graph.nodes if str(node.target) == PRODUCT][-1]
     assert lookup.args[1:4] == head.args[1:4]
     for node, expected in zip(lookup.args[1:4], (table.packed, table.scales, table.zero_points), strict=True):
-        assert expected is not None and torch.equal(fx.node_tensor(node), expected)
+        assert expected is not None and torch.equal(node_tensor(node), expected)
     assert tensor_names(compiled, "embed") == [f"model.embed_tokens.{x}" for x in ("codes", "scales", "zero_points")]
     report = compiled.report
     (embedding,) = report.embeddings
@@ -192,7 +193,7 @@ def test_blocks_learn_on_the_quantized_table_and_towards_the_float_model(monkeyp
 
     def spy(self: Any, stages: Any) -> None:
         name = next(iter(self.tables))
-        read = fx.get_tensor(self.captured.graph_module, name), self.reference.tensor(name)
+        read = get_tensor(self.captured.graph_module, name), self.reference.tensor(name)
         seen.append((*read, self.tables[name].dequantize()))
         run_blocks(self, stages)
 

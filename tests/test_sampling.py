@@ -11,8 +11,8 @@ import transformers.generation.logits_process as reference
 from transformers import GenerationConfig
 
 from teq_graph.errors import InputError, NumericsError
-from teq_graph.onnx.generation import NEUTRAL, GenerationOptions
-from teq_graph.onnx.sampling import Sampler, _epsilon, _eta, _min_p, _top_k, _top_p, _typical
+from teq_graph.onnx.runtime.generation.options import NEUTRAL, GenerationOptions
+from teq_graph.onnx.runtime.generation.sampling import Sampler, _epsilon, _eta, _min_p, _top_k, _top_p, _typical
 
 
 def sampler(**options: Any) -> Sampler:

@@ -31,8 +31,8 @@ from teq_graph.errors import (
     ExportError,
     ModelFileError,
 )
-from teq_graph.files import new_directory
 from teq_graph.loading import load_model
+from teq_graph.system.files import new_directory
 
 
 def check_round_trip(compiled: teq_graph.CompiledModel, directory: Path, inputs: Any) -> teq_graph.CompiledModel:

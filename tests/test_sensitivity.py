@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 import teq_graph
 from teq_graph import QuantizationConfig, TrainingConfig
-from teq_graph import graph as fx
 from teq_graph.cli import run
 from teq_graph.compile import Analysis, analyze
 from teq_graph.config import BITS
 from teq_graph.errors import ConfigError, NumericsError
+from teq_graph.graph.nodes import arguments_of
+from teq_graph.graph.tensors import get_tensor, node_tensor, set_tensor
 from teq_graph.quantization import dequantize, find_clipped_grid, quantize
 from teq_graph.quantization.packing import unpack_codes
 from teq_graph.report import Report
@@ -39,12 +40,12 @@ def aimed_at(target: float, **options: Any) -> QuantizationConfig:
 def with_one_quantized(analysis: Analysis, name: str, bits: int, args: tuple[Any, ...]) -> Tensor:
     """The first output of the graph with one weight at `bits`."""
     graph_module = analysis.captured.graph_module
-    weight = fx.get_tensor(graph_module, name)
+    weight = get_tensor(graph_module, name)
     grid = find_clipped_grid(weight, dataclasses.replace(analysis.specs[name], bits=bits))
-    fx.set_tensor(graph_module, name, dequantize(quantize(weight, grid), grid))
+    set_tensor(graph_module, name, dequantize(quantize(weight, grid), grid))
     with torch.no_grad():
         output = torch.utils._pytree.tree_leaves(graph_module(*args))[0]
-    fx.set_tensor(graph_module, name, weight)
+    set_tensor(graph_module, name, weight)
     return output  # type: ignore[no-any-return]
 
 
@@ -248,9 +249,9 @@ def test_mixed_bits_are_saved_and_exported(tmp_path: Path) -> None:
     ours = [node for node in compiled.graph_module.graph.nodes if "matmul_nbits" in str(node.target)]
     assert len(products) == len(ours) == 3
     for product, node in zip(products, ours, strict=True):
-        values, attributes = fx.arguments(node), {a.name: a.i for a in product.attribute}
+        values, attributes = arguments_of(node), {a.name: a.i for a in product.attribute}
         assert attributes["bits"] == {3: 4}.get(values["bits"], values["bits"])
-        codes = unpack_codes(fx.node_tensor(values["b"]), values["bits"], values["K"])
+        codes = unpack_codes(node_tensor(values["b"]), values["bits"], values["K"])
         assert torch.equal(unpack_codes(stored[product.input[1]], attributes["bits"], values["K"]), codes)
 
 

@@ -30,7 +30,7 @@ from teq_graph.serving.worker import Worker
 
 CHAT = "{% for m in messages %}{{ m.content }} {% endfor %}"
 PROMPT = "Once upon a time"
-SERVE = "from teq_graph.cli import main; main()"
+SERVE = "from teq_graph.cli.process import main; main()"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from support.graphs import apply_random_scales_in_float64, capture_small, find, 
 from support.random_graphs import RandomNetwork
 from support.seeds import BASE
 
-from teq_graph.analysis.equivalence import Equivalence
+from teq_graph.analysis.equivalences.equivalence import Equivalence
 from teq_graph.errors import CaptureError
 
 NETWORKS, MINIMUM, STEPS = 25, 12, (4, 24)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import teq_graph
 from teq_graph.config import TUNED, QuantizationConfig, TrainingConfig, WeightSpec
-from teq_graph.progress import Task
 from teq_graph.quantization import dequantize
+from teq_graph.system.progress import Task
 from teq_graph.training.losses import relative_error
 from teq_graph.training.stages import (
     BlockProblem,

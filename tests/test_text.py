@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from teq_graph.onnx.text import StoppedText, TextStream
+from teq_graph.onnx.runtime.generation.text import StoppedText, TextStream
 
 
 class Bytes:

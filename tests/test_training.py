@@ -12,11 +12,11 @@ from support.graphs import leaves, randomize, relative_error
 from torch import Tensor, nn
 
 import teq_graph
-from teq_graph import graph as fx
 from teq_graph.analysis.blocks import find_blocks
 from teq_graph.compile import Analysis, analyze
 from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
 from teq_graph.errors import InputError, NumericsError
+from teq_graph.graph.tensors import get_tensor
 from teq_graph.loading import LoadedModel
 from teq_graph.passes.fold_scales import FoldScales
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
@@ -69,7 +69,7 @@ def train(model: nn.Module, batches: list[Any], config: TrainingConfig, quantiza
 
 
 def scales_of(analysis: Analysis, trainer: Trainer) -> list[Tensor]:
-    return [fx.get_tensor(analysis.captured.graph_module, name).detach().clone() for name in trainer.inserted.scales]
+    return [get_tensor(analysis.captured.graph_module, name).detach().clone() for name in trainer.inserted.scales]
 
 
 @pytest.fixture

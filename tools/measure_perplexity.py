@@ -23,7 +23,7 @@ from peers.job import peak_bytes
 from readme_section import replace_section
 
 import teq_graph
-from teq_graph import options
+from teq_graph.cli import options
 from teq_graph.config import PRESETS
 from teq_graph.evaluation import divergence, perplexity
 from teq_graph.loading import load_model

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from teq_graph import graph as fx
-from teq_graph.analysis.equivalence import Equivalence
+from teq_graph.analysis.equivalences.equivalence import Equivalence
 from teq_graph.capture import CapturedGraph
-from teq_graph.graph import aten
+from teq_graph.graph.nodes import arguments_of, aten, linear_nodes, weight_name_of
+from teq_graph.graph.op_sets import SHAPE_QUERIES
 
 # More live activations than these at a boundary (a residual stream, an encoder's output) mean that it cuts
 # through the inside of a layer.
 MOST_LIVE = 2
 PARAMETERIZED = (aten.embedding.default, aten.linear.default, aten.conv1d.default, aten.conv2d.default)
-SHAPE_QUERIES = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +42,8 @@ def find_blocks(captured: CapturedGraph, equivalences: Sequence[Equivalence]) ->
     nodes = list(graph_module.graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
     live = _live_activations(captured, nodes)
-    linears = list(fx.linears(graph_module))
-    weights = {linear: fx.weight_name(linear) for linear in linears}
+    linears = list(linear_nodes(graph_module))
+    weights = {linear: weight_name_of(linear) for linear in linears}
     cuts = []
     for start in _block_starts([_signature(linear) for linear in linears]):
         if start == 0:
@@ -72,7 +71,7 @@ def find_blocks(captured: CapturedGraph, equivalences: Sequence[Equivalence]) ->
 
 
 def _signature(linear: Node) -> tuple[object, ...]:
-    values = fx.arguments(linear)
+    values = arguments_of(linear)
     return (tuple(values["weight"].meta["val"].shape), values["bias"] is None)
 
 

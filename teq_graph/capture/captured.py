@@ -91,6 +91,12 @@ class CapturedGraph:
         self._check_tensors(pytree.tree_leaves((args, kwargs)))
         return args, kwargs
 
+    def placeholder_values(self, inputs: Any, graph_module: GraphModule | None = None) -> dict[Node, Any]:
+        """What `bind` makes of `inputs`, by the graph's placeholders, or those of `graph_module`, a clone of it."""
+        nodes = (graph_module or self.graph_module).graph.nodes
+        placeholders = [node for node in nodes if node.op == "placeholder"]
+        return dict(zip(placeholders, pytree.tree_leaves(self.bind(inputs)), strict=True))
+
     def _bind(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         names = DECODER_INPUTS if self.decoder is not None else list(self.example_kwargs)
         if isinstance(inputs, Tensor):

@@ -10,7 +10,7 @@ from pathlib import Path
 from teq_graph.capture import DecoderShape
 from teq_graph.config import DTYPES
 from teq_graph.errors import ModelFileError
-from teq_graph.files import one_line, write_json
+from teq_graph.system.files import one_line, write_json
 
 FORMAT_VERSION = 1
 

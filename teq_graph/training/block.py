@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from teq_graph import graph as fx
-from teq_graph import memory
 from teq_graph.analysis.blocks import Block
 from teq_graph.config import TrainingConfig, WeightSpec
-from teq_graph.execution import Values, advance, run
+from teq_graph.graph.execution import Values, advance, run
+from teq_graph.graph.nodes import arguments_of, operand_of
+from teq_graph.graph.tensors import get_tensor
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertedScales
-from teq_graph.progress import Task
+from teq_graph.system import memory
+from teq_graph.system.progress import Task
 from teq_graph.training.initialization import initial_scale
 from teq_graph.training.losses import LOSS_BATCHES, relative_error
 from teq_graph.training.optimize import Learned, optimize
@@ -65,7 +66,7 @@ class BlockTrainer:
 
         Returns the block's error, which was `before`.
         """
-        learned = [fx.get_tensor(self.graph_module, self.inserted.scales[number]) for number in numbers]
+        learned = [get_tensor(self.graph_module, self.inserted.scales[number]) for number in numbers]
         for number, parameter in zip(numbers, learned, strict=True):
             parameter.data.copy_(starting_scale(self.inserted, number, self.config, samples, reference, self.specs))
         nodes = [*self.tensors.weight_nodes, *self.block.nodes]
@@ -155,7 +156,7 @@ class BlockTrainer:
 
     def _moments(self, weights: Mapping[str, Tensor], constants: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Second moments [K, K] and means [K] of what the linear of each weight reads, float32, over all batches."""
-        source_of = {name: fx.operand(linear) for linear, name in self.tensors.linears.items() if name in weights}
+        source_of = {name: operand_of(linear) for linear, name in self.tensors.linears.items() if name in weights}
         sources = set(source_of.values())
         # Nothing reads what comes after them, the block's last product mostly.
         inside = [index for index, node in enumerate(self.block.nodes) if node in sources]
@@ -178,7 +179,7 @@ class BlockTrainer:
 
     def _bias_of(self, names: Sequence[str], floats: Sequence[str]) -> dict[str, str]:
         reads = {node: name for name in floats for node in self.tensors.nodes_of[name]}
-        biases = {name: fx.arguments(linear)["bias"] for linear, name in self.tensors.linears.items() if name in names}
+        biases = {name: arguments_of(linear)["bias"] for linear, name in self.tensors.linears.items() if name in names}
         return {name: reads[bias] for name, bias in biases.items() if bias in reads}
 
 

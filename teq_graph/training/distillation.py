@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from teq_graph.config import TrainingConfig
-from teq_graph.progress import task
 from teq_graph.quantization import Grid, dequantize, round_scales
+from teq_graph.system.progress import task
 from teq_graph.training.losses import LOSS_BATCHES
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.stages import Choice, LearnedVector

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from teq_graph.analysis.equivalence import Equivalence, ScaledTensor
+from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor
 from teq_graph.config import Init, WeightSpec
 from teq_graph.quantization import fake_quantize
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from teq_graph.config import TrainingConfig
 from teq_graph.errors import NumericsError
-from teq_graph.progress import Task
+from teq_graph.system.progress import Task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from teq_graph import graph as fx
 from teq_graph.analysis.blocks import Block
 from teq_graph.capture import CapturedGraph
 from teq_graph.errors import InputError, NumericsError
-from teq_graph.execution import Values, advance, input_values, keep_only, needed_after, run, shared
-from teq_graph.files import one_line
-from teq_graph.graph import aten
+from teq_graph.graph.execution import Values, advance, keep_only, needed_after, run, shared
+from teq_graph.graph.nodes import aten, is_call, is_tensor_constant, operand_of, weight_name_of
+from teq_graph.graph.tensors import clone_graph, get_tensor
+from teq_graph.system.files import one_line
 
 TargetOf = Callable[[int], Sequence[Tensor]]
 """Number of a batch -> the float block's outputs for it."""
@@ -38,17 +38,17 @@ class FloatReference:
     generator: torch.Generator
 
     def __post_init__(self) -> None:
-        self.graph_module = fx.clone(self.captured.graph_module)
+        self.graph_module = clone_graph(self.captured.graph_module)
         self.twin = {node.name: node for node in self.graph_module.graph.nodes}
 
     def inputs(self, number: int, graph_module: GraphModule | None = None) -> Values:
         """The placeholders' values for a batch; raises InputError where it is none of the model's."""
         with batch_named(number):
-            return input_values(self.captured, self.batches[number], graph_module)
+            return self.captured.placeholder_values(self.batches[number], graph_module)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as it was."""
-        return fx.get_tensor(self.graph_module, name).detach()
+        return get_tensor(self.graph_module, name).detach()
 
     def outputs(self, block: Sequence[Node], wanted: Sequence[Node], number: int) -> list[Tensor]:
         """The float values of `wanted` for a batch, where `block` are all nodes up to them."""
@@ -95,8 +95,8 @@ class FloatReference:
         """
         env = dict(values)
         self._run(nodes, env, number)
-        linears = (n for n in nodes if fx.is_call(n, aten.linear.default) and fx.is_tensor_constant(n.args[1]))
-        reads = {fx.weight_name(node): self._some_rows(env[fx.operand(node)]) for node in linears}
+        linears = (n for n in nodes if is_call(n, aten.linear.default) and is_tensor_constant(n.args[1]))
+        reads = {weight_name_of(node): self._some_rows(env[operand_of(node)]) for node in linears}
         return keep_only(env, needed), reads
 
     def _run(self, nodes: Sequence[Node], values: Values, number: int) -> None:

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from teq_graph import graph as fx
 from teq_graph.analysis.blocks import find_blocks
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import BITS, WeightSpec
 from teq_graph.errors import ConfigError, NumericsError
-from teq_graph.execution import Values, input_values, run
-from teq_graph.progress import Task, task
+from teq_graph.graph.execution import Values, run
+from teq_graph.graph.nodes import linear_nodes, operand_of, weight_name_of
+from teq_graph.graph.tensors import get_tensor, node_tensor
 from teq_graph.quantization import Grid, dequantize, find_clipped_grid, quantize
+from teq_graph.system.progress import Task, task
 from teq_graph.training.reference import batch_named
 
 BATCHES = 4
@@ -42,7 +43,7 @@ def choose_bits(
     The average is over the elements of all weights of `specs`, those with bits of their own included. Raises
     ConfigError where these leave too little, NumericsError where the model gives NaN or infinity.
     """
-    sizes = {name: fx.get_tensor(captured.graph_module, name).numel() for name in specs}
+    sizes = {name: get_tensor(captured.graph_module, name).numel() for name in specs}
     pinned = sum(spec.bits * sizes[name] for name, spec in specs.items() if name not in free)
     budget = target * sum(sizes.values()) * (1 + 1e-9) - pinned
     least = (pinned + min(BITS) * sum(sizes[name] for name in free)) / sum(sizes.values())
@@ -144,13 +145,13 @@ def _run(
     seen: Callable[[str, Tensor, Tensor, Tensor], None],
 ) -> Values:
     """All values of the float graph for a batch; `seen` gets each linear of `specs`: name, weight, input, output."""
-    linears = set(fx.linears(captured.graph_module))
+    linears = set(linear_nodes(captured.graph_module))
     with batch_named(number):
-        values = input_values(captured, batch)
+        values = captured.placeholder_values(batch)
         for node in nodes:
             run([node], values)
-            if node in linears and (name := fx.weight_name(node)) in specs:
-                seen(name, fx.node_tensor(fx.operand(node, 1)), values[fx.operand(node)], values[node])
+            if node in linears and (name := weight_name_of(node)) in specs:
+                seen(name, node_tensor(operand_of(node, 1)), values[operand_of(node)], values[node])
     return values
 
 
@@ -174,7 +175,7 @@ def _clipped_grids(
             bar.advance()
     grids: dict[str, dict[int, Grid]] = {}
     for name, spec in specs.items():
-        weight = fx.get_tensor(captured.graph_module, name)
+        weight = get_tensor(captured.graph_module, name)
         grids[name] = {
             bits: find_clipped_grid(weight, dataclasses.replace(spec, bits=bits), weight.dtype, squares[name])
             for bits in BITS

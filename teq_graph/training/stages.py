@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from teq_graph.config import TrainingConfig, WeightSpec
-from teq_graph.progress import Task
 from teq_graph.quantization import Grid, LearnedWeight, dequantize, find_clipped_grid, find_grid, gptq, quantize
+from teq_graph.system.progress import Task
 from teq_graph.training.optimize import Learned, optimize
 
 LATENT_RATE = 3e-3

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from teq_graph import graph as fx
-from teq_graph.execution import Values, constant_ancestors, run
-from teq_graph.graph import aten
+from teq_graph.graph.execution import Values, constant_ancestors, run
+from teq_graph.graph.nodes import arguments_of, aten, is_call, operand_of
+from teq_graph.graph.tensors import node_tensor
 from teq_graph.passes.insert_scales import InsertedScales
 
 WITH_GAINS = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
@@ -43,7 +43,7 @@ class StretchTensors:
     def scaled(self, name: str, constants: Values) -> Tensor:
         """The float tensor `name` with its scales, among `constants`."""
         node = self.inserted.scaled.get(name) or self.nodes_of[name][0]
-        value: Tensor = constants[node] if node in constants else fx.node_tensor(node)
+        value: Tensor = constants[node] if node in constants else node_tensor(node)
         return value.detach()
 
     @functools.cached_property
@@ -62,7 +62,7 @@ class StretchTensors:
     def linears(self) -> dict[Node, str]:
         """The linears whose weights are quantized, and their weights' names."""
         named = {node: name for name, node in self.inserted.quantized.items()}
-        calls = {node: fx.operand(node, 1) for node in self.nodes if fx.is_call(node, aten.linear.default)}
+        calls = {node: operand_of(node, 1) for node in self.nodes if is_call(node, aten.linear.default)}
         return {node: named[weight] for node, weight in calls.items() if weight in named}
 
     def gains_and_biases(self) -> list[str]:
@@ -70,9 +70,9 @@ class StretchTensors:
         name_of = {node: name for name, nodes in self.nodes_of.items() for node in nodes}
         found: dict[str, None] = {}
         for node in self.nodes:
-            if fx.is_call(node, *WITH_GAINS):
+            if is_call(node, *WITH_GAINS):
                 for role in ("weight", "bias"):
-                    source = fx.arguments(node).get(role)
+                    source = arguments_of(node).get(role)
                     if source in name_of and source.meta["val"].dim() == 1:
                         found[name_of[source]] = None
         return list(found)

@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils.checkpoint import checkpoint
 
-from teq_graph import graph as fx
-from teq_graph import memory
 from teq_graph.analysis.blocks import Block
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import BLOCK_STAGES, TrainingConfig, WeightSpec
 from teq_graph.errors import InputError
-from teq_graph.execution import Values, advance, constant_ancestors, needed_after, run, shared
+from teq_graph.graph.execution import Values, advance, constant_ancestors, needed_after, run, shared
+from teq_graph.graph.tensors import get_tensor, set_tensor
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
-from teq_graph.progress import task
 from teq_graph.quantization import QuantizedWeight
 from teq_graph.report import BlockReport
+from teq_graph.system import memory
+from teq_graph.system.progress import task
 from teq_graph.training.block import BlockTrainer, starting_scale
 from teq_graph.training.distillation import ValueOf, distill
 from teq_graph.training.losses import next_token_loss, next_tokens, prediction_divergence, relative_error
@@ -70,11 +70,9 @@ class Trainer:
         self.reference = FloatReference(self.captured, self.batches, self.generator)
         # The reference keeps the float tables.
         for name, table in self.tables.items():
-            dtype = fx.get_tensor(self.captured.graph_module, name).dtype
-            fx.set_tensor(self.captured.graph_module, name, table.dequantize(dtype))
-        self.inserted_pass(self.captured.graph_module)
-        assert self.inserted_pass.inserted is not None
-        self.inserted = self.inserted_pass.inserted
+            dtype = get_tensor(self.captured.graph_module, name).dtype
+            set_tensor(self.captured.graph_module, name, table.dequantize(dtype))
+        self.inserted = self.inserted_pass(self.captured.graph_module).value
         self.specs: Mapping[str, WeightSpec] = self.inserted_pass.specs
         self.stages = self.config.stages_for(self.specs.values())
 
@@ -161,7 +159,7 @@ class Trainer:
             with torch.no_grad():
                 return sum(float(loss_of(number)) for number in range(len(self.batches))) / len(self.batches)
 
-        learned = [fx.get_tensor(self.captured.graph_module, name) for name in self.inserted.scales]
+        learned = [get_tensor(self.captured.graph_module, name) for name in self.inserted.scales]
         if learned:
             before = mean_loss()
             if self.config.init != "ones":
@@ -224,7 +222,7 @@ class Trainer:
     def _keep(self, choice: Choice) -> None:
         """In storage's layout: a code for each byte would be the largest of what training keeps."""
         for name, chosen in choice.codes.items():
-            dtype = fx.get_tensor(self.captured.graph_module, name).dtype
+            dtype = get_tensor(self.captured.graph_module, name).dtype
             self.weights[name] = QuantizedWeight.from_codes(*chosen, dtype)
         self.floats.update(choice.floats)
 

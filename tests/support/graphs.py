@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils import _pytree as pytree
 
-from teq_graph import graph as fx
-from teq_graph.analysis.equivalence import Equivalence
+from teq_graph import pipeline
+from teq_graph.analysis.equivalences import Equivalence, Findings, find_equivalences
 from teq_graph.capture import CapturedGraph, capture
-from teq_graph.compile import NORMALIZATION
-from teq_graph.passes.find_equivalences import FindEquivalences, Findings
+from teq_graph.graph.tensors import get_tensor, set_tensor
+from teq_graph.passes.base import GraphPass, PassResult
 
 DYNAMIC = torch.export.Dim.DYNAMIC
+T = TypeVar("T")
 SMALLEST, LARGEST = 0.1, 10.0
 
 
@@ -38,16 +38,13 @@ def capture_small(model: nn.Module, *args: Tensor, dynamic: bool = True) -> Capt
 
 def normalize(captured: CapturedGraph) -> CapturedGraph:
     """Apply the passes that come before the analysis."""
-    for step in NORMALIZATION:
-        step()(captured.graph_module)
+    pipeline.run(pipeline.NORMALIZE, captured.graph_module)
     return captured
 
 
 def find(captured: CapturedGraph) -> Findings:
     """Normalise and analyse."""
-    finder = FindEquivalences(normalize(captured))
-    finder(captured.graph_module)
-    return finder.findings
+    return find_equivalences(normalize(captured))
 
 
 def find_in(model: nn.Module, *args: Tensor) -> Findings:
@@ -93,7 +90,7 @@ def op_names(graph_module: GraphModule) -> list[str]:
 
 
 def apply_and_check(
-    step: PassBase,
+    step: GraphPass[T],
     graph_module: GraphModule,
     inputs: tuple[Any, ...],
     *,
@@ -101,7 +98,7 @@ def apply_and_check(
     tolerance: float = 1e-6,
     idempotent: bool = True,
     shared: bool = False,
-) -> PassResult:
+) -> PassResult[T]:
     """Apply a pass and check its contract.
 
     It says whether it changed anything, and changes nothing where it says so; the graph is legal, compiled and
@@ -113,7 +110,7 @@ def apply_and_check(
     tensors = {name: tensor.clone() for name, tensor in graph_module.state_dict().items()}
     expected = run(graph_module, inputs)
     result = step(graph_module)
-    assert result is not None and result.graph_module is graph_module
+    assert result.graph_module is graph_module
     assert result.modified == modified
     if not modified:
         assert graph_module.code == code and str(graph_module.graph) == graph
@@ -127,7 +124,7 @@ def apply_and_check(
     if idempotent:
         code = graph_module.code
         again = step(graph_module)
-        assert again is not None and not again.modified
+        assert not again.modified
         assert graph_module.code == code
     return result
 
@@ -178,9 +175,9 @@ def apply_random_scales(graph_module: GraphModule, equivalences: Sequence[Equiva
     """Fold random scales of every equivalence, through the product's own algebra in float32."""
     for equivalence in equivalences:
         names = [scaled.name for scaled in (*equivalence.divided, *equivalence.multiplied)]
-        tensors = {name: fx.get_tensor(graph_module, name) for name in names}
+        tensors = {name: get_tensor(graph_module, name) for name in names}
         for name, value in equivalence.apply(tensors, random_scale(equivalence.channels)).items():
-            fx.set_tensor(graph_module, name, value)
+            set_tensor(graph_module, name, value)
     graph_module.recompile()
 
 
@@ -191,8 +188,8 @@ def apply_random_scales_in_float64(graph_module: GraphModule, equivalences: Sequ
         one = torch.ones(1, dtype=torch.float64)
         for scaled in equivalence.divided:
             factor = torch.cat([scale, one])[scaled.index]
-            fx.set_tensor(graph_module, scaled.name, fx.get_tensor(graph_module, scaled.name) / factor)
+            set_tensor(graph_module, scaled.name, get_tensor(graph_module, scaled.name) / factor)
         for scaled in equivalence.multiplied:
             factor = torch.cat([scale, one])[scaled.index]
-            fx.set_tensor(graph_module, scaled.name, fx.get_tensor(graph_module, scaled.name) * factor)
+            set_tensor(graph_module, scaled.name, get_tensor(graph_module, scaled.name) * factor)
     graph_module.recompile()

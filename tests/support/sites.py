@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from support.graphs import apply_random_scales, capture_small, find, relative_error, run
-from teq_graph.analysis.equivalence import Equivalence, Refusal
+from teq_graph.analysis.equivalences.equivalence import Equivalence, Refusal
+from teq_graph.analysis.equivalences.find import Findings
 from teq_graph.capture import CapturedGraph
-from teq_graph.passes.find_equivalences import Findings
 
 WIDTH = 16
 Forward = Callable[..., Any]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from teq_graph.analysis.attention.probe import LINEAR_OPS, TOLERANCE, Probe, Step, close
-from teq_graph.attention import rotate
+from teq_graph.analysis.attention.probe import TOLERANCE, Probe, Step, close
+from teq_graph.graph.op_sets import LINEAR
+from teq_graph.ops.group_query_attention import rotate
 
 CHUNK = 4096
 """Positions whose angles are computed at once."""
@@ -26,7 +27,7 @@ LONGEST = 2**17
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """cos and sin [positions, r / 2] of the angles, constant factors included; see `teq_graph.attention.rotate`."""
+    """cos and sin [positions, r / 2] of the angles, constant factors included; see `rotate`."""
 
     cos: Tensor
     sin: Tensor
@@ -93,7 +94,7 @@ def _only_source(probe: Probe, node: Node) -> Node | None:
         if current in seen or current not in probe.from_tokens:
             continue
         seen.add(current)
-        if current.target in LINEAR_OPS:
+        if current.target in LINEAR:
             pending += current.all_input_nodes
         elif isinstance(current.meta.get("val"), Tensor):
             sources.add(current)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from teq_graph import graph as fx
-from teq_graph.analysis.attention.probe import UNCHANGED, Probe, Step
-from teq_graph.graph import aten
+from teq_graph.analysis.attention.probe import Probe, Step
+from teq_graph.graph.nodes import arguments_of, aten, is_call, rank_of
+from teq_graph.graph.op_sets import SOFTMAX, UNCHANGED
 
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
 PRODUCTS: dict[Any, tuple[str, str]] = {
     aten.matmul.default: ("self", "other"),
     aten.bmm.default: ("self", "mat2"),
@@ -66,7 +65,7 @@ class Match:
             given = {self.query: _shaped_as(self.query, left), self.key: _shaped_as(self.key, right)}
             result = probe.evaluate(self.scores, step, given)
             return result.reshape(step.batch, self.heads, step.sequence, step.total).float()
-        values = fx.arguments(self.result)
+        values = arguments_of(self.result)
         scale = self.query.meta["val"].shape[-1] ** -0.5 if values["scale"] is None else values["scale"]
         scores: Tensor = left @ right * scale
         for mask in self.terms:
@@ -84,29 +83,29 @@ class Match:
 
 def _shaped_as(node: Node, value: Tensor) -> Tensor:
     """`value` [b, h, …], with batch and heads as one where `node` has them so."""
-    return value.flatten(0, 1) if fx.ndim(node) == 3 else value
+    return value.flatten(0, 1) if rank_of(node) == 3 else value
 
 
 def match_attention(probe: Probe, node: Node) -> Match | None:
     """The attention whose softmax `node` is, or does."""
-    if fx.is_call(node, aten.scaled_dot_product_attention.default):
+    if is_call(node, aten.scaled_dot_product_attention.default):
         return _match_op(node)
-    return _match_softmax(probe, node) if fx.is_call(node, *SOFTMAX) else None
+    return _match_softmax(probe, node) if is_call(node, *SOFTMAX) else None
 
 
 def _match_op(node: Node) -> Match | None:
-    values = fx.arguments(node)
+    values = arguments_of(node)
     mask = values["attn_mask"]
-    if not isinstance(mask, Node) or values["is_causal"] or values["dropout_p"] or fx.ndim(node) != 4:
+    if not isinstance(mask, Node) or values["is_causal"] or values["dropout_p"] or rank_of(node) != 4:
         return None
     heads = node.meta["val"].shape[1]
     return Match(node, heads, values["query"], values["key"], values["value"], (mask,), None)
 
 
 def _match_softmax(probe: Probe, softmax: Node) -> Match | None:
-    values = fx.arguments(softmax)
+    values = arguments_of(softmax)
     value = _weighted(softmax)
-    if value is None or values["dim"] not in (-1, fx.ndim(softmax) - 1) or softmax not in probe.from_tokens:
+    if value is None or values["dim"] not in (-1, rank_of(softmax) - 1) or softmax not in probe.from_tokens:
         return None
     products, stretch, terms = [], [], []
     pending = [values["self"]]
@@ -123,16 +122,16 @@ def _match_softmax(probe: Probe, softmax: Node) -> Match | None:
             pending += node.all_input_nodes
         else:
             return None
-    heads = [node.meta["val"].shape[1] for node in (*products, *stretch) if fx.ndim(node) == 4]
+    heads = [node.meta["val"].shape[1] for node in (*products, *stretch) if rank_of(node) == 4]
     if len(products) != 1 or not heads:
         return None
-    arguments = fx.arguments(products[0])
+    arguments = arguments_of(products[0])
     query, key = (arguments[name] for name in PRODUCTS[products[0].target])
-    if fx.is_call(products[0], aten.baddbmm.default):
+    if is_call(products[0], aten.baddbmm.default):
         terms.append(arguments["self"])
     if any(term in probe.from_tokens for term in terms):
         return None
-    if any(fx.ndim(part) not in (3, 4) for part in (query, key, value, softmax)):
+    if any(rank_of(part) not in (3, 4) for part in (query, key, value, softmax)):
         return None
     tensors = tuple(node for node in terms if isinstance(node.meta.get("val"), Tensor))
     return Match(softmax, heads[0], query, key, value, tensors, values["self"])
@@ -143,8 +142,8 @@ def _weighted(softmax: Node) -> Node | None:
     node = softmax
     while len(node.users) == 1:
         (user,) = node.users
-        if user.target in PRODUCTS and not fx.is_call(user, aten.baddbmm.default):
-            left, right = (fx.arguments(user)[name] for name in PRODUCTS[user.target])
+        if user.target in PRODUCTS and not is_call(user, aten.baddbmm.default):
+            left, right = (arguments_of(user)[name] for name in PRODUCTS[user.target])
             return right if left is node and right is not node else None
         if user.target not in UNCHANGED:
             return None

@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from teq_graph.analysis.blocks import SHAPE_QUERIES
-from teq_graph.analysis.rules import KEEPS, MOVES
 from teq_graph.capture import CapturedGraph, DecoderShape
-from teq_graph.execution import run
-from teq_graph.graph import aten
-
-UNCHANGED = {*MOVES, *KEEPS} - {aten.neg.default, aten.relu.default, aten.leaky_relu.default, aten.abs.default}
-"""Ops that move numbers, or change their type, and leave them what they are."""
-
-LINEAR_OPS = {
-    *UNCHANGED,
-    operator.getitem,
-    aten.neg.default,
-    aten.cat.default,
-    aten.stack.default,
-    aten.mul.Tensor,
-    aten.mul.Scalar,
-    aten.div.Tensor,
-    aten.div.Scalar,
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.index.Tensor,
-    aten.index_select.default,
-}
-"""Ops that are linear in one operand, where the others are fixed."""
+from teq_graph.graph.execution import run
+from teq_graph.graph.nodes import aten
+from teq_graph.graph.op_sets import SHAPE_QUERIES
 
 REPLACED = {aten.view.default: aten.reshape.default}
 """Given values do not have the strides that a view relies on."""

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch.fx import Node
 
-from teq_graph import graph as fx
 from teq_graph.analysis.attention.heads import Heads, Rotation, find_heads
 from teq_graph.analysis.attention.matching import Match, match_attention
-from teq_graph.analysis.attention.probe import LINEAR_OPS, UNCHANGED, Probe, Step
+from teq_graph.analysis.attention.probe import Probe, Step
 from teq_graph.analysis.attention.scores import Scores, find_scores
 from teq_graph.capture import CapturedGraph
-from teq_graph.graph import aten
+from teq_graph.graph.nodes import arguments_of, aten, is_call, rank_of
+from teq_graph.graph.op_sets import LINEAR, UNCHANGED
 
 STEP = Step(3, 2, torch.ones(2, 5, dtype=torch.int64))
 
@@ -84,12 +84,12 @@ def _cached_part(
     """The cache [b, kv, p + s, d] that `node` repeats for all heads, and its new part; None where it is otherwise."""
     cache = node
     while cache not in caches:
-        if cache.target not in LINEAR_OPS or len(cache.args) == 0 or not isinstance(cache.args[0], Node):
+        if cache.target not in LINEAR or len(cache.args) == 0 or not isinstance(cache.args[0], Node):
             return None
         cache = cache.args[0]
-    if not fx.is_call(cache, aten.cat.default):
+    if not is_call(cache, aten.cat.default):
         return None
-    parts, dim = fx.arguments(cache)["tensors"], fx.arguments(cache)["dim"]
+    parts, dim = arguments_of(cache)["tensors"], arguments_of(cache)["dim"]
     if len(parts) != 2 or parts[0] is not caches[cache] or dim not in (2, -2):
         return None
     _, kv, _, width = cache.meta["val"].shape
@@ -115,6 +115,6 @@ def _merged_heads(probe: Probe, match: Match, width: int) -> Node | None:
         (end,) = end.users
         if end.target not in UNCHANGED and match.value not in end.all_input_nodes:
             break
-        if fx.ndim(end) == 3 and torch.equal(match.output_of(probe, end, STEP, weights, value), wanted):
+        if rank_of(end) == 3 and torch.equal(match.output_of(probe, end, STEP, weights, value), wanted):
             found = end
     return found

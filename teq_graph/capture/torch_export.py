@@ -1,0 +1,243 @@
+"""nn.Module -> GraphModule by torch.export."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import traceback
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from teq_graph.capture.captured import CapturedGraph
+from teq_graph.capture.pretrained import (
+    DecoderStep,
+    counts_positions,
+    decoder_inputs,
+    inputs_from_config,
+    is_pretrained,
+    probe_decoder,
+)
+from teq_graph.errors import CaptureError, NumericsError
+from teq_graph.graph.tensors import drop_unused, node_tensor, set_tensor
+from teq_graph.system.files import one_line
+
+AGREEMENT = collections.defaultdict(float, {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1})
+"""Largest difference between graph and model, over the largest value; other types agree exactly."""
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> CapturedGraph:
+    """Capture `model` (eval mode, real float32/float16/bfloat16 tensors) with torch.export.
+
+    Without `example_inputs`, those of a Hugging Face model are made from its config: a causal language model
+    becomes a decoder step with KV cache, others keep their own signature. Parameters are shared with
+    `model`, not copied. Raises CaptureError naming the module and line that torch.export refuses, and
+    NumericsError for weights that are not finite.
+    """
+    check_model(model)
+    pretrained = is_pretrained(model)
+    if example_inputs is not None:
+        args, kwargs = _split_inputs(example_inputs)
+        captured = _export(model, args, kwargs, dynamic_shapes)
+    elif not pretrained:
+        raise CaptureError(
+            f"example_inputs=None: {type(model).__name__} is no Hugging Face model whose inputs could be made "
+            "from its config; accepted is a tuple or dict as for torch.export"
+        )
+    else:
+        captured = _export_decoder(model) or _export(model, *inputs_from_config(model))
+    if pretrained:
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), Tensor):
+            captured.lm_head = _name_of(captured.graph_module, head.weight)  # type: ignore[arg-type]
+    return captured
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what cannot be captured: no module, train mode, meta tensors, non-finite or unsupported weights."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model={type(model).__name__}: accepted is a torch.nn.Module")
+    for name, module in model.named_modules():
+        if module.training:
+            raise CaptureError(f"module {name or type(model).__name__!r} is in train mode: call model.eval() first")
+    dtypes = set()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise CaptureError(f"{name} is on the meta device: load the weights before compiling")
+        if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
+            dtypes.add(tensor.dtype)
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise CaptureError(f"{name} is {tensor.dtype}: accepted are float32, float16 and bfloat16")
+            if not torch.isfinite(tensor).all():
+                raise NumericsError(f"{name} has NaN or infinite values: accepted are finite weights")
+    if not dtypes:
+        raise CaptureError(f"{type(model).__name__} has no floating-point parameters: there is nothing to quantize")
+
+
+def _split_inputs(example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    raise CaptureError(
+        f"example_inputs={type(example_inputs).__name__}: accepted is a tuple or dict as for torch.export"
+    )
+
+
+def _export_decoder(model: nn.Module) -> CapturedGraph | None:
+    """The model's step over a KV cache; None if it is no decoder-only language model."""
+    shape = probe_decoder(model)
+    if shape is None:
+        return None
+    args, dynamic_shapes = decoder_inputs(model, shape)
+    captured = _export(DecoderStep(model, counts_positions(model, shape)), args, {}, dynamic_shapes)
+    _strip_prefix(captured.graph_module, "model.")
+    return dataclasses.replace(captured, decoder=shape)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> CapturedGraph:
+    try:
+        # Without gradients, no_grad regions of the model stay inline instead of becoming submodules. transformers
+        # and torch warn about their own internals while tracing; none of it is in the user's hands.
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+            _refuse_subgraphs(program)
+            if any(map(_changes_in_place, program.graph.nodes)):
+                # Only where it is needed: it traces the program once more, and decomposes nothing.
+                program = program.run_decompositions({})
+            _refuse_state(program)
+            graph_module = program.module(check_guards=False)
+    except CaptureError:
+        raise
+    except Exception as error:  # torch.export raises whatever the model's Python raises
+        raise CaptureError(f"torch.export refuses {type(model).__name__}{_where(error)}: {_reason(error)}") from error
+    assert isinstance(graph_module, GraphModule)
+    adopt(graph_module)
+    captured = CapturedGraph(graph_module, args, kwargs, dynamic_shapes)
+    _check_agreement(model, captured)
+    return captured
+
+
+def _refuse_subgraphs(program: ExportedProgram) -> None:
+    """Regions that torch.export keeps as submodules: branches, loops, and changes of a global mode."""
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(program.graph_module, node.target, None), GraphModule):
+            (user, *_) = node.users
+            raise CaptureError(
+                f"the model uses {user.target}{_location(user)}: accepted are models without control flow over "
+                "tensors, autocast and changes of the gradient mode"
+            )
+
+
+def _changes_in_place(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _refuse_state(program: ExportedProgram) -> None:
+    """A graph of values cannot write back to the model's buffers or to its caller's tensors."""
+    signature = program.graph_signature
+    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if changed:
+        raise CaptureError(f"the model changes {changed[0]} in place: accepted are models that keep no state")
+
+
+def _check_agreement(model: nn.Module, captured: CapturedGraph) -> None:
+    """What was captured gives what the model gives, on the inputs that it was captured with."""
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        results = [call(*captured.example_args, **captured.example_kwargs) for call in (model, captured.graph_module)]
+    expected, actual = ([x for x in pytree.tree_leaves(r) if isinstance(x, Tensor)] for r in results)
+    for wanted, given in zip(expected, actual, strict=True):
+        if wanted.shape != given.shape or not torch.allclose(
+            given.double(), wanted.double(), rtol=0, atol=AGREEMENT[wanted.dtype] * _magnitude(wanted), equal_nan=True
+        ):
+            raise CaptureError(
+                f"the graph that torch.export made of {type(model).__name__} gives other values than the model: "
+                "accepted are models whose result depends on their inputs alone"
+            )
+
+
+def _magnitude(tensor: Tensor) -> float:
+    finite = tensor.double().abs()
+    finite = finite[finite.isfinite()]
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+def adopt(graph_module: GraphModule) -> None:
+    """Make an exported program's module ours: one node for each tensor, and no gradients into the weights.
+
+    The sizes that torch.export derived as bounds from the example (total length >= 4) are no bounds of the
+    computation: an empty cache is fine. Its check of them goes.
+    """
+    graph_module._forward_pre_hooks.clear()
+    graph_module._forward_pre_hooks_with_kwargs.clear()
+    _merge_shared_tensors(graph_module)
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            node.meta["val"] = node_tensor(node).detach()
+            set_tensor(graph_module, node.target, node.meta["val"])
+    drop_unused(graph_module)
+
+
+def _reason(error: BaseException) -> str:
+    """The lines that say why, where torch names them below a headline, otherwise the first line."""
+    causes = [line.strip(" -") for line in str(error).splitlines() if line.lstrip().startswith("- ")]
+    return causes[0] if causes else one_line(error)
+
+
+def _location(node: Node) -> str:
+    """The line of the model that `node` comes from, where torch noted it."""
+    frames = re.findall(r'File "([^<].+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f" at {Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
+
+
+def _where(error: BaseException) -> str:
+    """The innermost module (or frame outside torch) where tracing stopped."""
+    frames = traceback.extract_tb(error.__traceback__)
+    user = [frame for frame in frames if not {"torch", "teq_graph"} & set(Path(frame.filename).parts)]
+    user = [frame for frame in user if not frame.filename.startswith("<")]
+    if not user:
+        return ""
+    return f" at {Path(user[-1].filename).name}:{user[-1].lineno} ({user[-1].line})"
+
+
+def _merge_shared_tensors(graph_module: GraphModule) -> None:
+    """Let every use of one tensor read one node, so that sharing (tied weights) is visible in the graph."""
+    first: dict[Any, Node] = {}
+    for node in list(graph_module.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = node_tensor(node)
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else id(tensor)
+        known = first.setdefault(key, node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            graph_module.graph.erase_node(node)
+
+
+def _strip_prefix(graph_module: GraphModule, prefix: str) -> None:
+    """Give the tensors of a wrapped model their own names again."""
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and node.target.startswith(prefix):
+            tensor = node_tensor(node)
+            node.target = node.target.removeprefix(prefix)
+            set_tensor(graph_module, node.target, tensor)
+    drop_unused(graph_module)
+
+
+def _name_of(graph_module: GraphModule, tensor: Tensor) -> str | None:
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and node_tensor(node).data_ptr() == tensor.data_ptr():
+            return str(node.target)
+    return None

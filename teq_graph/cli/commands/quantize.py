@@ -1,0 +1,191 @@
+"""`teq-graph quantize`: a model in low bits, as ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+import teq_graph
+from teq_graph.cli import console, opening, options
+from teq_graph.cli.parameters import Embedding, LmHead, Model, Skip, TextFile, Tokens
+from teq_graph.config import ACCURACY_LEVELS, BITS, DTYPES, GROUP_SIZES, QuantizationConfig, TrainingConfig
+from teq_graph.errors import ConfigError, ExportError
+from teq_graph.system import progress
+
+# torch, transformers and onnxruntime take seconds to import: only inside the command.
+
+COMPILED_DIRECTORY = "compiled"
+
+
+def _default(name: str) -> str:
+    """What the help says of an option whose default is TrainingConfig's."""
+    return f"[default: {getattr(TrainingConfig, name)}]"
+
+
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write.")],
+    bits: Annotated[int, typer.Option(metavar="N", help=f"Bits of a weight: {BITS}.")] = QuantizationConfig.bits,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Instead, bits for each linear by what it does to the loss, N on average."),
+    ] = None,
+    group_size: Annotated[
+        int, typer.Option(metavar="N", help=f"Input channels that share a scale: {GROUP_SIZES}; -1 is all of them.")
+    ] = QuantizationConfig.group_size,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Without zero points.")] = False,
+    lm_head: LmHead = False,
+    embedding: Embedding = False,
+    skip: Skip = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN:…", help="As in '*.mlp.*:bits=8,group_size=32'; repeatable, the last match wins."
+        ),
+    ] = None,
+    preset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="How much work to put in: fast, default, or best, which takes tens of times as long."
+        ),
+    ] = "default",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"rtn only rounds; else any of {', '.join(options.METHODS)} joined by +.  [default: the preset's]",
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"block or model.  {_default('objective')}")
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"ones, weight or activation.  {_default('init')}")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", help=f"Training steps of each block.  {_default('steps')}"),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Text file or data set NAME[:CONFIG]:SPLIT.  [default: the model's own samples]"
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help=f"Calibration sequences.  {_default('samples')}")
+    ] = None,
+    length: Annotated[int | None, typer.Option(metavar="N", help=f"Tokens of each.  {_default('length')}")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help=f"Sequences per step.  {_default('batch_size')}")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help=f"Seed of sampling and training.  {_default('seed')}")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Of what stays in float: float32, float16 or bfloat16."),
+    ] = DTYPES[0],
+    accuracy_level: Annotated[
+        int, typer.Option(metavar="0-4", help="MatMulNBits computes in int8 at 4, in float32 at 1.")
+    ] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if quantize wrote it before.")] = False,
+    save_compiled: Annotated[
+        bool, typer.Option("--save-compiled", help=f"Also write OUT/{COMPILED_DIRECTORY}, for teq_graph.load.")
+    ] = False,
+    evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after.")] = True,
+    text: TextFile = None,
+    tokens: Tokens = None,
+) -> None:
+    """Quantize a model and write it as ONNX.
+
+    Chooses codes block by block, so that each block gives what the float one does; writes what onnxruntime and
+    onnxruntime-genai load. Prints sizes, and perplexity before and after on a text that was not used for
+    calibration.
+    """
+    quantization = QuantizationConfig(
+        bits, group_size, symmetric, lm_head, tuple(skip or ()), options.overrides(override), target_bits, embedding
+    )
+    trained = {
+        "objective": objective,
+        "init": init,
+        "steps": steps,
+        "samples": samples,
+        "length": length,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    options.check_choice("dtype", dtype, DTYPES)
+    options.check_choice("accuracy-level", accuracy_level, ACCURACY_LEVELS)
+    training = options.training(preset, method, {"calibration": calibration, **trained})
+    if training is None and target_bits is not None:
+        raise ConfigError(f"--target-bits {target_bits}: no effect with --method {method}, which calibrates nothing")
+    output = options.output_directory(output, overwrite)
+    options.check_calibration(calibration, text)
+    if not evaluate:
+        options.check_no_text(text, tokens)
+    measured = options.text(text, tokens) if evaluate else None
+    watch = console.Stopwatch()
+    from teq_graph.loading import load_model
+
+    loaded = load_model(model)
+    if training is not None:
+        options.check_trainable(loaded, calibration)
+    token_ids = None if measured is None or loaded.tokenizer is None else options.tokenize(loaded.tokenizer, measured)
+    watch.lap("load")
+    with progress.task("Quantizing"):
+        compiled = teq_graph.compile(
+            loaded.model,
+            calibration=calibration,
+            quantization=quantization,
+            training=training,
+            tokenizer=loaded.tokenizer,
+        )
+    watch.lap("quantize")
+    with progress.task("Exporting to ONNX"):
+        compiled.export_onnx(output, dtype=cast(Any, dtype), accuracy_level=accuracy_level, overwrite=overwrite)
+    size = sum(file.stat().st_size for file in output.iterdir())
+    watch.lap("export")
+    lines = [("model", f"{loaded.name} → {output}"), *console.describe_report(compiled.report, training is not None)]
+    lines.append(("calibration", console.describe_calibration(training, calibration)))
+    lines.append(("size", console.describe_sizes(compiled.report.bytes_before, size, loaded.model.dtype)))
+    decoder = compiled.captured.decoder
+    if decoder is not None:
+        from teq_graph.onnx.export.genai import describe_limits
+
+        lines += [("note", note) for note in describe_limits(output, decoder)]
+    try:
+        if measured is not None and decoder is not None and token_ids is not None:
+            from teq_graph.evaluation import perplexity
+            from teq_graph.onnx.runtime import OnnxDecoder
+
+            context = options.context_of(None, decoder.max_positions)
+            functions = {
+                "float": opening.torch_logits(loaded.model),
+                "quantized": lambda input_ids: compiled(input_ids=input_ids).logits,
+            }
+            if dtype != "bfloat16":  # which onnxruntime has on GPUs only
+                # What level 4 costs beside level 1: the graph in PyTorch does not round activations.
+                where = f"in onnxruntime at accuracy level {accuracy_level}"
+                functions[where] = opening.onnx_logits(OnnxDecoder.load(output))
+            results = {name: perplexity(logits, token_ids, context=context) for name, logits in functions.items()}
+            values = " → ".join(f"{result.value:.2f} {name}" for name, result in results.items())
+            lines.append(("perplexity", values))
+            count = results["float"].tokens
+            lines.append(("", f"on {count:,} tokens of {measured.name}, not calibrated on; context {context}"))
+            watch.lap("evaluate")
+        elif measured is not None:
+            lines.append(("perplexity", "not measured: it needs a causal language model with a tokenizer"))
+        if save_compiled:
+            try:
+                with progress.task("Saving the compiled model"):
+                    compiled.save(output / COMPILED_DIRECTORY)
+            except ExportError as error:
+                raise ExportError(f"{output} is complete, but without {COMPILED_DIRECTORY}: {error}") from error
+            lines.append(("compiled", f"{output / COMPILED_DIRECTORY}, for teq_graph.load"))
+            watch.lap("save")
+    finally:
+        # OUT is complete from the export on, whatever becomes of the rest.
+        console.show_pairs([*lines, ("time", str(watch))])

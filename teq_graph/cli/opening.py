@@ -1,0 +1,74 @@
+"""Opening what a command is given: a float model, or a directory that quantize wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teq_graph.errors import ConfigError, ModelFileError
+from teq_graph.system import progress
+
+# torch, transformers and onnxruntime take seconds to import: only inside the functions.
+if TYPE_CHECKING:
+    from teq_graph.evaluation import LogitsFn
+    from teq_graph.onnx.runtime import OnnxDecoder
+
+_SUFFIX = "ExecutionProvider"
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model, in PyTorch or in onnxruntime; `max_positions` None: it names no limit."""
+
+    runtime: str
+    logits_fn: LogitsFn
+    tokenizer: Any
+    max_positions: int | None
+
+
+def open_decoder(directory: Path, threads: int | None, provider: str | None) -> OnnxDecoder:
+    """A directory that quantize wrote, in onnxruntime; `provider` may go without its ending."""
+    provider = provider or "cpu"
+    if not provider.endswith(_SUFFIX):
+        provider = f"{provider.upper()}{_SUFFIX}"
+    providers = tuple(dict.fromkeys((provider, f"CPU{_SUFFIX}")))
+    with progress.task(f"Loading {directory}"):
+        from teq_graph.onnx.runtime import OnnxDecoder
+
+        return OnnxDecoder.load(directory, providers, threads)
+
+
+def open_language_model(source: str, threads: int | None, provider: str | None) -> LanguageModel:
+    """A float model or what quantize wrote; the other two arguments are for the latter only."""
+    from teq_graph.onnx.directory import METADATA_FILE, MODEL_FILE
+
+    directory = Path(source).expanduser()
+    if any((directory / name).exists() for name in (METADATA_FILE, MODEL_FILE)):
+        decoder = open_decoder(directory, threads, provider)
+        return LanguageModel("onnxruntime", onnx_logits(decoder), decoder.tokenizer, decoder.shape.max_positions)
+    for name, value in (("threads", threads), ("provider", provider)):
+        if value is not None:
+            raise ConfigError(f"--{name}: no effect in PyTorch; accepted for a directory that quantize wrote")
+    from teq_graph.loading import load_model
+
+    loaded = load_model(source)
+    if not loaded.is_causal:
+        raise ModelFileError(
+            f"model {source!r} is a {type(loaded.model).__name__}: accepted are causal language models"
+        )
+    if loaded.tokenizer is None:
+        raise ModelFileError(f"model {source!r} has no tokenizer: perplexity on a text needs one")
+    config = loaded.model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    return LanguageModel("PyTorch", torch_logits(loaded.model), loaded.tokenizer, limit)
+
+
+def torch_logits(model: Any) -> LogitsFn:
+    """Logits of a Hugging Face model."""
+    return lambda input_ids: model(input_ids=input_ids, use_cache=False).logits
+
+
+def onnx_logits(decoder: OnnxDecoder) -> LogitsFn:
+    """Logits of an exported model."""
+    return lambda input_ids: decoder.logits(input_ids.numpy())

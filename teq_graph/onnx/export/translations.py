@@ -1,0 +1,262 @@
+"""How ops that torch.onnx does not know become ONNX nodes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import values
+
+import teq_graph.ops  # noqa: F401  (registers the operators)
+from teq_graph.graph.nodes import aten
+
+CONTRIB_DOMAIN = "com.microsoft"
+CODES_OF = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
+"""Operators over quantized weights -> which of their inputs are the codes."""
+
+_Schema = onnx.defs.OpSchema
+_OPTIONAL = _Schema.FormalParameterOption.Optional
+_INTEGER = _Schema.AttrType.INT
+
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
+_MATMUL_NBITS = values.Op(
+    values.Opset(CONTRIB_DOMAIN, 1),
+    "MatMulNBits",
+    _Schema(
+        "MatMulNBits",
+        CONTRIB_DOMAIN,
+        1,
+        inputs=[
+            _Schema.FormalParameter("A", "T1"),
+            _Schema.FormalParameter("B", "T2"),
+            _Schema.FormalParameter("scales", "T1"),
+            _Schema.FormalParameter("zero_points", "T2", param_option=_OPTIONAL),
+            _Schema.FormalParameter("g_idx", "T3", param_option=_OPTIONAL),
+            _Schema.FormalParameter("bias", "T1", param_option=_OPTIONAL),
+        ],
+        outputs=[_Schema.FormalParameter("Y", "T1")],
+        type_constraints=[
+            ("T1", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
+            ("T2", ["tensor(uint8)"], ""),
+            ("T3", ["tensor(int32)"], ""),
+        ],
+        attributes=[
+            *(_Schema.Attribute(name, _INTEGER, "") for name in ("K", "N", "block_size")),
+            *(_Schema.Attribute(name, _INTEGER, "", required=False) for name in ("bits", "accuracy_level")),
+        ],
+    ),
+)
+
+
+def _parameter(name: str, kind: str, optional: bool = False) -> onnx.defs.OpSchema.FormalParameter:
+    if optional:
+        return _Schema.FormalParameter(name, kind, param_option=_OPTIONAL)
+    return _Schema.FormalParameter(name, kind)
+
+
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GroupQueryAttention
+_GROUP_QUERY_ATTENTION = values.Op(
+    values.Opset(CONTRIB_DOMAIN, 1),
+    "GroupQueryAttention",
+    _Schema(
+        "GroupQueryAttention",
+        CONTRIB_DOMAIN,
+        1,
+        inputs=[
+            _parameter("query", "T"),
+            _parameter("key", "T", optional=True),
+            _parameter("value", "T", optional=True),
+            _parameter("past_key", "T", optional=True),
+            _parameter("past_value", "T", optional=True),
+            _parameter("seqlens_k", "M"),
+            _parameter("total_sequence_length", "M"),
+            _parameter("cos_cache", "T", optional=True),
+            _parameter("sin_cache", "T", optional=True),
+            _parameter("position_ids", "P", optional=True),
+            _parameter("attention_bias", "T", optional=True),
+        ],
+        outputs=[_parameter(name, "T") for name in ("output", "present_key", "present_value")],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
+            ("M", ["tensor(int32)"], ""),
+            ("P", ["tensor(int64)"], ""),
+        ],
+        attributes=[
+            *(_Schema.Attribute(name, _INTEGER, "") for name in ("num_heads", "kv_num_heads")),
+            *(
+                _Schema.Attribute(name, _INTEGER, "", required=False)
+                for name in ("do_rotary", "rotary_interleaved", "local_window_size")
+            ),
+            *(_Schema.Attribute(name, _Schema.AttrType.FLOAT, "", required=False) for name in ("scale", "softcap")),
+        ],
+    ),
+)
+
+
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GatherBlockQuantized
+_GATHER_BLOCK_QUANTIZED = values.Op(
+    values.Opset(CONTRIB_DOMAIN, 1),
+    "GatherBlockQuantized",
+    _Schema(
+        "GatherBlockQuantized",
+        CONTRIB_DOMAIN,
+        1,
+        inputs=[
+            _parameter("data", "T1"),
+            _parameter("indices", "Tind"),
+            _parameter("scales", "T2"),
+            _parameter("zero_points", "T1", optional=True),
+        ],
+        outputs=[_parameter("output", "T2")],
+        type_constraints=[
+            ("T1", ["tensor(uint8)"], ""),
+            ("T2", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
+            ("Tind", ["tensor(int32)", "tensor(int64)"], ""),
+        ],
+        attributes=[
+            _Schema.Attribute(name, _INTEGER, "", required=False)
+            for name in ("gather_axis", "quantize_axis", "block_size", "bits")
+        ],
+    ),
+)
+
+
+def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Translations for `torch.onnx.export(custom_translation_table=…)`.
+
+    The quantized product becomes com.microsoft::MatMulNBits, the quantized table com.microsoft::GatherBlockQuantized,
+    which takes the same codes as a matrix of whole rows: one initializer serves both. Casts and the like are here
+    because a graph in which every op has a translation need not go through torch's decompositions, most of the
+    exporter's time.
+    """
+    op = values.Opset("", opset)
+
+    def matmul_nbits(
+        a: Any, b: Any, scales: Any, zero_points: Any, bias: Any, K: int, N: int, bits: int, block_size: int
+    ) -> Any:
+        inputs = [a, b, scales, zero_points, None, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        return _MATMUL_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=accuracy_level)
+
+    def embedding_nbits(indices: Any, b: Any, scales: Any, zero_points: Any, D: int, bits: int, block_size: int) -> Any:
+        count, *row = b.shape
+        rows = op.Reshape(b, op.Constant(value_ints=[count, math.prod(row)]))
+        inputs = [rows, indices, scales] if zero_points is None else [rows, indices, scales, zero_points]
+        gathered = _GATHER_BLOCK_QUANTIZED(*inputs, gather_axis=0, quantize_axis=1, block_size=block_size, bits=bits)
+        if D % block_size == 0:
+            return gathered
+        start, end, axis = (op.Constant(value_ints=[value]) for value in (0, D, -1))
+        return op.Slice(gathered, start, end, axis)
+
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        # Attention lets several query heads share a key head; torch also broadcasts a single one.
+        heads, shared = query.shape[1], key.shape[1]
+        if len(query.shape) != 4 or dropout_p or not (heads == shared or enable_gqa or shared == 1):
+            raise ValueError(f"attention of {query.shape} over {key.shape}: accepted are 4-D without dropout")
+        result, *_ = op.Attention(query, key, value, attn_mask, scale=scale, is_causal=is_causal)
+        return result
+
+    def group_query_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        past_key: Any,
+        past_value: Any,
+        bias: Any,
+        cos: Any,
+        sin: Any,
+        num_heads: int,
+        kv_num_heads: int,
+        scale: float,
+        softcap: float,
+        window: int,
+        interleaved: bool,
+    ) -> Any:
+        # The bias is as long as past and present together, whatever the size of the buffers that hold the cache.
+        total = op.Cast(op.Shape(bias, start=3, end=4), to=ir.DataType.INT32)
+        last = op.Expand(
+            op.Sub(total, op.Cast(op.Constant(value_ints=[1]), to=ir.DataType.INT32)), op.Shape(bias, start=0, end=1)
+        )
+        return _GROUP_QUERY_ATTENTION(
+            query,
+            key,
+            value,
+            past_key,
+            past_value,
+            last,
+            op.Squeeze(total),
+            cos,
+            sin,
+            None,
+            bias,
+            num_heads=num_heads,
+            kv_num_heads=kv_num_heads,
+            scale=scale,
+            softcap=softcap,
+            local_window_size=window,
+            do_rotary=int(cos is not None),
+            rotary_interleaved=int(interleaved),
+        )
+
+    def cast(self: Any, dtype: int, *_: Any, **__: Any) -> Any:
+        return op.Cast(self, to=dtype) if self.dtype != ir.DataType(dtype) else op.Identity(self)
+
+    def cast_on_device(self: Any, device: str, dtype: int, *_: Any, **__: Any) -> Any:
+        return cast(self, dtype)
+
+    def cast_layout(self: Any, *, dtype: int | None = None, **_: Any) -> Any:
+        return op.Identity(self) if dtype is None or dtype == -1 else cast(self, dtype)
+
+    def split(self: Any, split_sizes: Sequence[int], dim: int = 0) -> Any:
+        if len(split_sizes) > 1 and len(set(split_sizes)) == 1:
+            return op.Split(self, axis=dim, num_outputs=len(split_sizes))
+        ends = list(itertools.accumulate(split_sizes))
+        axis = op.Constant(value_ints=[dim])
+        bounds = (
+            (op.Constant(value_ints=[value]) for value in (end - size, end))
+            for end, size in zip(ends, split_sizes, strict=True)
+        )
+        return [op.Slice(self, start, end, axis) for start, end in bounds]
+
+    def transpose(self: Any) -> Any:
+        return op.Transpose(self)
+
+    def bitwise_and(self: Any, other: Any) -> Any:
+        return op.And(self, other) if self.dtype == ir.DataType.BOOL else op.BitwiseAnd(self, other)
+
+    return {
+        torch.ops.teq_graph.matmul_nbits.default: matmul_nbits,
+        torch.ops.teq_graph.embedding_nbits.default: embedding_nbits,
+        torch.ops.teq_graph.group_query_attention.default: group_query_attention,
+        aten.scaled_dot_product_attention.default: attention,
+        aten.to.dtype: cast,
+        aten.to.device: cast_on_device,
+        aten.to.dtype_layout: cast_layout,
+        aten.numpy_T.default: transpose,
+        aten.split_with_sizes.default: split,
+        aten.__and__.Tensor: bitwise_and,
+    }
+
+
+def foreign_operators(model: ir.Model) -> Mapping[str, ir.Node]:
+    """Operators that are neither standard ONNX nor contrib ops of onnxruntime, each with a node that uses it."""
+    return {
+        f"{node.domain}::{node.op_type}": node
+        for node in model.graph.all_nodes()
+        if node.domain not in ("", "ai.onnx", CONTRIB_DOMAIN)
+    }

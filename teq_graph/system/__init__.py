@@ -1,0 +1,1 @@
+"""Small helpers around the operating system: files, memory, signals, progress."""
