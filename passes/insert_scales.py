@@ -95,7 +95,10 @@ class InsertScales(GraphPass[InsertedScales]):
         for node, name in zip(sources, (scale_name, index), strict=True):
             node.meta["val"] = get_tensor(graph_module, name)
         factor = graph.call_function(spread_scale, tuple(sources))
-        return graph.call_function(divide if is_divided else multiply, (value, factor))
+        factor.meta["val"] = torch.empty(scaled.index.shape, device="meta")
+        result = graph.call_function(divide if is_divided else multiply, (value, factor))
+        result.meta["val"] = value.meta["val"]
+        return result
 
 
 def _readers(source: Node, is_weight: bool) -> list[Node]:

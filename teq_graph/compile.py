@@ -1,95 +1,55 @@
-"""The pipeline: one ordered list from a model to its quantized graph."""
+"""`compile` and `transform`: from a model to its quantized graph, or to an equal model that is easier to quantize."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import fnmatch
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from teq_graph import pipeline
-from teq_graph.analysis.blocks import find_blocks
-from teq_graph.analysis.embeddings import find_embeddings
-from teq_graph.analysis.equivalences import Equivalence, Findings, find_equivalences
-from teq_graph.analysis.other_weights import OtherWeight, find_other_weights
+from teq_graph.analysis.equivalences import Findings, find_equivalences
 from teq_graph.calibration import calibration_batches
 from teq_graph.capture import CapturedGraph, capture
 from teq_graph.capture.pretrained import is_pretrained
 from teq_graph.compiled import CompiledModel
 from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
-from teq_graph.errors import CaptureError, ConfigError
-from teq_graph.graph.nodes import linear_nodes, weight_name_of
-from teq_graph.graph.tensors import get_tensor, node_tensor, set_tensor
-from teq_graph.passes.fold_scales import FoldScales
-from teq_graph.passes.insert_scales import InsertScales
+from teq_graph.errors import ConfigError
+from teq_graph.estimate import Estimate, Estimator
+from teq_graph.graph.tensors import get_tensor, tensor_bytes
 from teq_graph.passes.quantize_linears import QuantizeLinears
 from teq_graph.passes.untie_weights import UntieWeights
 from teq_graph.quantization import QuantizedWeight, find_clipped_grid, find_grid, quantize
-from teq_graph.report import BlockReport, EmbeddingReport, LinearReport, Report
-from teq_graph.training import Trainer
+from teq_graph.report import Report, report_sites, report_weights
+from teq_graph.training import Trainer, TrainingResult
 from teq_graph.training.sensitivity import choose_bits
+from teq_graph.weight_plan import WeightPlan, plan_weights, specs_of, with_names, with_specs
 from teq_graph.write_back import can_write_back, write_back
 
-Decision = tuple[str, WeightSpec | None, str | None]
-"""Name of a weight, its spec, and where it has none the reason."""
 
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Analysis:
-    """A captured, normalised graph and what it proves."""
+    """A captured, normalised graph, what it proves, and what its weights are to become."""
 
     captured: CapturedGraph
-    specs: dict[str, WeightSpec]
-    kept_in_float: dict[str, str]
-    """Weight name of a linear -> why it is not quantized."""
     findings: Findings
+    weights: WeightPlan
     bytes: int
-    free: frozenset[str] = frozenset()
-    """The weights whose bits are yet to be chosen."""
-    other_weights: tuple[OtherWeight, ...] = ()
     notes: tuple[str, ...] = ()
-    tables: dict[str, WeightSpec] = dataclasses.field(default_factory=dict)
-    """The embedding tables to quantize, by name; that of a tied projection is in `specs` as well."""
-    tables_in_float: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Name of another embedding table -> why it is not quantized, where any was to be."""
 
     @property
-    def trained_specs(self) -> dict[str, WeightSpec]:
-        """The specs of the weights whose codes training chooses: not those of tables, which come before it."""
-        return {name: spec for name, spec in self.specs.items() if name not in self.tables}
+    def tables(self) -> dict[str, WeightSpec]:
+        """The specs of the embedding tables to quantize, which come before training."""
+        return specs_of(weight for weight in self.weights if weight.kind == "embedding")
 
     @property
-    def linears(self) -> list[Decision]:
-        """What becomes of the weight of each linear."""
-        return _decisions(self.specs, self.kept_in_float)
-
-    @property
-    def embeddings(self) -> list[Decision]:
-        """What becomes of each embedding table, where any was to be quantized."""
-        return _decisions(self.tables, self.tables_in_float)
-
-    def choose_bits(self, batches: Sequence[Any], target: float, seed: int) -> None:
-        """Give the `free` weights the bits that serve the float model's loss on `batches` best."""
-        specs = choose_bits(self.captured, self.specs | self.tables, self.free, batches, target, seed)
-        self.specs = {name: specs[name] for name in self.specs}
-
-    def quantize_tables(self, clip: bool) -> dict[str, QuantizedWeight]:
-        """The embedding tables rounded to nearest, on clipped ranges where `clip`."""
-        quantized = {}
-        for name, spec in self.tables.items():
-            weight = get_tensor(self.captured.graph_module, name)
-            grid = (find_clipped_grid if clip else find_grid)(weight, spec, weight.dtype)
-            quantized[name] = QuantizedWeight.from_codes(quantize(weight, grid), grid, weight.dtype)
-        return quantized
-
-
-def _decisions(specs: Mapping[str, WeightSpec], kept: Mapping[str, str]) -> list[Decision]:
-    return [*((name, spec, None) for name, spec in specs.items()), *((n, None, reason) for n, reason in kept.items())]
+    def specs(self) -> dict[str, WeightSpec]:
+        """The specs of the weights whose codes training chooses: the linears', but for those tied to such a table."""
+        return specs_of(weight for weight in self.weights if weight.kind == "linear")
 
 
 def analyze(
@@ -103,17 +63,11 @@ def analyze(
     graph_module = captured.graph_module
     before = tensor_bytes(graph_module)
     pipeline.run(pipeline.NORMALIZE, graph_module)
-    specs, kept = choose_linears(captured, quantization)
-    tables, tables_in_float = choose_embeddings(captured, quantization, specs)
-    _check_patterns(quantization, list(dict.fromkeys([*specs, *kept, *tables, *tables_in_float])))
-    # Before the analysis: a tied projection of its own can be scaled, a shared one cannot.
-    renamed = pipeline.run(pipeline.untie(specs.keys() - tables.keys()), graph_module).of(UntieWeights)
-    chooses = [name for name in specs if quantization.chooses_bits_of(name) and name not in tables]
-    free = frozenset(renamed.get(name, name) for name in chooses)
-    specs = {renamed.get(name, name): spec for name, spec in specs.items()}
+    plan = plan_weights(captured, quantization)
+    linears = specs_of(weight for weight in plan if weight.kind == "linear")
+    renamed = pipeline.run(pipeline.untie(linears), graph_module).of(UntieWeights)
     findings = find_equivalences(captured)
-    others, notes = find_other_weights(graph_module), tuple(_notes(model, captured))
-    return Analysis(captured, specs, kept, findings, before, free, others, notes, tables, tables_in_float)
+    return Analysis(captured, findings, with_names(plan, renamed), before, tuple(_notes(model, captured)))
 
 
 def compile(  # noqa: A001  the name is the contract, as torch.compile's is
@@ -124,6 +78,7 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     quantization: QuantizationConfig = QuantizationConfig(),
     training: TrainingConfig | None = TrainingConfig(),
     tokenizer: Any = None,
+    on_estimate: Callable[[Estimate], None] | None = None,
 ) -> CompiledModel:
     """Compile `model` into a graph whose linears compute from low-bit weights.
 
@@ -131,45 +86,46 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     example_inputs, dynamic_shapes: as for `torch.export.export`; made from the config for Hugging Face models.
     calibration: a text file's path, strings (with `tokenizer`), `[batch, seq]` token tensors, any iterable of
         the model's inputs, or a `datasets` data set; None lets a language model sample its own text.
-    training: how the scales are learned; None rounds to nearest without any scales, for which `target_bits` has no
+    training: how codes are chosen and what is learned; None rounds to nearest, for which `target_bits` has no
         calibration to go by: it takes `TrainingConfig(stages=())` instead.
     tokenizer: for text calibration, and written beside the exported model.
+    on_estimate: told what the whole will take once that is known: the size before anything else, and again with time
+        and memory after the first block. An exception of its own ends the compilation.
 
     Raises ConfigError, CaptureError, InputError or NumericsError, each naming what is wrong.
     """
     started = time.monotonic()
-    if not (training is None or isinstance(training, TrainingConfig)):
-        raise ConfigError(f"training={training!r}: accepted are a TrainingConfig and None")
-    if training is None and quantization.target_bits is not None:
-        raise ConfigError(
-            f"target_bits={quantization.target_bits}: bits are chosen on calibration data; accepted with it is a "
-            "TrainingConfig, with stages=() to round to nearest"
-        )
+    _check_training(training, quantization)
     analysis = analyze(model, example_inputs, dynamic_shapes, quantization)
-    captured, batches = analysis.captured, None
+    captured = analysis.captured
+
+    @functools.cache
+    def batches() -> Sequence[Any]:
+        assert training is not None
+        return calibration_batches(calibration, captured, training, tokenizer, example_inputs)
+
     if training is not None and quantization.target_bits is not None:
-        batches = calibration_batches(calibration, captured, training, tokenizer, example_inputs)
-        analysis.choose_bits(batches, quantization.target_bits, training.seed)
-    specs = analysis.trained_specs
-    equivalences, blocks = analysis.findings.equivalences, tuple[BlockReport, ...]()
-    chosen: Mapping[str, QuantizedWeight] = {}
-    stages = training.stages_for(specs.values()) if training is not None else ()
-    tables = analysis.quantize_tables(clip="clip" in stages)
-    if training is not None and specs and (equivalences or any(stage != "scales" for stage in stages)):
-        batches = batches or calibration_batches(calibration, captured, training, tokenizer, example_inputs)
-        equivalences, blocks, chosen = train(analysis, batches, training, tables)
-    originals = {name: get_tensor(captured.graph_module, name) for name in specs | analysis.tables}
-    done = pipeline.run(pipeline.quantize(specs, chosen, tables), captured.graph_module)
-    report = dataclasses.replace(
-        make_report(analysis, blocks, originals, done.of(QuantizeLinears) | tables), seconds=time.monotonic() - started
-    )
-    config = getattr(model, "config", None)
+        analysis = with_chosen_bits(analysis, batches(), quantization.target_bits, training.seed)
+    estimator = Estimator(captured, analysis.weights, analysis.bytes, started, on_estimate)
+    estimator.tell_size()
+    stages = training.stages_for(analysis.specs.values()) if training is not None else ()
+    tables = quantize_tables(analysis, clip="clip" in stages)
+    result = TrainingResult(analysis.findings.equivalences, {}, (), None)
+    learns = result.equivalences or any(stage != "teq" for stage in stages)
+    if training is not None and analysis.specs and stages and learns:
+        trainer = Trainer(
+            captured, result.equivalences, analysis.specs, batches(), training, tables, estimator.after_first_block
+        )
+        result = trainer.run()
+    floats = {weight.name: get_tensor(captured.graph_module, weight.name) for weight in analysis.weights}
+    phase = pipeline.quantize(analysis.specs, result.weights, tables)
+    stored = pipeline.run(phase, captured.graph_module).of(QuantizeLinears) | tables
     return CompiledModel(
         captured=captured,
-        equivalences=equivalences,
-        report=report,
+        equivalences=result.equivalences,
+        report=dataclasses.replace(make_report(analysis, result, floats, stored), seconds=time.monotonic() - started),
         tokenizer=tokenizer,
-        config=copy.deepcopy(config),
+        config=copy.deepcopy(getattr(model, "config", None)),
         generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
     )
 
@@ -194,147 +150,64 @@ def transform(
         )
     result = copy.deepcopy(model)
     analysis = analyze(result, example_inputs, dynamic_shapes, quantization)
-    graph_module = analysis.captured.graph_module
-    found = tuple(e for e in analysis.findings.equivalences if can_write_back(graph_module, e, result))
+    captured = analysis.captured
+    found = tuple(e for e in analysis.findings.equivalences if can_write_back(captured.graph_module, e, result))
     if found:
-        analysis.findings = dataclasses.replace(analysis.findings, equivalences=found)
-        batches = calibration_batches(calibration, analysis.captured, training, tokenizer, example_inputs)
+        batches = calibration_batches(calibration, captured, training, tokenizer, example_inputs)
         if quantization.target_bits is not None:
-            analysis.choose_bits(batches, quantization.target_bits, training.seed)
-        train(analysis, batches, dataclasses.replace(training, stages=("scales",)))
-        write_back(graph_module, found, result)
+            analysis = with_chosen_bits(analysis, batches, quantization.target_bits, training.seed)
+        Trainer(captured, found, analysis.specs, batches, dataclasses.replace(training, stages=("teq",))).run()
+        write_back(captured.graph_module, found, result)
     return result
 
 
-def train(
-    analysis: Analysis,
-    batches: Sequence[Any],
-    training: TrainingConfig,
-    tables: Mapping[str, QuantizedWeight] | None = None,
-) -> tuple[tuple[Equivalence, ...], tuple[BlockReport, ...], Mapping[str, QuantizedWeight]]:
-    """Run the stages: the equivalences with the scales that were folded, each block's error, and the weights chosen.
-
-    The blocks learn with the embedding `tables` as they were quantized, which the graph has in float again after it.
-    Gains and biases that were tuned are written to the graph; weights are, but for their scales, as they were.
-    """
-    captured, found = analysis.captured, analysis.findings.equivalences
-    blocks = find_blocks(captured, found)
-    specs = analysis.trained_specs
-    used = found if "scales" in training.stages_for(specs.values()) else ()
-    trainer = Trainer(captured, InsertScales(used, specs), blocks, batches, training, tables or {})
-    trainer.run()
-    scales = FoldScales(trainer.inserted)(captured.graph_module).value
-    floats = {name: trainer.reference.tensor(name) for name in trainer.tables}
-    for name, tensor in (floats | trainer.floats).items():
-        set_tensor(captured.graph_module, name, tensor)
-    learned = tuple(dataclasses.replace(e, scale=s) for e, s in zip(used, scales, strict=True)) or found
-    return learned, tuple(trainer.reports), trainer.weights
+# ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def choose_linears(
-    captured: CapturedGraph, quantization: QuantizationConfig
-) -> tuple[dict[str, WeightSpec], dict[str, str]]:
-    """The linears to quantize, by weight name, and the reason for each that is left in float.
-
-    Raises CaptureError where there are none.
-    """
-    specs: dict[str, WeightSpec] = {}
-    kept: dict[str, str] = {}
-    for linear in linear_nodes(captured.graph_module):
-        name = weight_name_of(linear)
-        spec = quantization.spec_for(name)
-        if spec is None:
-            kept[name] = "skipped by pattern"
-        elif name == captured.lm_head and not quantization.quantize_lm_head:
-            kept[name] = "vocabulary projection (quantize_lm_head=False)"
-        else:
-            specs[name] = spec
-    if not specs and not kept:
-        raise CaptureError("the graph has no linear layers: there is nothing to quantize")
-    return specs, kept
+def with_chosen_bits(analysis: Analysis, batches: Sequence[Any], target: float, seed: int) -> Analysis:
+    """`analysis` with the free bits chosen: those that serve the float model's loss on `batches` best."""
+    free = {weight.name for weight in analysis.weights if weight.bits_are_free}
+    specs = choose_bits(analysis.captured, specs_of(analysis.weights), free, batches, target, seed)
+    return dataclasses.replace(analysis, weights=with_specs(analysis.weights, specs))
 
 
-def choose_embeddings(
-    captured: CapturedGraph, quantization: QuantizationConfig, linears: Mapping[str, WeightSpec]
-) -> tuple[dict[str, WeightSpec], dict[str, str]]:
-    """The embedding tables to quantize, by name, and the reason for each that is left in float; `linears` are those
-    to quantize."""
-    specs: dict[str, WeightSpec] = {}
-    kept: dict[str, str] = {}
-    for table in find_embeddings(captured.graph_module) if quantization.quantize_embedding else ():
-        spec = quantization.spec_for(table.name)
-        if spec is None:
-            kept[table.name] = "skipped by pattern"
-        elif table.reason is not None:
-            kept[table.name] = f"embedding: {table.reason}"
-        elif table.is_tied and table.name not in linears:
-            kept[table.name] = "embedding: tied to a projection that stays in float"
-        else:
-            specs[table.name] = spec
-    return specs, kept
-
-
-def _check_patterns(quantization: QuantizationConfig, names: list[str]) -> None:
-    """Raises ConfigError for a pattern that matches none of the weights."""
-    what = "linear or embedding" if quantization.quantize_embedding else "linear"
-    for option, patterns in (("skip", quantization.skip), ("overrides", tuple(quantization.overrides))):
-        for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(f"{option}={pattern!r}: it matches no {what}; their weights are {_some(names)}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f" … {names[-1]}" if len(names) > 2 else "")
+def quantize_tables(analysis: Analysis, clip: bool) -> dict[str, QuantizedWeight]:
+    """The embedding tables rounded to nearest, on clipped ranges where `clip`."""
+    quantized = {}
+    for name, spec in analysis.tables.items():
+        weight = get_tensor(analysis.captured.graph_module, name)
+        grid = (find_clipped_grid if clip else find_grid)(weight, spec, weight.dtype)
+        quantized[name] = QuantizedWeight.from_codes(quantize(weight, grid), grid, weight.dtype)
+    return quantized
 
 
 def make_report(
-    analysis: Analysis,
-    blocks: tuple[BlockReport, ...],
-    originals: Mapping[str, Tensor],
-    stored: Mapping[str, QuantizedWeight],
+    analysis: Analysis, result: TrainingResult, floats: Mapping[str, Tensor], stored: Mapping[str, QuantizedWeight]
 ) -> Report:
-    """Errors and sizes of what was done, from the weights as they were and as they are stored."""
+    """What was done, from the weights in float, scales folded in, and as they are stored."""
     scaled = {name for equivalence in analysis.findings.equivalences for name in equivalence.linears}
-
-    def facts(name: str, spec: WeightSpec | None, reason: str | None) -> dict[str, Any]:
-        weight = originals[name] if spec else get_tensor(analysis.captured.graph_module, name)
-        size = weight.numel() * weight.element_size()
-        result = {"name": name, "shape": tuple(weight.shape), "spec": spec, "reason": reason, "bytes_before": size}
-        if spec is None:
-            return {**result, "bytes_after": size}
-        error = (stored[name].dequantize().to(weight.device) - weight.float()).norm()
-        error /= weight.float().norm().clamp(min=1e-30)
-        return {**result, "error": float(error), "bytes_after": stored[name].nbytes}
-
     return Report(
-        linears=tuple(LinearReport(**facts(*linear), scaled=linear[0] in scaled) for linear in analysis.linears),
-        equivalences=len(analysis.findings.equivalences),
+        weights=report_weights(analysis.weights, scaled, floats, stored),
+        sites=report_sites(result.equivalences),
         refusals=analysis.findings.refusals,
-        blocks=blocks,
+        blocks=result.blocks,
+        distillation=result.distillation,
         bytes_before=analysis.bytes,
         bytes_after=tensor_bytes(analysis.captured.graph_module),
-        other_weights=analysis.other_weights,
         notes=analysis.notes,
-        embeddings=tuple(
-            EmbeddingReport(**facts(*table), tied=table[0] in analysis.specs) for table in analysis.embeddings
-        ),
     )
+
+
+def _check_training(training: object, quantization: QuantizationConfig) -> None:
+    if not (training is None or isinstance(training, TrainingConfig)):
+        raise ConfigError(f"training={training!r}: accepted are a TrainingConfig and None")
+    if training is None and quantization.target_bits is not None:
+        raise ConfigError(
+            f"target_bits={quantization.target_bits}: bits are chosen on calibration data; accepted with it is a "
+            "TrainingConfig, with stages=() to round to nearest"
+        )
 
 
 def _notes(model: Any, captured: CapturedGraph) -> Iterator[str]:
     if captured.decoder is None and is_pretrained(model) and model.can_generate():
         yield "the graph keeps no KV cache: where the model generates text, each token computes the whole text again"
-
-
-def tensor_bytes(graph_module: GraphModule) -> int:
-    """Bytes of all tensors that the graph reads, shared ones counted once."""
-    seen: dict[int, int] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
-            tensor = node_tensor(node)
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = max(seen.get(storage.data_ptr(), 0), tensor.numel() * tensor.element_size())
-    return sum(seen.values())
-
-
-__all__ = ["Analysis", "analyze", "choose_linears", "compile", "transform"]

@@ -29,8 +29,10 @@ from teq_graph.system.files import new_directory, one_line, torch_file, write_js
 if TYPE_CHECKING:
     from os import PathLike
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GRAPH_FILE, EQUIVALENCES_FILE, DESCRIPTION_FILE = "graph.pt2", "equivalences.pt", "compiled.json"
+REPORT_FILE = "report.json"
+"""Beside a saved graph, and in an exported directory."""
 
 
 @dataclasses.dataclass
@@ -123,7 +125,6 @@ class CompiledModel:
             "decoder": captured.decoder and dataclasses.asdict(captured.decoder),
             "lm_head": captured.lm_head,
             "modules": _needed_modules(captured.graph_module),
-            "report": self.report.to_dict(),
         }
         equivalences = [
             {
@@ -139,6 +140,7 @@ class CompiledModel:
             with torch_file(staging / EQUIVALENCES_FILE) as file:
                 torch.save(equivalences, file)
             write_json(staging / DESCRIPTION_FILE, description)
+            write_json(staging / REPORT_FILE, self.report.to_dict())
             for part in (self.config, self.generation_config, self.tokenizer):
                 if part is not None:
                     part.save_pretrained(staging)
@@ -165,7 +167,7 @@ def load(directory: str | PathLike[str]) -> CompiledModel:
         decoder = description["decoder"]
         if decoder is not None:
             decoder = DecoderShape.from_dict(decoder)
-        report = Report.from_dict(description["report"])
+        report = Report.from_dict(json.loads((source / REPORT_FILE).read_text(encoding="utf-8")))
         equivalences = tuple(
             Equivalence(
                 **{

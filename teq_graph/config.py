@@ -19,7 +19,7 @@ ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 Objective = Literal["block", "model"]
 Init = Literal["ones", "weight", "activation"]
 
-BLOCK_STAGES = ("scales", "clip", "gptq", "bias", "tune")
+BLOCK_STAGES = ("teq", "clip", "gptq", "bias", "tune")
 STAGES = (*BLOCK_STAGES, "distill")
 TUNED = ("rounding", "group_scales", "zero_points", "floats")
 
@@ -27,7 +27,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"stages": ("clip", "gptq")},
     "default": {},
     "best": {
-        "stages": ("scales", "clip", "gptq", "tune", "distill"),
+        "stages": ("teq", "clip", "gptq", "tune", "distill"),
         "steps": 200,
         "scale_steps": 50,
         "samples": 128,
@@ -144,7 +144,7 @@ class TrainingConfig:
     """How scales are learned and codes are chosen.
 
     `stages`, of which any can be left out; None takes what serves the bits best:
-      - `"scales"`: the equivalences' scales are trained (TEQ, arXiv 2310.10944), by `objective` from `init`;
+      - `"teq"`: the equivalences' scales are trained (arXiv 2310.10944), by `objective` from `init`;
       - `"clip"`: each group's range is narrowed to the least error;
       - `"gptq"`: codes are chosen column by column, later ones make up for the errors of earlier ones;
       - `"bias"`: biases take in the mean error of their linear;

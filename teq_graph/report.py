@@ -1,42 +1,57 @@
-"""What a compilation did: which linears were quantized and how well, which were not and why."""
+"""What a compilation did: which scales moved, which weights were quantized and how well, which were not and why."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from teq_graph.analysis.equivalences.equivalence import Refusal
-from teq_graph.analysis.other_weights import OtherWeight
+import torch
+from torch import Tensor
+
+from teq_graph.analysis.equivalences import Equivalence, ProducerKind, Refusal
+from teq_graph.analysis.weights import WeightKind
 from teq_graph.config import WeightSpec
+from teq_graph.quantization import QuantizedWeight
+from teq_graph.weight_plan import PlannedWeight
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearReport:
-    """One linear of the graph. `spec` is None where it stays in float, for the `reason` given.
+class SiteReport:
+    """One equivalence. Where its scale was trained: the range of the scale, and its spread, the standard deviation
+    of log2; 0 where training went back to ones. `trained` is False where the scale was left out of training."""
 
-    `error` is ‖dequantized − float‖ / ‖float‖ of the weight as it was quantized, scales included.
+    producer: str
+    kind: ProducerKind
+    channels: int
+    trained: bool = False
+    smallest: float = 1.0
+    largest: float = 1.0
+    spread: float = 0.0
+
+    @property
+    def folded(self) -> bool:
+        """Whether a scale other than ones was folded into the weights."""
+        return self.smallest != 1.0 or self.largest != 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightReport:
+    """One weight of the graph. `spec` is None where it stays in float, for the `reason` given.
+
+    `scaled`: an equivalence scales some of its columns. `tied`: an embedding table that a linear reads, too. `error` is
+    ‖dequantized − float‖ / ‖float‖ of the weight as it was quantized, scales included.
     """
 
     name: str
-    shape: tuple[int, int]
+    kind: WeightKind
+    shape: tuple[int, ...]
     spec: WeightSpec | None
     reason: str | None = None
     scaled: bool = False
-    error: float | None = None
-    bytes_before: int = 0
-    bytes_after: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class EmbeddingReport:
-    """One embedding table, as a `LinearReport`. Where a linear is `tied` to it, both read the same codes."""
-
-    name: str
-    shape: tuple[int, int]
-    spec: WeightSpec | None
-    reason: str | None = None
     tied: bool = False
     error: float | None = None
     bytes_before: int = 0
@@ -45,50 +60,88 @@ class EmbeddingReport:
 
 @dataclasses.dataclass(frozen=True)
 class BlockReport:
-    """Relative output error of a block, rounded to nearest and as its scales and codes were chosen."""
+    """Relative output error of a block (or the whole model's loss), rounded to nearest, after each stage, and as it
+    was kept: the least of them."""
 
     linears: tuple[str, ...]
     before: float
     after: float
+    stages: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Stage -> error after it, in the order in which they ran."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """The whole compilation. `bytes_before` and `bytes_after` count every tensor of the graph, each once.
 
-    `other_weights` take part in products that are no linears; `notes` say what else a user should know. `embeddings`
-    are there where they were to be quantized.
+    `sites` are the equivalences found, `refusals` the producers that have none; `weights` all weights of products and
+    lookups; `distillation` the whole model's loss where it was distilled; `notes` say what else a user should know.
     """
 
-    linears: tuple[LinearReport, ...]
-    equivalences: int
+    weights: tuple[WeightReport, ...]
+    sites: tuple[SiteReport, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     blocks: tuple[BlockReport, ...] = ()
+    distillation: BlockReport | None = None
     bytes_before: int = 0
     bytes_after: int = 0
     seconds: float = 0.0
-    other_weights: tuple[OtherWeight, ...] = ()
     notes: tuple[str, ...] = ()
-    embeddings: tuple[EmbeddingReport, ...] = ()
 
     @property
-    def quantized(self) -> tuple[LinearReport, ...]:
+    def linears(self) -> tuple[WeightReport, ...]:
+        """The weights that linears read."""
+        return tuple(weight for weight in self.weights if weight.kind == "linear" or weight.tied)
+
+    @property
+    def embeddings(self) -> tuple[WeightReport, ...]:
+        """The tables of embeddings."""
+        return tuple(weight for weight in self.weights if weight.kind == "embedding")
+
+    @property
+    def quantized(self) -> tuple[WeightReport, ...]:
         """The linears that were quantized."""
         return tuple(linear for linear in self.linears if linear.spec is not None)
 
     @property
-    def in_float(self) -> tuple[LinearReport | EmbeddingReport | OtherWeight, ...]:
+    def in_float(self) -> tuple[WeightReport, ...]:
         """What was not quantized, each with its `reason`."""
-        return (
-            *(linear for linear in self.linears if linear.spec is None),
-            *(table for table in self.embeddings if table.spec is None),
-            *self.other_weights,
-        )
+        return tuple(weight for weight in self.weights if weight.spec is None)
 
     @property
     def covered(self) -> int:
         """How many linears have at least one equivalence that scales their columns."""
         return sum(linear.scaled for linear in self.linears)
+
+    def describe_scales(self) -> str:
+        """What became of the equivalences, as in `120 found, 118 trained, 110 folded in: scales 0.4 to 3.1, …`."""
+        if not self.sites:
+            return "none found"
+        trained = [site for site in self.sites if site.trained]
+        if not trained:
+            return f"{len(self.sites)} found, no scales trained"
+        folded = [site for site in trained if site.folded]
+        text = f"{len(self.sites)} found, {len(trained)} trained, {len(folded)} folded in"
+        if not folded:
+            return f"{text}: ones were better"
+        smallest, largest = min(site.smallest for site in folded), max(site.largest for site in folded)
+        spread = 2 ** (sum(site.spread for site in folded) / len(folded))
+        return f"{text}: scales {smallest:.3g} to {largest:.3g}, within a site typically × or ÷ {spread:.3g}"
+
+    def describe_errors(self) -> str:
+        """Mean error of the blocks: rounded to nearest, after each stage, and as they were kept."""
+        count = len(self.blocks)
+        sums: dict[str, float] = collections.defaultdict(float)
+        for block in self.blocks:
+            sums["rounded to nearest"] += block.before / count
+            # A stage that a block went without changed nothing there.
+            error = block.before
+            for stage in dict.fromkeys(stage for other in self.blocks for stage in other.stages):
+                error = block.stages.get(stage, error)
+                sums[stage] += error / count
+            sums["as kept"] += block.after / count
+        where = f"mean of {count} blocks" if count > 1 else "one block"
+        return " → ".join(f"{error:.4g} {stage}" for stage, error in sums.items()) + f" ({where})"
 
     def describe_bits(self) -> str:
         """Bits of the quantized weights, as in `3.29 on average: 12 × 2, 100 × 3`."""
@@ -99,34 +152,19 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return dataclasses.asdict(self)
+        data: dict[str, Any] = _schema().dump_python(self, mode="json")
+        return data
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Report:
-        """The inverse of `to_dict`."""
-        linears, embeddings = (
-            [kind(**{**w, "shape": tuple(w["shape"]), "spec": w["spec"] and WeightSpec(**w["spec"])}) for w in weights]
-            for kind, weights in ((LinearReport, data["linears"]), (EmbeddingReport, data.get("embeddings", ())))
-        )
-        refusals = [Refusal(**refusal) for refusal in data["refusals"]]
-        blocks = [BlockReport(tuple(b["linears"]), b["before"], b["after"]) for b in data["blocks"]]
-        others = [OtherWeight(**{**o, "shape": tuple(o["shape"])}) for o in data.get("other_weights", ())]
-        return cls(
-            **{
-                **data,
-                "linears": tuple(linears),
-                "refusals": tuple(refusals),
-                "blocks": tuple(blocks),
-                "other_weights": tuple(others),
-                "notes": tuple(data.get("notes", ())),
-                "embeddings": tuple(embeddings),
-            }
-        )
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The inverse of `to_dict`; raises ValueError where the data are those of no report."""
+        report: Report = _schema().validate_python(data)
+        return report
 
     def __str__(self) -> str:
         lines = [
-            f"linears       {len(self.quantized)} of {len(self.linears)} quantized, {self.covered} with scaled columns",
-            f"equivalences  {self.equivalences} found" if self.equivalences else "equivalences  none found",
+            f"linears       {len(self.quantized)} of {len(self.linears)} quantized",
+            f"equivalences  {self.describe_scales()}",
         ]
         if len({linear.spec.bits for linear in self.quantized if linear.spec}) > 1:
             lines.append(f"bits          {self.describe_bits()}")
@@ -135,9 +173,9 @@ class Report:
                 tied = ", one with the vocabulary projection" if table.tied else ""
                 lines.append(f"embedding     {table.name}: {table.spec}, error {table.error:.1%}{tied}")
         if self.blocks:
-            before = sum(block.before for block in self.blocks) / len(self.blocks)
-            after = sum(block.after for block in self.blocks) / len(self.blocks)
-            lines.append(f"block error   {before:.4g} rounded to nearest, {after:.4g} as chosen (mean)")
+            lines.append(f"block error   {self.describe_errors()}")
+        if self.distillation is not None:
+            lines.append(f"model loss    {self.distillation.before:.4g} → {self.distillation.after:.4g} distilled")
         for reason in dict.fromkeys(weight.reason for weight in self.in_float):
             names = [weight.name for weight in self.in_float if weight.reason == reason]
             lines.append(f"in float      {', '.join(names[:3])}{' …' if len(names) > 3 else ''}: {reason}")
@@ -146,3 +184,47 @@ class Report:
         lines.append(f"time          {self.seconds:.1f} s")
         lines += [f"note          {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _schema() -> Any:
+    import pydantic
+
+    return pydantic.TypeAdapter(Report)
+
+
+def report_sites(equivalences: Iterable[Equivalence]) -> tuple[SiteReport, ...]:
+    """What became of each equivalence."""
+    return tuple(_report_site(equivalence) for equivalence in equivalences)
+
+
+def _report_site(site: Equivalence) -> SiteReport:
+    if site.scale is None:
+        return SiteReport(site.producer, site.kind, site.channels)
+    scale = site.scale.detach().float().cpu()
+    spread = float(scale.log2().std(correction=0))
+    return SiteReport(site.producer, site.kind, site.channels, True, float(scale.min()), float(scale.max()), spread)
+
+
+def report_weights(
+    plan: Iterable[PlannedWeight],
+    scaled: Iterable[str],
+    floats: Mapping[str, Tensor],
+    stored: Mapping[str, QuantizedWeight],
+) -> tuple[WeightReport, ...]:
+    """Errors and sizes of the planned weights: `floats` as they were, `stored` as they are kept, by name."""
+    return tuple(_report_weight(weight, weight.name in set(scaled), floats[weight.name], stored) for weight in plan)
+
+
+def _report_weight(
+    weight: PlannedWeight, scaled: bool, original: Tensor, stored: Mapping[str, QuantizedWeight]
+) -> WeightReport:
+    size = original.numel() * original.element_size()
+    report = WeightReport(
+        weight.name, weight.kind, weight.shape, weight.spec, weight.reason, scaled, weight.is_tied, None, size, size
+    )
+    if weight.spec is None:
+        return report
+    kept, wanted = stored[weight.name], original.float()
+    with torch.no_grad():
+        error = (kept.dequantize().to(wanted.device) - wanted).norm() / wanted.norm().clamp(min=1e-30)
+    return dataclasses.replace(report, error=float(error), bytes_after=kept.nbytes)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import teq_graph
 from teq_graph.cli import options
-from teq_graph.config import STAGES, QuantizationConfig, TrainingConfig, WeightSpec
+from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
 from teq_graph.errors import ConfigError
 from teq_graph.loading import LoadedModel
 from teq_graph.training.losses import prediction_divergence
@@ -84,7 +84,7 @@ def test_presets_compile(preset: str) -> None:
 
 
 def test_stages_come_in_their_order() -> None:
-    assert TrainingConfig(stages=("tune", "scales", "gptq")).stages == ("scales", "gptq", "tune")
+    assert TrainingConfig(stages=("tune", "teq", "gptq")).stages == ("teq", "gptq", "tune")
     assert TrainingConfig().stages_for([WeightSpec(8)]) != TrainingConfig().stages_for([WeightSpec(3)])
 
 
@@ -106,9 +106,8 @@ def test_bad_values_are_named(values: dict[str, Any], message: str) -> None:
 
 def test_methods_on_the_command_line() -> None:
     training = options.training("best", "teq+gptq", {"steps": 7})
-    assert training is not None and training.stages == ("scales", "gptq") and training.steps == 7
+    assert training is not None and training.stages == ("teq", "gptq") and training.steps == 7
     assert options.training("default", "rtn", {}) is None
-    assert {"scales" if name == "teq" else name for name in options.METHODS} == set(STAGES)
     for preset, method in (("slow", None), ("default", "awq"), ("default", "teq+")):
         with pytest.raises(ConfigError, match="accepted are"):
             options.training(preset, method, {})

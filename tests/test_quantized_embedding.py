@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import teq_graph
 from teq_graph import QuantizationConfig, TrainingConfig
-from teq_graph.analysis.embeddings import find_embeddings
+from teq_graph.analysis.weights import GraphWeight, find_weights
 from teq_graph.capture import CapturedGraph, capture
 from teq_graph.config import BITS, WeightSpec
 from teq_graph.errors import ConfigError, InputError
@@ -64,6 +64,10 @@ def capture_words(model: nn.Module) -> CapturedGraph:
 def compile_words(tied: bool, quantization: QuantizationConfig = BOTH, **options: Any) -> teq_graph.CompiledModel:
     model = randomize(Words(tied))
     return teq_graph.compile(model, (word_ids(),), SHAPES, quantization=quantization, **{"training": None, **options})
+
+
+def tables_of(captured: CapturedGraph) -> list[GraphWeight]:
+    return [weight for weight in find_weights(captured.graph_module) if weight.kind == "embedding"]
 
 
 def tied_llama() -> nn.Module:
@@ -113,7 +117,7 @@ def test_the_operator_refuses() -> None:
 
 def test_tables_that_an_input_looks_up() -> None:
     captured = capture_words(Words())
-    places, words = find_embeddings(captured.graph_module)
+    places, words = tables_of(captured)
     assert (words.name, words.is_tied, words.reason) == ("words.weight", True, None)
     assert (places.name, places.is_tied) == ("places.weight", False) and "positions" in str(places.reason)
 
@@ -130,7 +134,7 @@ def test_indices_may_be_moved_but_not_computed() -> None:
             return rows + self.computed(later * 0 + 1) + self.read(later) * (self.read.weight * ids.sum()).sum()
 
     captured = capture_words(Lookup())
-    reasons = {table.name: str(table.reason) for table in find_embeddings(captured.graph_module)}
+    reasons = {table.name: str(table.reason) for table in tables_of(captured)}
     assert reasons["moved.weight"] == "None" and "positions" in reasons["computed.weight"]
     assert reasons["read.weight"] == "read by aten.mul, too"
 
@@ -193,7 +197,7 @@ def test_blocks_learn_on_the_quantized_table_and_towards_the_float_model(monkeyp
 
     def spy(self: Any, stages: Any) -> None:
         name = next(iter(self.tables))
-        read = get_tensor(self.captured.graph_module, name), self.reference.tensor(name)
+        read = get_tensor(self.working, name), self.reference.tensor(name)
         seen.append((*read, self.tables[name].dequantize()))
         run_blocks(self, stages)
 
@@ -246,7 +250,8 @@ def test_an_override_is_for_both() -> None:
 def test_without_the_option_nothing_changes() -> None:
     quantization = QuantizationConfig(group_size=16, quantize_lm_head=True)
     compiled = compile_llama(tied_llama(), quantization=quantization)
-    assert GATHER not in op_names(compiled.graph_module) and not compiled.report.embeddings
+    assert GATHER not in op_names(compiled.graph_module)
+    assert [table.reason for table in compiled.report.embeddings] == ["embedding (quantize_embedding=False)"]
     assert "aten.embedding.default" in op_names(compiled.graph_module)
 
 

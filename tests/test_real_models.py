@@ -42,7 +42,7 @@ def test_trained_scales_beat_rounding_to_nearest(stories260k: LoadedModel, data_
     with torch.no_grad():
         reference = perplexity(lambda ids: stories260k.model(ids).logits, tokens, context=256).value
     nearest = perplexity_of(None)
-    trained = perplexity_of(teq_graph.TrainingConfig(stages=("scales",), steps=40, samples=32, length=128))
+    trained = perplexity_of(teq_graph.TrainingConfig(stages=("teq",), steps=40, samples=32, length=128))
     assert reference < trained < nearest
     # Over choices of initial scales, learning rate and samples, 22 to 38 % of what rounding loses came back.
     assert trained - reference < (nearest - reference) * 0.85
@@ -54,7 +54,7 @@ def test_smollm2_from_weights_to_text(smollm2: LoadedModel, wikitext: str, tmp_p
         smollm2.model,
         tokenizer=smollm2.tokenizer,
         quantization=teq_graph.QuantizationConfig(bits=4, group_size=32),
-        training=teq_graph.TrainingConfig(stages=("scales",), steps=2, samples=8, length=64),
+        training=teq_graph.TrainingConfig(stages=("teq",), steps=2, samples=8, length=64),
     )
     assert len(compiled.report.quantized) == compiled.report.covered == 210
     assert len(compiled.report.blocks) == 30

@@ -21,19 +21,19 @@ from teq_graph.config import TUNED, QuantizationConfig, TrainingConfig, WeightSp
 from teq_graph.quantization import dequantize
 from teq_graph.system.progress import Task
 from teq_graph.training.losses import relative_error
-from teq_graph.training.stages import (
+from teq_graph.training.stages.codes import (
     BlockProblem,
     Choice,
+    bias,
     clip,
-    compensate,
-    correct_biases,
+    gptq,
     round_to_nearest,
     tune,
 )
 
 W2 = QuantizationConfig(bits=2, group_size=16)
-COMBINATIONS = (("clip",), ("gptq",), ("clip", "gptq"), ("bias",), ("tune",), ("scales", "clip", "gptq", "tune"))
-ALL = ("scales", "clip", "gptq", "bias", "tune")
+COMBINATIONS = (("clip",), ("gptq",), ("clip", "gptq"), ("bias",), ("tune",), ("teq", "clip", "gptq", "tune"))
+ALL = ("teq", "clip", "gptq", "bias", "tune")
 
 
 # ------------------------------------------------------------------------------------------------------- one problem
@@ -114,7 +114,7 @@ def test_each_stage_keeps_the_grids_of_its_spec(bits: int, symmetric: bool, dtyp
     problem = TwoLayers.random(dtype).problem(bits, symmetric)
     choice = round_to_nearest(problem)
     check_grids(problem, choice)
-    for stage in (clip, compensate, correct_biases):
+    for stage in (clip, gptq, bias):
         choice = stage(problem, choice)
         check_grids(problem, choice)
     check_grids(problem, tuned(problem, choice, steps=3))
@@ -125,14 +125,14 @@ def test_each_stage_keeps_the_grids_of_its_spec(bits: int, symmetric: bool, dtyp
 def test_corrected_biases_leave_no_mean_error(bits: int, symmetric: bool) -> None:
     layers = TwoLayers.random(torch.float32)
     problem = layers.problem(bits, symmetric)
-    for start in (round_to_nearest(problem), compensate(problem, round_to_nearest(problem))):
-        corrected = correct_biases(problem, start)
+    for start in (round_to_nearest(problem), gptq(problem, round_to_nearest(problem))):
+        corrected = bias(problem, start)
         x = torch.cat(layers.inputs).double()
         hidden = layers.hidden(x, layers.up.double(), layers.bias.double())
-        for read, name, bias in ((x, "up", "bias"), (hidden, "down", "other")):
+        for read, name, of in ((x, "up", "bias"), (hidden, "down", "other")):
             error = read @ (dequantize(*corrected.codes[name]) - problem.weights[name]).double().T
             before = error.mean(0)
-            after = before + (corrected.floats[bias] - problem.floats[bias]).double()
+            after = before + (corrected.floats[of] - problem.floats[of]).double()
             assert float(after.abs().max()) <= 1e-5 * float(error.abs().max())
             assert float(after.abs().max()) < 1e-3 * float(before.abs().max())
 
@@ -145,7 +145,7 @@ def test_tuning_reduces_the_loss(bits: int, parts: tuple[str, ...], rate: float,
     ratios = []
     for _ in range(3):
         problem = TwoLayers.random(torch.float32).problem(bits, symmetric)
-        start = compensate(problem, clip(problem, round_to_nearest(problem)))
+        start = gptq(problem, clip(problem, round_to_nearest(problem)))
         assert loss(problem, start) < loss(problem, round_to_nearest(problem))
         choice = tuned(problem, start, steps=80, tuned=parts, tuning_rate=rate)
         ratios.append(loss(problem, choice) / loss(problem, start))

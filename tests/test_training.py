@@ -12,21 +12,19 @@ from support.graphs import leaves, randomize, relative_error
 from torch import Tensor, nn
 
 import teq_graph
-from teq_graph.analysis.blocks import find_blocks
 from teq_graph.compile import Analysis, analyze
 from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
 from teq_graph.errors import InputError, NumericsError
 from teq_graph.graph.tensors import get_tensor
 from teq_graph.loading import LoadedModel
-from teq_graph.passes.fold_scales import FoldScales
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
 from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
 from teq_graph.passes.quantize_linears import QuantizeLinears
 from teq_graph.quantization import fake_quantize
-from teq_graph.training import Trainer
-from teq_graph.training.initialization import initial_scale
+from teq_graph.training import FirstBlock, Trainer, TrainingResult
 from teq_graph.training.losses import relative_error as block_loss
 from teq_graph.training.optimize import decay
+from teq_graph.training.stages.scales import initial_scale
 
 W2 = QuantizationConfig(bits=2, group_size=16)
 LLAMA = next(a for a in ARCHITECTURES if a.name == "Llama (GQA)")
@@ -55,21 +53,27 @@ DYNAMIC = ({0: torch.export.Dim.DYNAMIC},)
 
 def only_scales(**options: Any) -> TrainingConfig:
     """The scales alone, with weights rounded to nearest."""
-    return TrainingConfig(stages=("scales",), **options)
+    return TrainingConfig(stages=("teq",), **options)
 
 
-def train(model: nn.Module, batches: list[Any], config: TrainingConfig, quantization: Any = W2) -> tuple[Any, Trainer]:
+def analyzed(model: nn.Module, quantization: QuantizationConfig = W2) -> Analysis:
     pretrained = not isinstance(model, nn.Sequential)
-    analysis = analyze(model, *((None, None) if pretrained else (EXAMPLE, DYNAMIC)), quantization)
-    found = analysis.findings.equivalences
-    blocks = find_blocks(analysis.captured, found)
-    trainer = Trainer(analysis.captured, InsertScales(found, analysis.specs), blocks, batches, config)
-    trainer.run()
-    return analysis, trainer
+    return analyze(model, *((None, None) if pretrained else (EXAMPLE, DYNAMIC)), quantization)
 
 
-def scales_of(analysis: Analysis, trainer: Trainer) -> list[Tensor]:
-    return [get_tensor(analysis.captured.graph_module, name).detach().clone() for name in trainer.inserted.scales]
+def trainer_of(analysis: Analysis, batches: list[Any], config: TrainingConfig) -> Trainer:
+    return Trainer(analysis.captured, analysis.findings.equivalences, analysis.specs, batches, config)
+
+
+def train(
+    model: nn.Module, batches: list[Any], config: TrainingConfig, quantization: Any = W2
+) -> tuple[Analysis, TrainingResult]:
+    analysis = analyzed(model, quantization)
+    return analysis, trainer_of(analysis, batches, config).run()
+
+
+def scales_of(result: TrainingResult) -> list[Tensor]:
+    return [torch.ones(e.channels) if e.scale is None else e.scale for e in result.equivalences]
 
 
 @pytest.fixture
@@ -86,15 +90,19 @@ def token_batches() -> list[Any]:
 def test_only_scales_change(objective: Any, token_batches: list[Any]) -> None:
     model = LLAMA.build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    analysis, trainer = train(model, token_batches, only_scales(objective=objective, steps=3, batch_size=2))
-    scales = scales_of(analysis, trainer)
+    analysis = analyzed(model)
+    graph_module = analysis.captured.graph_module
+    code, tensors = graph_module.code, {name: tensor.clone() for name, tensor in graph_module.state_dict().items()}
+    result = trainer_of(analysis, token_batches, only_scales(objective=objective, steps=3, batch_size=2)).run()
+    scales = scales_of(result)
     assert any(not torch.equal(scale, torch.ones_like(scale)) for scale in scales)
     assert all(bool((scale >= SMALLEST_SCALE).all()) for scale in scales)
-    reference = trainer.reference.graph_module.state_dict()
-    after = analysis.captured.graph_module.state_dict()
-    others = [name for name in after if not name.startswith(("teq_scales", "teq_index"))]
-    assert set(others) == set(reference)
-    assert all(torch.equal(after[name], reference[name]) for name in others)
+    # The same graph over the same tensors, scales folded in.
+    for equivalence, scale in zip(result.equivalences, scales, strict=True):
+        tensors |= equivalence.apply(tensors, scale)
+    after = graph_module.state_dict()
+    assert graph_module.code == code and after.keys() == tensors.keys()
+    assert all(torch.equal(after[name], tensors[name]) for name in after)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(not parameter.requires_grad or parameter.grad is None for parameter in model.parameters())
 
@@ -103,12 +111,18 @@ def test_only_scales_change(objective: Any, token_batches: list[Any]) -> None:
 def test_the_quantized_graph_computes_what_was_trained(bits: int, token_batches: list[Any]) -> None:
     quantization = QuantizationConfig(bits=bits, group_size=16)
     config = only_scales(steps=3, batch_size=2, init="activation")
-    analysis, trainer = train(LLAMA.build(), token_batches, config, quantization)
+    model = LLAMA.build()
+    analysis, result = train(model, token_batches, config, quantization)
     graph_module = analysis.captured.graph_module
     args, _ = analysis.captured.bind({"input_ids": torch.randint(3, VOCAB, (3, 9))})
+    # What training saw: a second graph, with the learned scales inserted.
+    seen = analyzed(model, quantization)
+    inserted = InsertScales(seen.findings.equivalences, seen.specs)(seen.captured.graph_module).value
+    for name, scale in zip(inserted.scales, scales_of(result), strict=True):
+        get_tensor(seen.captured.graph_module, name).data.copy_(scale)
     with torch.no_grad():
-        trained = leaves(graph_module(*args))
-        for step in (FoldScales(trainer.inserted), QuantizeLinears(analysis.specs), LowerToMatMulNBits()):
+        trained = leaves(seen.captured.graph_module(*args))
+        for step in (QuantizeLinears(analysis.specs), LowerToMatMulNBits()):
             step(graph_module)
         quantized = leaves(graph_module(*args))
     assert relative_error(quantized, trained) <= 1e-5
@@ -116,9 +130,7 @@ def test_the_quantized_graph_computes_what_was_trained(bits: int, token_batches:
 
 @pytest.mark.parametrize("init", ["ones", "weight", "activation"])
 def test_no_block_gets_worse(init: Any, batches: list[Any]) -> None:
-    reports = [
-        report for _ in range(4) for report in train(mlp(), batches, only_scales(steps=30, init=init))[1].reports
-    ]
+    reports = [report for _ in range(4) for report in train(mlp(), batches, only_scales(steps=30, init=init))[1].blocks]
     assert len(reports) == 12
     assert all(report.after <= report.before for report in reports)
     # of single networks, 0.78 to 0.97; 0.88 on average
@@ -151,8 +163,8 @@ def test_a_model_without_float_outputs_learns_its_last_float_values(objective: A
 
 
 def test_a_block_that_training_would_harm_keeps_ones(batches: list[Any]) -> None:
-    analysis, trainer = train(mlp(), batches, only_scales(steps=3, learning_rate=0.99, warmup=0))
-    for report, scale in zip(trainer.reports, scales_of(analysis, trainer)[::2], strict=False):
+    _, result = train(mlp(), batches, only_scales(steps=3, learning_rate=0.99, warmup=0))
+    for report, scale in zip(result.blocks, scales_of(result)[::2], strict=False):
         assert report.after <= report.before
         assert report.after < report.before or torch.equal(scale, torch.ones_like(scale))
 
@@ -160,12 +172,12 @@ def test_a_block_that_training_would_harm_keeps_ones(batches: list[Any]) -> None
 def test_the_reported_error_is_the_blocks_own(batches: list[Any]) -> None:
     """Of the first block, whose input is the float one: recomputed here from the definition."""
     model = mlp()
-    analysis, trainer = train(model, batches, only_scales(steps=10))
+    analysis, result = train(model, batches, only_scales(steps=10))
     first, x = model[0], torch.cat([batch for (batch,) in batches])
     (site,) = [e for e in analysis.findings.equivalences if e.producer == "0.norm.weight"]
     (inner,) = [e for e in analysis.findings.equivalences if e.producer == "0.up.weight"]
     numbers = [analysis.findings.equivalences.index(e) for e in (site, inner)]
-    s, t = (scales_of(analysis, trainer)[number] for number in numbers)
+    s, t = (scales_of(result)[number] for number in numbers)
     spec = WeightSpec(2, 16)
 
     def error(s: Tensor, t: Tensor) -> float:
@@ -177,13 +189,13 @@ def test_the_reported_error_is_the_blocks_own(batches: list[Any]) -> None:
         return float(((output - target).square().mean(-1) / target.square().mean(-1)).mean())
 
     with torch.no_grad():
-        assert trainer.reports[0].before == pytest.approx(error(torch.ones(32), torch.ones(48)), rel=1e-4)
-        assert trainer.reports[0].after == pytest.approx(error(s, t), rel=1e-4)
+        assert result.blocks[0].before == pytest.approx(error(torch.ones(32), torch.ones(48)), rel=1e-4)
+        assert result.blocks[0].after == pytest.approx(error(s, t), rel=1e-4)
 
 
 def test_the_model_objective_reduces_the_distance_to_the_float_outputs(batches: list[Any]) -> None:
-    _, trainer = train(mlp(), batches, only_scales(objective="model", steps=40, learning_rate=1e-2))
-    (report,) = trainer.reports
+    _, result = train(mlp(), batches, only_scales(objective="model", steps=40, learning_rate=1e-2))
+    (report,) = result.blocks
     assert report.after < 0.98 * report.before
 
 
@@ -192,8 +204,8 @@ def test_the_model_objective_reduces_a_language_models_loss(stories260k: LoadedM
     tokens = torch.tensor(text["input_ids"])[:256].view(4, 64)
     config = only_scales(objective="model", steps=30, learning_rate=5e-3)
     quantization = QuantizationConfig(bits=3, group_size=32)
-    _, trainer = train(stories260k.model, [{"input_ids": part} for part in tokens.split(2)], config, quantization)
-    (report,) = trainer.reports
+    _, result = train(stories260k.model, [{"input_ids": part} for part in tokens.split(2)], config, quantization)
+    (report,) = result.blocks
     with torch.no_grad():
         logits = stories260k.model(tokens).logits[:, :-1]
     own = float(nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
@@ -205,9 +217,9 @@ def test_the_model_objective_reduces_a_language_models_loss(stories260k: LoadedM
 def test_a_seed_makes_a_run_repeatable(objective: Any, batches: list[Any]) -> None:
     model = mlp()
     config = only_scales(objective=objective, steps=5, seed=7)
-    first, second = (scales_of(*train(copy.deepcopy(model), batches, config)) for _ in range(2))
+    first, second = (scales_of(train(copy.deepcopy(model), batches, config)[1]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    other = scales_of(*train(model, batches, only_scales(objective=objective, steps=5, seed=8)))
+    other = scales_of(train(model, batches, only_scales(objective=objective, steps=5, seed=8))[1])
     assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
@@ -215,7 +227,8 @@ def test_compile_is_repeatable_on_its_own_samples() -> None:
     model = LLAMA.build()
     config = only_scales(steps=2, samples=4, length=12, batch_size=2, seed=3)
     first, second = (teq_graph.compile(model, quantization=W2, training=config) for _ in range(2))
-    assert all(torch.equal(a.scale, b.scale) for a, b in zip(first.equivalences, second.equivalences, strict=True))
+    pairs = [(a.scale, b.scale) for a, b in zip(first.equivalences, second.equivalences, strict=True)]
+    assert all(torch.equal(a, b) for a, b in pairs if a is not None) and sum(a is not None for a, _ in pairs) == 8
     tokens = torch.randint(3, VOCAB, (2, 7))
     assert torch.equal(first(input_ids=tokens).logits, second(input_ids=tokens).logits)
 
@@ -264,9 +277,9 @@ def test_zero_steps_keep_the_initial_scales(
     """Even those that make things worse."""
     initial = {n: torch.logspace(-2, 2, n)[torch.randperm(n)] for n in (32, 48)}
     monkeypatch.setattr("teq_graph.training.block.initial_scale", lambda site, *_: initial[site.channels])
-    analysis, trainer = train(mlp(), batches, only_scales(objective=objective, steps=0, init="weight"))
-    assert any(report.after > report.before for report in trainer.reports)
-    assert all(torch.equal(scale, initial[len(scale)]) for scale in scales_of(analysis, trainer))
+    _, result = train(mlp(), batches, only_scales(objective=objective, steps=0, init="weight"))
+    assert any(report.after > report.before for report in result.blocks)
+    assert all(torch.equal(scale, initial[len(scale)]) for scale in scales_of(result))
 
 
 def test_the_schedule_rises_then_falls_to_zero() -> None:
@@ -355,3 +368,38 @@ def test_a_calibration_that_overflows_is_named(batches: list[Any]) -> None:
     with pytest.raises(NumericsError, match="calibration batch 0") as caught:
         train(model, batches, only_scales(steps=1))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stages", [("teq",), ("teq", "clip", "gptq", "tune"), ("tune", "distill")], ids="+".join)
+def test_an_exception_leaves_the_graph_as_it_was(stages: tuple[str, ...], batches: list[Any]) -> None:
+    model = mlp()
+    analysis = analyzed(model)
+    graph_module = analysis.captured.graph_module
+    code, tensors = graph_module.code, {name: tensor.clone() for name, tensor in graph_module.state_dict().items()}
+    x = torch.randn(9, 32)
+    expected = graph_module(x)
+    # The second batch fails: where scales and codes of the first blocks are chosen, or before.
+    with pytest.raises(InputError, match="calibration batch 3"):
+        trainer_of(analysis, [*batches[:3], (torch.randn(16, 31),)], TrainingConfig(stages=stages, steps=2)).run()
+
+    def interrupt(_: FirstBlock) -> None:
+        raise KeyboardInterrupt
+
+    trainer = trainer_of(analysis, batches, TrainingConfig(stages=stages, steps=2))
+    trainer.after_first_block = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    after = graph_module.state_dict()
+    assert graph_module.code == code and after.keys() == tensors.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(graph_module(x), expected)
+
+
+def test_errors_after_each_stage(batches: list[Any]) -> None:
+    _, result = train(mlp(), batches, TrainingConfig(stages=("teq", "clip", "gptq", "bias", "tune"), steps=5))
+    # The last block is a linear without a norm before it: no scale of its own.
+    stages = ["teq", "clip", "gptq", "bias", "tune"]
+    assert [list(block.stages) for block in result.blocks] == [stages] * 3 + [stages[1:]]
+    for block in result.blocks:
+        assert block.after == min(block.before, *block.stages.values())
+        assert len(set(block.stages.values())) == len(block.stages), "each stage is measured by itself"

@@ -22,10 +22,10 @@ from teq_graph.errors import InputError
 
 if TYPE_CHECKING:
     from teq_graph.analysis.blocks import Block
-    from teq_graph.analysis.equivalences.equivalence import Equivalence, Refusal
-    from teq_graph.analysis.other_weights import OtherWeight
+    from teq_graph.compile import Analysis
     from teq_graph.config import TrainingConfig
-    from teq_graph.report import EmbeddingReport, LinearReport, Report
+    from teq_graph.report import Report, WeightReport
+    from teq_graph.weight_plan import PlannedWeight
 
 _UNWRAPPED = 1_000_000  # columns, where standard output is no terminal
 
@@ -35,70 +35,71 @@ class Inspection:
     """What `inspect` shows of a model."""
 
     model: str
-    linears: tuple[LinearReport, ...]
-    equivalences: tuple[Equivalence, ...]
-    refusals: tuple[Refusal, ...]
+    analysis: Analysis
     blocks: tuple[Block, ...]
-    other_weights: tuple[OtherWeight, ...]
-    notes: tuple[str, ...]
-    embeddings: tuple[EmbeddingReport, ...]
+
+    @property
+    def covered(self) -> set[str]:
+        """The weights whose columns some equivalence scales."""
+        return {name for site in self.analysis.findings.equivalences for name in site.linears}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything, layer by layer."""
-        linears = [
-            {"name": line.name, "shape": line.shape, "covered": line.scaled, "in_float": line.reason}
-            for line in self.linears
-        ]
-        equivalences = [
-            {"producer": site.producer, "kind": site.kind, "channels": site.channels, "consumers": site.linears}
-            for site in self.equivalences
-        ]
-        refusals = [dataclasses.asdict(refusal) for refusal in self.refusals]
-        blocks = [block.linears for block in self.blocks]
+        findings, weights = self.analysis.findings, self.analysis.weights
         return {
             "model": self.model,
-            "linears": linears,
-            "equivalences": equivalences,
-            "refusals": refusals,
-            "blocks": blocks,
-            "other_weights": [dataclasses.asdict(weight) for weight in self.other_weights],
-            "notes": self.notes,
-            "embeddings": [
-                {"name": t.name, "shape": t.shape, "tied": t.tied, "in_float": t.reason} for t in self.embeddings
+            "linears": [
+                {"name": w.name, "shape": w.shape, "covered": w.name in self.covered, "in_float": w.reason}
+                for w in weights
+                if w.is_linear
             ],
+            "equivalences": [
+                {"producer": site.producer, "kind": site.kind, "channels": site.channels, "consumers": site.linears}
+                for site in findings.equivalences
+            ],
+            "refusals": [dataclasses.asdict(refusal) for refusal in findings.refusals],
+            "blocks": [block.linears for block in self.blocks],
+            "embeddings": [
+                {"name": w.name, "shape": w.shape, "tied": w.is_tied, "in_float": w.reason}
+                for w in weights
+                if w.kind == "embedding"
+            ],
+            "other_weights": [
+                {"name": w.name, "kind": w.kind, "shape": w.shape, "reason": w.reason}
+                for w in weights
+                if w.kind not in ("linear", "embedding")
+            ],
+            "notes": self.analysis.notes,
         }
 
     def show(self) -> None:
         """Print tables in which the layers of a stack share a row."""
-        chosen = [linear for linear in self.linears if linear.reason is None]
-        covered = [linear for linear in chosen if linear.scaled]
-        weights: tuple[LinearReport | EmbeddingReport | OtherWeight, ...]
-        weights = (*self.linears, *self.embeddings, *self.other_weights)
+        findings, weights = self.analysis.findings, self.analysis.weights
+        linears = [weight for weight in weights if weight.is_linear]
+        chosen = [linear for linear in linears if linear.reason is None]
+        covered = sum(linear.name in self.covered for linear in chosen)
+        tables = [weight for weight in weights if weight.kind == "embedding" and weight.reason is None]
         show_pairs(
             [
                 ("model", self.model),
-                ("linears", f"{len(self.linears)}, {len(chosen)} to quantize"),
-                ("covered", f"{len(covered)} of {len(chosen)} have columns that an equivalence scales"),
-                ("equivalences", f"{len(self.equivalences)} found" if self.equivalences else "none found"),
-                *[
-                    ("embedding", f"{t.name.removesuffix('.weight')}, to quantize")
-                    for t in self.embeddings
-                    if not t.reason
-                ],
+                ("linears", f"{len(linears)}, {len(chosen)} to quantize"),
+                ("covered", f"{covered} of {len(chosen)} have columns that an equivalence scales"),
+                ("equivalences", f"{len(findings.equivalences)} found" if findings.equivalences else "none found"),
+                *[("embedding", f"{table.name.removesuffix('.weight')}, to quantize") for table in tables],
                 *[("blocks", line) for line in _describe_blocks(self.blocks)],
-                *[("note", note) for note in self.notes],
+                *[("note", note) for note in self.analysis.notes],
             ]
         )
         _show_table(
             "Equivalences: channels of the producer are divided by a scale, columns of the consumers multiplied",
             ("producer", "kind", "channels", "consumers"),
-            _collapse(((e.producer, *e.linears), (e.kind, str(e.channels))) for e in self.equivalences),
+            _collapse(((e.producer, *e.linears), (e.kind, str(e.channels))) for e in findings.equivalences),
             lambda names, rest: (names[0], *rest, _relative(names)),
         )
         _show_table(
             "Quantized without an equivalence",
             ("linear", "shape"),
-            _collapse(((line.name,), (_shape(line),)) for line in chosen if not line.scaled),
+            _collapse(((line.name,), (_shape(line),)) for line in chosen if line.name not in self.covered),
             lambda names, rest: (names[0], *rest),
         )
         _show_table(
@@ -108,7 +109,7 @@ class Inspection:
             lambda names, rest: (names[0], *rest),
         )
         reasons: dict[tuple[str, str], list[tuple[str, int]]] = {}
-        for names, rest, count in _collapse(((r.producer,), (r.reason, r.kind)) for r in self.refusals):
+        for names, rest, count in _collapse(((r.producer,), (r.reason, r.kind)) for r in findings.refusals):
             reasons.setdefault(rest, []).append((names[0], count))
         _show_table(
             "Producers that cannot be scaled",
@@ -155,30 +156,23 @@ def lines_of_input() -> Iterator[str]:
             yield line
 
 
-def describe_report(report: Report, trained: bool) -> list[tuple[str, str]]:
+def describe_report(report: Report) -> list[tuple[str, str]]:
     """What a compilation did, as labelled lines."""
     quantized = report.quantized
     specs = [str(linear.spec) for linear in quantized]
     counts = ", ".join(f"{specs.count(spec)} {spec}" for spec in dict.fromkeys(specs))
-    scaled = sum(linear.scaled for linear in quantized)
-    tables = [table for table in report.embeddings if table.spec is not None]
     lines = [
         ("quantized", f"{len(quantized)} of {len(report.linears)} linears: {counts or 'none'}"),
-        (
-            "coverage",
-            f"{scaled} of {len(quantized)} have columns that one of {report.equivalences} equivalences scales",
-        ),
+        ("equivalences", report.describe_scales()),
     ]
-    lines += [("embedding", _describe_table(table)) for table in tables]
+    lines += [("embedding", _describe_table(table)) for table in report.embeddings if table.spec is not None]
     kept = (((weight.name,), (weight.reason,)) for weight in report.in_float)
     lines += [("in float", f"{names[0]}: {reason}") for names, (reason,), _ in _collapse(kept)]
     if report.blocks:
-        before, after = (
-            sum(errors) / len(report.blocks)
-            for errors in zip(*((b.before, b.after) for b in report.blocks), strict=True)
-        )
-        where = f"mean of {len(report.blocks)} blocks" if len(report.blocks) > 1 else "whole model"
-        lines.append(("block error", f"{before:.4g} rounded to nearest → {after:.4g} as chosen ({where})"))
+        lines.append(("block error", report.describe_errors()))
+    if report.distillation is not None:
+        loss = report.distillation
+        lines.append(("model loss", f"{loss.before:.4g} → {loss.after:.4g} distilled"))
     return [*lines, *(("note", note) for note in report.notes)]
 
 
@@ -281,13 +275,13 @@ def _shared(parts: Sequence[str], others: Sequence[str]) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(parts, others, strict=False))))
 
 
-def _describe_table(table: EmbeddingReport) -> str:
+def _describe_table(table: WeightReport) -> str:
     sizes = f"{_megabytes(table.bytes_before)} → {_megabytes(table.bytes_after)}"
     tied = ", one with the vocabulary projection" if table.tied else ""
     return f"{table.name.removesuffix('.weight')}: {table.spec}, error {table.error:.1%}, {sizes}{tied}"
 
 
-def _shape(weight: LinearReport | EmbeddingReport | OtherWeight) -> str:
+def _shape(weight: PlannedWeight) -> str:
     return "×".join(map(str, weight.shape))
 
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 CONTEXT = 512
 TOKENS = 8192
 RTN = "rtn"
-TEQ = "teq"  # what the paper calls the stage that trains scales
-METHODS = (TEQ, *STAGES[1:])
 PAPER_TASKS = ("lambada_openai", "hellaswag", "winogrande", "piqa")
 METADATA_FILE = "teq_graph.json"  # as teq_graph.onnx has it, which takes seconds to import
 
@@ -93,9 +91,9 @@ def training(preset: str, method: str | None, options: dict[str, Any]) -> Traini
         return None
     if method is not None:
         parts = method.split("+")
-        if not set(parts) <= set(METHODS):
-            raise ConfigError(f"--method {method}: accepted are rtn, and any of {', '.join(METHODS)} joined by +")
-        given["stages"] = tuple("scales" if part == TEQ else part for part in parts)
+        if not set(parts) <= set(STAGES):
+            raise ConfigError(f"--method {method}: accepted are rtn, and any of {', '.join(STAGES)} joined by +")
+        given["stages"] = tuple(parts)
     given.pop("calibration", None)
     check_seed(given.get("seed"))
     for name in ("samples", "length", "batch_size"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -56,6 +57,15 @@ def set_tensor(graph_module: GraphModule, name: str, tensor: Tensor) -> None:
         owner.register_buffer(leaf, tensor)
 
 
+def replace_tensors(graph_module: GraphModule, tensors: Mapping[str, Tensor]) -> None:
+    """Let the nodes that read a name of `tensors` read that tensor; the graph stays as it is."""
+    for name, tensor in tensors.items():
+        set_tensor(graph_module, name, tensor)
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and node.target in tensors:
+            node.meta["val"] = tensors[node.target]
+
+
 def add_tensor(graph_module: GraphModule, name: str, tensor: Tensor) -> str:
     """Store `tensor` under `name`, or `name_1`, `name_2`… where that is taken; returns the name used."""
     candidate, count = name, 0
@@ -64,6 +74,17 @@ def add_tensor(graph_module: GraphModule, name: str, tensor: Tensor) -> str:
         candidate = f"{name}_{count}"
     set_tensor(graph_module, candidate, tensor)
     return candidate
+
+
+def tensor_bytes(graph_module: GraphModule, without: Collection[str] = ()) -> int:
+    """Bytes of all tensors that the graph reads, but for those named in `without`; shared ones counted once."""
+    seen: dict[int, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and node.target not in without:
+            tensor = node_tensor(node)
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = max(seen.get(storage.data_ptr(), 0), tensor.numel() * tensor.element_size())
+    return sum(seen.values())
 
 
 def get_attr_node(graph_module: GraphModule, name: str) -> Node:

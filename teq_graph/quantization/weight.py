@@ -9,7 +9,7 @@ from torch import Tensor
 
 from teq_graph.config import WeightSpec
 from teq_graph.errors import InputError
-from teq_graph.quantization.grid import Grid, find_grid, num_blocks, quantize
+from teq_graph.quantization.grid import Grid, find_grid, num_blocks, quantize, resolve_block_size
 from teq_graph.quantization.packing import pack_codes, pack_zero_points, unpack_codes, unpack_zero_points
 
 ONNXRUNTIME_BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -76,6 +76,14 @@ class QuantizedWeight:
         """Bytes of codes, scales and zero points."""
         zero_points = 0 if self.zero_points is None else self.zero_points.nbytes
         return self.packed.nbytes + self.scales.nbytes + zero_points
+
+    @staticmethod
+    def bytes_for(n: int, k: int, spec: WeightSpec, scale_dtype: torch.dtype = torch.float32) -> int:
+        """`nbytes` of a weight [n, k] by its spec."""
+        block = resolve_block_size(k, spec.group_size)
+        blocks = num_blocks(k, block)
+        zero_points = 0 if spec.symmetric else -(-blocks * spec.bits // 8)
+        return n * (blocks * block * spec.bits // 8 + blocks * scale_dtype.itemsize + zero_points)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [n, k], computed in float32."""

@@ -1,5 +1,5 @@
-"""Learning the scales."""
+"""Learning scales and choosing codes."""
 
-from teq_graph.training.trainer import Trainer
+from teq_graph.training.trainer import FirstBlock, Trainer, TrainingResult
 
-__all__ = ["Trainer"]
+__all__ = ["FirstBlock", "Trainer", "TrainingResult"]

@@ -18,20 +18,11 @@ from teq_graph.graph.tensors import get_tensor
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertedScales
 from teq_graph.system import memory
 from teq_graph.system.progress import Task
-from teq_graph.training.initialization import initial_scale
-from teq_graph.training.losses import LOSS_BATCHES, relative_error
+from teq_graph.training.losses import LOSS_BATCHES, mean_loss, relative_error
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.reference import FloatReference, TargetOf
-from teq_graph.training.stages import (
-    BlockProblem,
-    Choice,
-    clip,
-    compensate,
-    correct_biases,
-    fast_products,
-    round_to_nearest,
-    tune,
-)
+from teq_graph.training.stages.codes import CHOOSING, BlockProblem, Choice, fast_products, round_to_nearest, tune
+from teq_graph.training.stages.scales import initial_scale
 from teq_graph.training.tensors import StretchTensors
 
 LEARNING_RATE = 2e-2
@@ -89,33 +80,34 @@ class BlockTrainer:
 
     def choose_codes(
         self, names: Sequence[str], floats: Sequence[str], stages: Sequence[str], before: float
-    ) -> tuple[Choice, float]:
-        """Codes for the weights `names` by the stages: of the results on the way the one with the least error, and
-        that. Rounded to nearest it is `before`.
+    ) -> tuple[Choice, dict[str, float], float]:
+        """Codes for the weights `names` by the stages: of the results on the way the one with the least error, the
+        error after each stage, and the least. Rounded to nearest it is `before`.
 
         The gains and biases `floats` may change, too.
         """
         problem = self._problem(names, floats)
-        candidates = [round_to_nearest(problem)]
-        choice = candidates[0]
-        for name, stage in (("clip", clip), ("gptq", compensate), ("bias", correct_biases)):
-            if name in stages:
-                choice = stage(problem, choice)
-                memory.trim()
-        if choice is not candidates[0]:
-            candidates.append(choice)
+        best = choice = round_to_nearest(problem)
+        least, errors = before, dict[str, float]()
+
+        def measure(stage: str) -> None:
+            nonlocal best, least
+            memory.trim()
+            self._use(choice, problem)
+            errors[stage] = self.error()
+            if errors[stage] < least:
+                best, least = choice, errors[stage]
+
+        for name in (name for name in CHOOSING if name in stages):
+            choice = CHOOSING[name](problem, choice)
+            measure(name)
         # Tuning does not read the moments: their memory is free for its activations.
         problem = dataclasses.replace(problem, moments={}, means={})
         if "tune" in stages and self.config.steps:
-            candidates.append(tune(problem, choice, self.config, self.generator, self.bar))
-            memory.trim()
-        errors = [before]
-        for candidate in candidates[1:]:
-            self._use(candidate, problem)
-            errors.append(self.error())
-        best = candidates[errors.index(min(errors))]
+            choice = tune(problem, choice, self.config, self.generator, self.bar)
+            measure("tune")
         self._use(best, problem)
-        return best, min(errors)
+        return best, errors, least
 
     # ---------------------------------------------------------------------------------------------------- pieces
 
@@ -123,9 +115,8 @@ class BlockTrainer:
         self.tensors.chosen.update(self.tensors.by_node(choice.tensors(problem)))
 
     def _error(self, constants: Values) -> float:
-        numbers = range(min(LOSS_BATCHES, len(self.values)))
-        with torch.no_grad():
-            return sum(float(self._loss(self.block.nodes, constants, number)) for number in numbers) / len(numbers)
+        loss_of = functools.partial(self._loss, self.block.nodes, constants)
+        return mean_loss(loss_of, min(LOSS_BATCHES, len(self.values)))
 
     def _loss(self, nodes: Sequence[Node], constants: Mapping[Node, object], number: int) -> Tensor:
         env = {**self.values[number], **constants}

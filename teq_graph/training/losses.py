@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,12 @@ from torch import Tensor
 NO_TOKEN = -100
 LOSS_BATCHES = 4
 """Batches on which a loss is measured before and after training."""
+
+
+def mean_loss(loss_of: Callable[[int], Tensor], batches: int) -> float:
+    """Mean over the batches 0 to `batches`, without gradients."""
+    with torch.no_grad():
+        return sum(float(loss_of(number)) for number in range(batches)) / batches
 
 
 def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

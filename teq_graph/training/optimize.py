@@ -13,6 +13,11 @@ from teq_graph.config import TrainingConfig
 from teq_graph.errors import NumericsError
 from teq_graph.system.progress import Task
 
+GROUP_SCALE_RATE = 5e-4
+"""Of the logarithm of group scales."""
+FLOAT_RATE = 5e-4
+"""Of gains and biases, relative to their root mean square."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Learned:

@@ -16,7 +16,7 @@ from teq_graph.capture import CapturedGraph
 from teq_graph.errors import InputError, NumericsError
 from teq_graph.graph.execution import Values, advance, keep_only, needed_after, run, shared
 from teq_graph.graph.nodes import aten, is_call, is_tensor_constant, operand_of, weight_name_of
-from teq_graph.graph.tensors import clone_graph, get_tensor
+from teq_graph.graph.tensors import get_tensor
 from teq_graph.system.files import one_line
 
 TargetOf = Callable[[int], Sequence[Tensor]]
@@ -28,9 +28,9 @@ ROWS = 256
 
 @dataclasses.dataclass
 class FloatReference:
-    """A clone of the captured graph, made before anything is changed in it, and the calibration batches.
+    """The captured graph, as it is, and the calibration batches.
 
-    No more than one block's activations are alive, and each is computed once.
+    Nodes of a clone are known by their names. No more than one block's activations are alive, each computed once.
     """
 
     captured: CapturedGraph
@@ -38,11 +38,14 @@ class FloatReference:
     generator: torch.Generator
 
     def __post_init__(self) -> None:
-        self.graph_module = clone_graph(self.captured.graph_module)
+        self.graph_module = self.captured.graph_module
         self.twin = {node.name: node for node in self.graph_module.graph.nodes}
 
     def inputs(self, number: int, graph_module: GraphModule | None = None) -> Values:
-        """The placeholders' values for a batch; raises InputError where it is none of the model's."""
+        """The placeholders' values for a batch, those of `graph_module`, a clone, if given.
+
+        Raises InputError where it is none of the model's.
+        """
         with batch_named(number):
             return self.captured.placeholder_values(self.batches[number], graph_module)
 

@@ -1,15 +1,19 @@
 """Learn scales and choose codes. Knows equivalences and blocks, not architectures.
 
-The captured graph holds scales and fake-quantization as nodes (`insert_scales`); a clone without them is
-the float reference. Both advance block by block over the calibration batches. Of each block first the scales are
-learned, then its stages choose codes, and the next block sees what they give.
+    captured ──clone──▶ working ──insert scales──▶ block after block: teq, clip, gptq, bias, tune ──▶ distill
+       │                                                                                               │
+       └── the float reference ◀── learned scales folded in, tuned gains and biases ◀──────────────────┘
+
+Both graphs advance block by block over the calibration batches. Of each block first the scales are learned, then its
+stages choose codes, and the next block sees what they give.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,97 +21,139 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils.checkpoint import checkpoint
 
-from teq_graph.analysis.blocks import Block
+from teq_graph import pipeline
+from teq_graph.analysis.blocks import Block, find_blocks
+from teq_graph.analysis.equivalences import Equivalence
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import BLOCK_STAGES, TrainingConfig, WeightSpec
 from teq_graph.errors import InputError
 from teq_graph.graph.execution import Values, advance, constant_ancestors, needed_after, run, shared
-from teq_graph.graph.tensors import get_tensor, set_tensor
+from teq_graph.graph.tensors import clone_graph, get_tensor, replace_tensors, set_tensor
+from teq_graph.passes.fold_scales import FoldScales
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
 from teq_graph.quantization import QuantizedWeight
 from teq_graph.report import BlockReport
 from teq_graph.system import memory
 from teq_graph.system.progress import task
 from teq_graph.training.block import BlockTrainer, starting_scale
-from teq_graph.training.distillation import ValueOf, distill
-from teq_graph.training.losses import next_token_loss, next_tokens, prediction_divergence, relative_error
+from teq_graph.training.losses import mean_loss, next_token_loss, next_tokens, prediction_divergence, relative_error
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.reference import FloatReference, batch_named
-from teq_graph.training.stages import Choice, fast_products, rounded_to_nearest
+from teq_graph.training.stages.codes import Choice, fast_products, rounded_to_nearest
+from teq_graph.training.stages.distillation import ValueOf, distill
 from teq_graph.training.tensors import StretchTensors
 
 MODEL_LEARNING_RATE = 1e-3  # arXiv 2310.10944, section 4.1, as are the betas
 BETAS = (0.9, 0.9)
 
 
-@dataclasses.dataclass
-class Trainer:
-    """One training run over one graph.
+@dataclasses.dataclass(frozen=True)
+class FirstBlock:
+    """What the first block took, from which the rest can be told."""
 
-    `tables` are the embedding tables that are quantized already, by name: while the blocks train, they read these.
-    `reports` is filled as it goes, one entry for each trained block, or one with the loss of the whole model;
-    `weights` and `floats` are what the stages chose, by name of the weight, and of the gain or bias.
+    seconds: float
+    share: float
+    """Of the elements of all weights that are trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """What was learned.
+
+    `equivalences` are those that were given, each with its learned scale, None where none was trained. `weights` are
+    the codes that the stages chose, by name; what is not there is yet to be rounded. `blocks` tells the error of each
+    block that was trained, or the loss where scales learned from the whole model; `distillation` that model's loss.
     """
 
-    captured: CapturedGraph
-    inserted_pass: InsertScales
-    blocks: Sequence[Block]
-    batches: Sequence[Any]
-    config: TrainingConfig
-    tables: Mapping[str, QuantizedWeight] = dataclasses.field(default_factory=dict)
-    reports: list[BlockReport] = dataclasses.field(default_factory=list)
-    weights: dict[str, QuantizedWeight] = dataclasses.field(default_factory=dict)
-    floats: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    equivalences: tuple[Equivalence, ...]
+    weights: Mapping[str, QuantizedWeight]
+    blocks: tuple[BlockReport, ...]
+    distillation: BlockReport | None
 
-    def __post_init__(self) -> None:
-        # All are taken before the scales go in.
-        self.blocks = [_with_outputs(block) for block in self.blocks]
+
+class Trainer:
+    """One training run over one normalised graph.
+
+    specs: the weights whose codes are chosen. tables: embedding tables that are quantized already, by name, which the
+    blocks read while they train. `after_first_block` is told what that took.
+
+    Everything happens on a clone of the graph, so that an exception leaves `captured` as it was. At the end `captured`
+    has the learned scales folded in, and the gains and biases that were tuned; weights are in float.
+    """
+
+    def __init__(
+        self,
+        captured: CapturedGraph,
+        equivalences: Sequence[Equivalence],
+        specs: Mapping[str, WeightSpec],
+        batches: Sequence[Any],
+        config: TrainingConfig,
+        tables: Mapping[str, QuantizedWeight] | None = None,
+        after_first_block: Callable[[FirstBlock], None] | None = None,
+    ) -> None:
+        self.captured = captured
+        self.equivalences = tuple(equivalences)
+        self.specs = specs
+        self.batches = batches
+        self.config = config
+        self.tables = tables or {}
+        self.after_first_block = after_first_block
+        self.stages = config.stages_for(specs.values())
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.reference = FloatReference(captured, batches, self.generator)
+        self.working = clone_graph(captured.graph_module)
+        # Blocks are found, and their tensors told apart, before the scales go in.
+        found = find_blocks(dataclasses.replace(captured, graph_module=self.working), self.equivalences)
+        self.blocks = [_with_outputs(block) for block in found]
         read = [_read_tensors(block) for block in self.blocks]
         self.block_of = {name: index for index, names in enumerate(read) for name in names}
         times = collections.Counter(name for names in read for name in names)
         self.own = [{name for name in names if times[name] == 1} for names in read]
-        self.generator = torch.Generator().manual_seed(self.config.seed)
-        self.reference = FloatReference(self.captured, self.batches, self.generator)
-        # The reference keeps the float tables.
         for name, table in self.tables.items():
-            dtype = get_tensor(self.captured.graph_module, name).dtype
-            set_tensor(self.captured.graph_module, name, table.dequantize(dtype))
-        self.inserted = self.inserted_pass(self.captured.graph_module).value
-        self.specs: Mapping[str, WeightSpec] = self.inserted_pass.specs
-        self.stages = self.config.stages_for(self.specs.values())
+            dtype = get_tensor(self.working, name).dtype
+            set_tensor(self.working, name, table.dequantize(dtype))
+        used = self.equivalences if "teq" in self.stages else ()
+        self.inserted = pipeline.run(pipeline.insert_scales(used, specs), self.working).of(InsertScales)
+        self.trained: set[int] = set()
+        self.reports: list[BlockReport] = []
+        self.distillation: BlockReport | None = None
+        self.weights: dict[str, QuantizedWeight] = {}
+        self.floats: dict[str, Tensor] = {}
 
-    def run(self) -> None:
-        """Every stage, the scales by the configured objective."""
+    def run(self) -> TrainingResult:
+        """Every stage, the scales by the configured objective; then the learned scales are folded in."""
         memory.trim()  # of what capture and analysis used
         by_model = self.config.objective == "model"
-        if "scales" in self.stages and by_model:
+        if "teq" in self.stages and by_model:
             self._train_model()
-        by_block = [stage for stage in self.stages if stage in BLOCK_STAGES and not (stage == "scales" and by_model)]
+        by_block = [stage for stage in self.stages if stage in BLOCK_STAGES and not (stage == "teq" and by_model)]
         if by_block:
             self._train_blocks(by_block)
         if "distill" in self.stages and self.config.steps:
             self._distill()
+        return TrainingResult(self._fold(), self.weights, tuple(self.reports), self.distillation)
 
     # ------------------------------------------------------------------------------------------------ objectives
 
     def _train_blocks(self, by_block: Sequence[str]) -> None:
         """Each block in turn, with the quantized blocks before it as its input."""
-        values = [self.reference.inputs(number) for number in range(len(self.batches))]
+        values = [self._inputs(number) for number in range(len(self.batches))]
         kept = needed_after([block.nodes for block in self.blocks])
         indices = range(len(self.blocks))
-        scales = [self._scales_of(index) if "scales" in by_block else [] for index in indices]
-        chooses = any(stage != "scales" for stage in by_block)
+        scales = [self._scales_of(index) if "teq" in by_block else [] for index in indices]
+        chooses = any(stage != "teq" for stage in by_block)
         weights = [self._weights_of(index) if chooses else [] for index in indices]
         steps = sum(map(bool, scales)) * self.config.steps_of_scales
         if "tune" in by_block:
             steps += sum(map(bool, weights)) * self.config.steps
         last = max((index for index in indices if scales[index] or weights[index]), default=-1)
+        started = time.monotonic()
         with task("training blocks", steps or None) as bar:
             # What follows the last scales and codes (the vocabulary projection, mostly) is not run at all.
             for index, (samples, target_of) in zip(range(last + 1), self.reference.walk(self.blocks), strict=False):
                 block = self.blocks[index]
                 trainer = BlockTrainer(
-                    self.captured.graph_module,
+                    self.working,
                     self.inserted,
                     self.specs,
                     block,
@@ -118,14 +164,8 @@ class Trainer:
                     bar,
                 )
                 if scales[index] or weights[index]:
-                    before = error = trainer.error()
-                    if scales[index]:
-                        error = trainer.learn_scales(scales[index], samples, self.reference, error)
-                    if weights[index]:
-                        floats = [name for name in trainer.tensors.gains_and_biases() if name in self.own[index]]
-                        choice, error = trainer.choose_codes(weights[index], floats, by_block, error)
-                        self._keep(choice)
-                    self.reports.append(BlockReport(block.linears, before, error))
+                    report = self._train_block(trainer, scales[index], weights[index], index, by_block, samples)
+                    self.reports.append(report)
                 constants = trainer.tensors.constants()
                 with torch.no_grad():
                     for number in range(len(values)):
@@ -133,6 +173,30 @@ class Trainer:
                         values[number] = shared(after, values[0])
                 del trainer, constants
                 memory.trim()
+                if len(self.reports) == 1 and self.after_first_block is not None:
+                    self.after_first_block(FirstBlock(time.monotonic() - started, self._share(block)))
+                    self.after_first_block = None
+
+    def _train_block(
+        self,
+        trainer: BlockTrainer,
+        scales: Sequence[int],
+        weights: Sequence[str],
+        index: int,
+        by_block: Sequence[str],
+        samples: Mapping[str, Tensor],
+    ) -> BlockReport:
+        before = error = trainer.error()
+        stages: dict[str, float] = {}
+        if scales:
+            stages["teq"] = error = trainer.learn_scales(scales, samples, self.reference, error)
+            self.trained.update(scales)
+        if weights:
+            floats = [name for name in trainer.tensors.gains_and_biases() if name in self.own[index]]
+            choice, errors, error = trainer.choose_codes(weights, floats, by_block, error)
+            self._keep(choice)
+            stages |= errors
+        return BlockReport(trainer.block.linears, before, error, stages)
 
     def _train_model(self) -> None:
         """The paper's recipe: one loss over the whole model, here for all scales at once."""
@@ -148,38 +212,37 @@ class Trainer:
                     )
 
         def loss_of(number: int) -> Tensor:
-            env = self.reference.inputs(number)
+            env = self._inputs(number)
             with batch_named(number):
                 run([*weight_nodes, *nodes], env)
             if self.captured.decoder is not None:
                 return next_token_loss(env[outputs[0]], self.batches[number])
             return relative_error([env[n] for n in outputs], self.reference.outputs(nodes, outputs, number))
 
-        def mean_loss() -> float:
-            with torch.no_grad():
-                return sum(float(loss_of(number)) for number in range(len(self.batches))) / len(self.batches)
-
-        learned = [get_tensor(self.captured.graph_module, name) for name in self.inserted.scales]
-        if learned:
-            before = mean_loss()
-            if self.config.init != "ones":
-                for index, (samples, _) in enumerate(self.reference.walk(self.blocks)):
-                    for number in self._scales_of(index):
-                        start = starting_scale(self.inserted, number, self.config, samples, self.reference, self.specs)
-                        learned[number].data.copy_(start)
-            rate = self.config.learning_rate or MODEL_LEARNING_RATE
-            with task("training scales", self.config.steps) as bar:
-                optimize(
-                    [Learned(learned, rate)],
-                    loss_of,
-                    len(self.batches),
-                    self.config,
-                    self.generator,
-                    bar,
-                    betas=BETAS,
-                    smallest=SMALLEST_SCALE,
-                )
-            self.reports.append(BlockReport(tuple(self.specs), before, mean_loss()))
+        learned = [get_tensor(self.working, name) for name in self.inserted.scales]
+        if not learned:
+            return
+        before = mean_loss(loss_of, len(self.batches))
+        if self.config.init != "ones":
+            for index, (samples, _) in enumerate(self.reference.walk(self.blocks)):
+                for number in self._scales_of(index):
+                    start = starting_scale(self.inserted, number, self.config, samples, self.reference, self.specs)
+                    learned[number].data.copy_(start)
+        rate = self.config.learning_rate or MODEL_LEARNING_RATE
+        with task("training scales", self.config.steps) as bar:
+            optimize(
+                [Learned(learned, rate)],
+                loss_of,
+                len(self.batches),
+                self.config,
+                self.generator,
+                bar,
+                betas=BETAS,
+                smallest=SMALLEST_SCALE,
+            )
+        after = mean_loss(loss_of, len(self.batches))
+        self.trained.update(range(len(learned)))
+        self.reports.append(BlockReport(tuple(self.specs), before, after, {"teq": after}))
 
     def _distill(self) -> None:
         """The whole model once more, for the floats that are left."""
@@ -204,7 +267,7 @@ class Trainer:
             return advance(stretch.nodes, {**values, **constants, **stretch.by_node(changed)}, needed)
 
         def loss_of(number: int, value_of: ValueOf) -> Tensor:
-            values = self.reference.inputs(number)
+            values = self._inputs(number)
             with fast_products(weights.values(), self.specs.values()):
                 target = self.reference.outputs(nodes, outputs, number)
                 # The backward pass computes each block once more, so that no more than one block's values are alive.
@@ -215,9 +278,14 @@ class Trainer:
             return relative_error([values[node] for node in outputs], target)
 
         dtypes = {name: weight.dtype for name, weight in weights.items()}
-        self._keep(distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator))
+        choice, before, after = distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator)
+        self._keep(choice)
+        self.distillation = BlockReport(tuple(self.specs), before, after, {"distill": after})
 
     # ---------------------------------------------------------------------------------------------------- pieces
+
+    def _inputs(self, number: int) -> Values:
+        return self.reference.inputs(number, self.working)
 
     def _keep(self, choice: Choice) -> None:
         """In storage's layout: a code for each byte would be the largest of what training keeps."""
@@ -225,6 +293,20 @@ class Trainer:
             dtype = get_tensor(self.captured.graph_module, name).dtype
             self.weights[name] = QuantizedWeight.from_codes(*chosen, dtype)
         self.floats.update(choice.floats)
+
+    def _fold(self) -> tuple[Equivalence, ...]:
+        """Gives `captured` what was learned; the equivalences with their scales."""
+        scales = pipeline.run(pipeline.fold_scales(self.inserted), self.working).of(FoldScales)
+        folded = {name: get_tensor(self.working, name) for name in self.inserted.scaled if name not in self.tables}
+        replace_tensors(self.captured.graph_module, {**folded, **self.floats})
+        return tuple(
+            dataclasses.replace(equivalence, scale=scales[number] if number in self.trained else None)
+            for number, equivalence in enumerate(self.equivalences)
+        )
+
+    def _share(self, block: Block) -> float:
+        sizes = {name: get_tensor(self.captured.graph_module, name).numel() for name in self.specs}
+        return sum(sizes.get(name, 0) for name in dict.fromkeys(block.linears)) / max(1, sum(sizes.values()))
 
     def _scales_of(self, block: int) -> list[int]:
         """The equivalences that lie within one block and reach a linear that is quantized."""

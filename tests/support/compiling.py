@@ -16,7 +16,7 @@ from teq_graph.errors import TeqGraphError
 
 LLAMA = BY_NAME["Llama (GQA)"]
 DYNAMIC = torch.export.Dim.DYNAMIC
-TRAINING = TrainingConfig(stages=("scales", "clip", "gptq", "tune"), steps=2, samples=4, length=12, batch_size=2)
+TRAINING = TrainingConfig(stages=("teq", "clip", "gptq", "tune"), steps=2, samples=4, length=12, batch_size=2)
 SMALL = QuantizationConfig(bits=4, group_size=16)
 
 

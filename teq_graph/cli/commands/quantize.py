@@ -10,7 +10,7 @@ import typer
 import teq_graph
 from teq_graph.cli import console, opening, options
 from teq_graph.cli.parameters import Embedding, LmHead, Model, Skip, TextFile, Tokens
-from teq_graph.config import ACCURACY_LEVELS, BITS, DTYPES, GROUP_SIZES, QuantizationConfig, TrainingConfig
+from teq_graph.config import ACCURACY_LEVELS, BITS, DTYPES, GROUP_SIZES, STAGES, QuantizationConfig, TrainingConfig
 from teq_graph.errors import ConfigError, ExportError
 from teq_graph.system import progress
 
@@ -55,7 +55,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"rtn only rounds; else any of {', '.join(options.METHODS)} joined by +.  [default: the preset's]",
+            help=f"rtn only rounds; else any of {', '.join(STAGES)} joined by +.  [default: the preset's]",
         ),
     ] = None,
     objective: Annotated[
@@ -148,7 +148,7 @@ def quantize(
         compiled.export_onnx(output, dtype=cast(Any, dtype), accuracy_level=accuracy_level, overwrite=overwrite)
     size = sum(file.stat().st_size for file in output.iterdir())
     watch.lap("export")
-    lines = [("model", f"{loaded.name} → {output}"), *console.describe_report(compiled.report, training is not None)]
+    lines = [("model", f"{loaded.name} → {output}"), *console.describe_report(compiled.report)]
     lines.append(("calibration", console.describe_calibration(training, calibration)))
     lines.append(("size", console.describe_sizes(compiled.report.bytes_before, size, loaded.model.dtype)))
     decoder = compiled.captured.decoder

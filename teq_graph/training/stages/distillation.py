@@ -14,17 +14,12 @@ from torch import Tensor
 from teq_graph.config import TrainingConfig
 from teq_graph.quantization import Grid, dequantize, round_scales
 from teq_graph.system.progress import task
-from teq_graph.training.losses import LOSS_BATCHES
-from teq_graph.training.optimize import Learned, optimize
-from teq_graph.training.stages import Choice, LearnedVector
+from teq_graph.training.losses import LOSS_BATCHES, mean_loss
+from teq_graph.training.optimize import FLOAT_RATE, GROUP_SCALE_RATE, Learned, optimize
+from teq_graph.training.stages.codes import Choice, LearnedVector
 
 ValueOf = Callable[[str], Tensor]
 """Name of a tensor -> what it is now, with its gradient."""
-
-SCALE_RATE = 5e-4
-"""Of the logarithm of group scales."""
-FLOAT_RATE = 5e-4
-"""Of gains and biases, relative to their root mean square."""
 
 
 def distill(
@@ -34,8 +29,8 @@ def distill(
     batches: int,
     config: TrainingConfig,
     generator: torch.Generator,
-) -> Choice:
-    """Group scales and floats that bring the loss down.
+) -> tuple[Choice, float, float]:
+    """Group scales and floats that bring the loss down; the loss before, and as they are.
 
     `dtypes` are those in which each weight's scales are stored, and `loss_of` takes the number of a batch and what
     gives a tensor of `start` as it is now. What does not bring the loss down is not kept.
@@ -47,22 +42,22 @@ def distill(
     def value_of(name: str) -> Tensor:
         return learned_of[name].value()
 
-    def mean_loss() -> float:
-        numbers = range(min(LOSS_BATCHES, batches))
-        with torch.no_grad():
-            return sum(float(loss_of(number, value_of)) for number in numbers) / len(numbers)
+    def loss(number: int) -> Tensor:
+        return loss_of(number, value_of)
 
-    before = mean_loss()
+    measured = min(LOSS_BATCHES, batches)
+    before = mean_loss(loss, measured)
     learned = [
-        Learned([weight.log_scale for weight in weights.values()], SCALE_RATE),
+        Learned([weight.log_scale for weight in weights.values()], GROUP_SCALE_RATE),
         Learned([vector.change for vector in floats.values()], FLOAT_RATE),
     ]
     with task("distilling", config.steps) as bar:
-        optimize(learned, lambda number: loss_of(number, value_of), batches, config, generator, bar)
-    if mean_loss() >= before:
-        return start
+        optimize(learned, loss, batches, config, generator, bar)
+    after = mean_loss(loss, measured)
+    if after >= before:
+        return start, before, before
     codes = {name: weight.result() for name, weight in weights.items()}
-    return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()})
+    return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()}), before, after
 
 
 class _ScaledCodes:

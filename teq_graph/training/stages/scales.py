@@ -1,4 +1,4 @@
-"""Starting values of the scales."""
+"""Where the scales of equivalences start."""
 
 from __future__ import annotations
 

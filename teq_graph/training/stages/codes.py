@@ -15,19 +15,16 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from teq_graph import quantization
 from teq_graph.config import TrainingConfig, WeightSpec
-from teq_graph.quantization import Grid, LearnedWeight, dequantize, find_clipped_grid, find_grid, gptq, quantize
+from teq_graph.quantization import Grid, LearnedWeight, dequantize, find_clipped_grid, find_grid, quantize
 from teq_graph.system.progress import Task
-from teq_graph.training.optimize import Learned, optimize
+from teq_graph.training.optimize import FLOAT_RATE, GROUP_SCALE_RATE, Learned, optimize
 
 LATENT_RATE = 3e-3
 """Of rounding, in codes per step."""
-SCALE_RATE = 5e-4
-"""Of the logarithm of group scales."""
 ZERO_RATE = 5e-3
 """Of zero points, in codes per step."""
-FLOAT_RATE = 5e-4
-"""Of gains and biases, relative to their root mean square."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,23 +87,27 @@ def clip(problem: BlockProblem, choice: Choice) -> Choice:
     return dataclasses.replace(choice, codes=codes)
 
 
-def compensate(problem: BlockProblem, choice: Choice) -> Choice:
+def gptq(problem: BlockProblem, choice: Choice) -> Choice:
     """GPTQ on the chosen grids."""
     codes = {}
     for name, weight in problem.weights.items():
         grid = choice.codes[name][1]
-        codes[name] = (gptq(weight, problem.moments[name], grid), grid)
+        codes[name] = (quantization.gptq(weight, problem.moments[name], grid), grid)
     return dataclasses.replace(choice, codes=codes)
 
 
-def correct_biases(problem: BlockProblem, choice: Choice) -> Choice:
+def bias(problem: BlockProblem, choice: Choice) -> Choice:
     """Biases that take in the mean error of their linear's output (arXiv 1906.04721, section 4.2)."""
     floats = dict(choice.floats)
     for name, bias_name in problem.bias_of.items():
         lost = problem.weights[name].float() - dequantize(*choice.codes[name])
-        bias = floats.get(bias_name, problem.floats[bias_name])
-        floats[bias_name] = (bias.float() + lost @ problem.means[name]).to(bias.dtype)
+        present = floats.get(bias_name, problem.floats[bias_name])
+        floats[bias_name] = (present.float() + lost @ problem.means[name]).to(present.dtype)
     return dataclasses.replace(choice, floats=floats)
+
+
+CHOOSING: Mapping[str, Callable[[BlockProblem, Choice], Choice]] = {"clip": clip, "gptq": gptq, "bias": bias}
+"""The stages that choose without training, in order."""
 
 
 def tune(
@@ -130,7 +131,7 @@ def tune(
     pace = (config.tuning_rate or LATENT_RATE) / LATENT_RATE
     learned = {
         "rounding": Learned([w.latent for w in weights.values()], LATENT_RATE * pace),
-        "group_scales": Learned([w.log_scale for w in weights.values()], SCALE_RATE * pace),
+        "group_scales": Learned([w.log_scale for w in weights.values()], GROUP_SCALE_RATE * pace),
         "zero_points": Learned([w.zero for w in weights.values() if not w.symmetric], ZERO_RATE * pace),
         "floats": Learned([vector.change for vector in floats.values()], FLOAT_RATE * pace),
     }

@@ -1,0 +1,108 @@
+"""The weights of a graph: what reads each, and which of them no quantization here can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch.fx import GraphModule, Node
+
+from teq_graph.graph.nodes import aten, is_call, is_tensor_constant, linear_nodes, operand_of
+from teq_graph.graph.op_sets import CONVOLUTIONS, EXPERTS, OTHER_PRODUCTS, PRODUCTS, RECURRENT, op_name, passes_on
+from teq_graph.graph.tensors import node_tensor
+
+WeightKind = Literal["linear", "embedding", "convolution", "recurrent", "experts", "product"]
+"""What reads a weight; "product": any other product with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphWeight:
+    """A weight, by its name in the graph; `is_tied`: an embedding table that a linear reads, too.
+
+    `reason` says why it must stay in float, None where it need not.
+    """
+
+    name: str
+    kind: WeightKind
+    shape: tuple[int, ...]
+    is_tied: bool = False
+    reason: str | None = None
+
+
+def find_weights(graph_module: GraphModule) -> tuple[GraphWeight, ...]:
+    """The weights of linears, those of embeddings, and those of all other products, each in graph order.
+
+    A weight is a floating-point constant of at least two dimensions that are larger than 1; between it and a product
+    other than a linear, views, casts and choices of some of its rows are looked through.
+    """
+    linears = dict.fromkeys(operand_of(linear, 1) for linear in linear_nodes(graph_module))
+    tables = dict.fromkeys(
+        operand_of(node) for node in graph_module.graph.nodes if is_call(node, aten.embedding.default)
+    )
+    tables = {table: None for table in tables if is_tensor_constant(table)}
+    found = [_weight(node, "linear") for node in linears if node not in tables]
+    found += [_weight(node, "embedding", node in linears, _table_reason(node)) for node in tables]
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and node not in linears and node not in tables and _is_matrix(node):
+            product = next(filter(_kind_of_product, _readers(node)), None)
+            if product is not None:
+                reason = f"read by {op_name(product)}, which is no linear over a constant weight"
+                found.append(_weight(node, _kind_of_product(product) or "product", reason=reason))
+    return tuple(found)
+
+
+def _weight(node: Node, kind: WeightKind, is_tied: bool = False, reason: str | None = None) -> GraphWeight:
+    return GraphWeight(str(node.target), kind, tuple(node_tensor(node).shape), is_tied, reason)
+
+
+def _is_matrix(node: Node) -> bool:
+    tensor = node_tensor(node)
+    return tensor.is_floating_point() and sum(size > 1 for size in tensor.shape) >= 2
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """Who reads `node`, as it is or moved."""
+    for reader in node.users:
+        yield reader
+        if reader.args and reader.args[0] is node and passes_on(reader):
+            yield from _readers(reader)
+
+
+def _kind_of_product(node: Node) -> WeightKind | None:
+    """The kind of a weight that `node` reads; None where it is no product."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    name = node.target._opname
+    families: tuple[tuple[WeightKind, tuple[str, ...]], ...] = (
+        ("convolution", CONVOLUTIONS),
+        ("recurrent", RECURRENT),
+        ("experts", EXPERTS),
+        ("product", OTHER_PRODUCTS),
+    )
+    for kind, parts in families:
+        if any(part in name for part in parts):
+            return kind
+    return "product" if name in PRODUCTS else None
+
+
+def _table_reason(table: Node) -> str | None:
+    """Why an embedding table must stay in float.
+
+    An input of the model chooses the rows of a vocabulary, through nothing but views and casts. Rows whose numbers are
+    computed are positions or the like: tables too small to be worth their error.
+    """
+    lookups = [reader for reader in table.users if is_call(reader, aten.embedding.default)]
+    for reader in table.users:
+        if reader not in lookups and not (is_call(reader, aten.linear.default) and reader.args[1] is table):
+            return f"read by {op_name(reader)}, too"
+    if not any(_is_input(operand_of(lookup, 1)) for lookup in lookups):
+        return "its rows are not those of an input's tokens, but of positions or the like"
+    return None
+
+
+def _is_input(indices: Node) -> bool:
+    while indices.op == "call_function" and passes_on(indices):
+        indices = operand_of(indices)
+    return indices.op == "placeholder"

@@ -1,0 +1,66 @@
+"""What a compilation will take, told before it has taken it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from teq_graph.capture import CapturedGraph
+from teq_graph.config import WeightSpec
+from teq_graph.graph.tensors import get_tensor, tensor_bytes
+from teq_graph.quantization import QuantizedWeight
+from teq_graph.system import memory
+from teq_graph.training import FirstBlock
+from teq_graph.weight_plan import WeightPlan, specs_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """`bytes_before` and `bytes_after` of the graph's tensors; seconds of the whole compilation without distillation,
+    and the peak memory of this process in bytes, as the first block tells them: None until it is done."""
+
+    bytes_before: int
+    bytes_after: int
+    seconds: float | None = None
+    peak_bytes: int | None = None
+
+
+class Estimator:
+    """Tells `listener` what is known so far of a compilation that began at `started` (`time.monotonic`)."""
+
+    def __init__(
+        self,
+        captured: CapturedGraph,
+        plan: WeightPlan,
+        bytes_before: int,
+        started: float,
+        listener: Callable[[Estimate], None] | None,
+    ) -> None:
+        self._started = started
+        self._listener = listener
+        specs = specs_of(plan)
+        self._codes = sum(_stored_bytes(get_tensor(captured.graph_module, name), spec) for name, spec in specs.items())
+        self._size = Estimate(bytes_before, tensor_bytes(captured.graph_module, without=specs) + self._codes)
+
+    def tell_size(self) -> None:
+        """Of the size, which is known from the start."""
+        if self._listener is not None:
+            self._listener(self._size)
+
+    def after_first_block(self, block: FirstBlock) -> None:
+        """Of time and memory as well: each block takes time by its share of the weights."""
+        if self._listener is None or block.share <= 0:
+            return
+        elapsed = time.monotonic() - self._started
+        seconds = elapsed + block.seconds * (1 / block.share - 1)
+        # What grows from block to block are the codes that were chosen.
+        peak = memory.peak_bytes() + round(self._codes * (1 - block.share))
+        self._listener(dataclasses.replace(self._size, seconds=seconds, peak_bytes=peak))
+
+
+def _stored_bytes(weight: Tensor, spec: WeightSpec) -> int:
+    n, k = weight.shape
+    return QuantizedWeight.bytes_for(n, k, spec, weight.dtype)
