@@ -219,6 +219,12 @@ class TrainingConfig:
         """Steps that train the scales of a block."""
         return self.steps if self.scale_steps is None else self.scale_steps
 
+    @property
+    def learns_by_block(self) -> bool:
+        """Whether anything is learned or chosen block after block."""
+        stages = BLOCK_STAGES if self.stages is None else self.stages
+        return any(stage in BLOCK_STAGES and (stage != "teq" or self.objective == "block") for stage in stages)
+
     def stages_for(self, specs: Iterable[WeightSpec]) -> tuple[str, ...]:
         """The stages, those of the widest codes in `specs` being the default."""
         if self.stages is not None:

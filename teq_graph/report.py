@@ -119,7 +119,7 @@ class Report:
             return "none found"
         trained = [site for site in self.sites if site.trained]
         if not trained:
-            return f"{len(self.sites)} found, no scales trained"
+            return f"{len(self.sites)} found, no scales trained (the stage teq trains them)"
         folded = [site for site in trained if site.folded]
         text = f"{len(self.sites)} found, {len(trained)} trained, {len(folded)} folded in"
         if not folded:

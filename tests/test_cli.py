@@ -25,6 +25,7 @@ from teq_graph import evaluation
 from teq_graph.cli import console, run
 from teq_graph.compiled import CompiledModel
 from teq_graph.errors import ExportError, NumericsError
+from teq_graph.estimate import Estimate
 from teq_graph.evaluation import builtin_text, perplexity
 from teq_graph.loading import LoadedModel, load_model
 
@@ -228,7 +229,8 @@ def test_quantize_prints_what_it_did(tiny: Path, quantized: tuple[Path, str]) ->
     values = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in printed.splitlines() if line[0] != " ")
     assert values["model"] == f"tiny → {directory}"
     assert values["quantized"] == f"{7 * LAYERS} of {7 * LAYERS + 1} linears: {7 * LAYERS} W3g16"
-    assert values["coverage"].startswith(f"{7 * LAYERS} of {7 * LAYERS} ")
+    assert values["equivalences"] == f"{4 * LAYERS + 1} found, no scales trained (the stage teq trains them)"
+    assert re.search(r"rounded to nearest → .* clip → .* gptq → .* tune → .* as kept", values["block error"])
     assert values["in float"].startswith("lm_head: vocabulary projection")
     assert values["calibration"] == "up to 4 × 16 tokens, text that the model wrote"
     assert values["time"].endswith(")")
@@ -615,3 +617,40 @@ def test_a_bug_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teq_graph.loading.load_model", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run(["inspect", "anything"])
+
+
+# -------------------------------------------------------------------------------------------------------- estimates
+
+
+def test_a_dry_run_says_what_it_will_take_and_writes_nothing(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(tiny), "-o", str(tmp_path / "out"), "--dry-run", *QUICK]
+    assert run(command) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"size +\S+ MB → about \S+ MB, [\d.]+ times smaller", printed)
+    assert re.search(r"time +about \d+ s\n", printed) and re.search(r"memory +about [\d,.]+ MB", printed)
+    assert run([*command[: -len(QUICK)], "--method", "rtn"]) == 0
+    printed = capsys.readouterr().out
+    assert "size" in printed and "time" not in printed  # nothing is trained: the size is all there is to tell
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_estimated_size_is_the_size(bits: int, tied: bool) -> None:
+    model = BY_NAME["Llama (GQA)"].build()
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    estimates: list[Estimate] = []
+    compiled = teq_graph.compile(
+        model,
+        quantization=teq_graph.QuantizationConfig(bits=bits, group_size=16, quantize_lm_head=True),
+        training=teq_graph.TrainingConfig(stages=("clip",), samples=4, length=12),
+        on_estimate=estimates.append,
+    )
+    first, second = estimates
+    assert first.seconds is None and second.seconds is not None and second.peak_bytes
+    assert {e.bytes_before for e in estimates} == {compiled.report.bytes_before}
+    assert {e.bytes_after for e in estimates} == {compiled.report.bytes_after}

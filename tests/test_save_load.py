@@ -27,6 +27,7 @@ from torch import nn
 
 import teq_graph
 from teq_graph import QuantizationConfig
+from teq_graph.compiled import FORMAT_VERSION
 from teq_graph.errors import (
     ExportError,
     ModelFileError,
@@ -255,9 +256,15 @@ def damaged(directory: Path, kind: str) -> None:
     elif kind == "broken description":
         description.write_text(description.read_text()[:-20])
     elif kind == "incomplete description":
-        description.write_text(json.dumps({"format_version": 1}))
+        description.write_text(json.dumps({"format_version": FORMAT_VERSION}))
     elif kind == "newer format":
-        description.write_text(description.read_text().replace('"format_version": 1', '"format_version": 99'))
+        description.write_text(
+            description.read_text().replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99')
+        )
+    elif kind == "no report":
+        (directory / "report.json").unlink()
+    elif kind == "other report":
+        (directory / "report.json").write_text('{"weights": 3}')
     elif kind == "flipped bytes":
         content = bytearray(graph.read_bytes())
         middle = content.find(b"codes") if b"codes" in content else len(content) // 2
@@ -268,7 +275,7 @@ def damaged(directory: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "kind",
     ["truncated graph", "other graph", "no graph", "no equivalences", "truncated equivalences", "no description",
-     "broken description", "incomplete description", "newer format", "flipped bytes"],
+     "broken description", "incomplete description", "newer format", "flipped bytes", "no report", "other report"],
 )  # fmt: skip
 def test_damaged_directories_are_refused(kind: str, tmp_path: Path) -> None:
     compile_mlp().save(tmp_path / "saved")

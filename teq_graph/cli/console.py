@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from teq_graph.analysis.blocks import Block
     from teq_graph.compile import Analysis
     from teq_graph.config import TrainingConfig
+    from teq_graph.estimate import Estimate
     from teq_graph.report import Report, WeightReport
     from teq_graph.weight_plan import PlannedWeight
 
@@ -174,6 +175,23 @@ def describe_report(report: Report) -> list[tuple[str, str]]:
         loss = report.distillation
         lines.append(("model loss", f"{loss.before:.4g} → {loss.after:.4g} distilled"))
     return [*lines, *(("note", note) for note in report.notes)]
+
+
+def describe_estimate(estimate: Estimate, training: TrainingConfig | None) -> list[tuple[str, str]]:
+    """What a run will take, as labelled lines: of the size from the start, of time and memory after the first block."""
+    before, after = _megabytes(estimate.bytes_before), _megabytes(estimate.bytes_after)
+    lines = [("size", f"{before} → about {after}, {estimate.bytes_before / estimate.bytes_after:.2f} times smaller")]
+    if estimate.seconds is not None and estimate.peak_bytes is not None:
+        distills = training is not None and "distill" in (training.stages or ())
+        lines.append(("time", f"about {_duration(estimate.seconds)}{', distillation not counted' if distills else ''}"))
+        lines.append(("memory", f"about {_megabytes(estimate.peak_bytes)} at most"))
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def describe_calibration(training: TrainingConfig | None, calibration: str | None) -> str:

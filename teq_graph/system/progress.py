@@ -102,6 +102,13 @@ class Task:
             self._print_line(f" {ending}")
 
 
+def say(line: str) -> None:
+    """One line between what the bars show, where progress is shown at all."""
+    if _enabled:
+        with contextlib.suppress(OSError):
+            _console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def task(description: str, total: float | None = None) -> Iterator[Task]:
     """`with task("Training", total=200) as work: ... work.advance()`; without `total` only the time is shown.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -15,6 +15,8 @@ from teq_graph.errors import ConfigError, ExportError
 from teq_graph.system import progress
 
 # torch, transformers and onnxruntime take seconds to import: only inside the command.
+if TYPE_CHECKING:
+    from teq_graph.estimate import Estimate
 
 COMPILED_DIRECTORY = "compiled"
 
@@ -92,6 +94,9 @@ def quantize(
         int, typer.Option(metavar="0-4", help="MatMulNBits computes in int8 at 4, in float32 at 1.")
     ] = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if quantize wrote it before.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it will take, as the first block tells, and stop there.")
+    ] = False,
     save_compiled: Annotated[
         bool, typer.Option("--save-compiled", help=f"Also write OUT/{COMPILED_DIRECTORY}, for teq_graph.load.")
     ] = False,
@@ -102,8 +107,9 @@ def quantize(
     """Quantize a model and write it as ONNX.
 
     Chooses codes block by block, so that each block gives what the float one does; writes what onnxruntime and
-    onnxruntime-genai load. Prints sizes, and perplexity before and after on a text that was not used for
-    calibration.
+    onnxruntime-genai load. Says first how large the result will be, and after the first block how long it will take, in
+    how much memory: --dry-run stops there. Prints sizes, and perplexity before and after on a text that was not used
+    for calibration.
     """
     quantization = QuantizationConfig(
         bits, group_size, symmetric, lm_head, tuple(skip or ()), options.overrides(override), target_bits, embedding
@@ -135,14 +141,20 @@ def quantize(
         options.check_trainable(loaded, calibration)
     token_ids = None if measured is None or loaded.tokenizer is None else options.tokenize(loaded.tokenizer, measured)
     watch.lap("load")
-    with progress.task("Quantizing"):
-        compiled = teq_graph.compile(
-            loaded.model,
-            calibration=calibration,
-            quantization=quantization,
-            training=training,
-            tokenizer=loaded.tokenizer,
-        )
+    estimate = _EstimateOf(loaded.name, training, dry_run)
+    try:
+        with progress.task("Quantizing"):
+            compiled = teq_graph.compile(
+                loaded.model,
+                calibration=calibration,
+                quantization=quantization,
+                training=training,
+                tokenizer=loaded.tokenizer,
+                on_estimate=estimate,
+            )
+    except _Stop:
+        console.show_pairs(estimate.lines)
+        return
     watch.lap("quantize")
     with progress.task("Exporting to ONNX"):
         compiled.export_onnx(output, dtype=cast(Any, dtype), accuracy_level=accuracy_level, overwrite=overwrite)
@@ -189,3 +201,26 @@ def quantize(
     finally:
         # OUT is complete from the export on, whatever becomes of the rest.
         console.show_pairs([*lines, ("time", str(watch))])
+
+
+class _Stop(Exception):  # noqa: N818  nothing went wrong
+    """A dry run knows what it wants to know."""
+
+
+class _EstimateOf:
+    """Shows on standard error what the run will take as soon as that is known; ends a dry run then."""
+
+    def __init__(self, model: str, training: TrainingConfig | None, dry_run: bool) -> None:
+        self.lines: list[tuple[str, str]] = [("model", model)]
+        self._training = training
+        self._dry_run = dry_run
+
+    def __call__(self, estimate: Estimate) -> None:
+        described = console.describe_estimate(estimate, self._training)
+        new = described[len(self.lines) - 1 :]
+        self.lines += new
+        if not self._dry_run:
+            for label, value in new:
+                progress.say(f"{label}: {value}")
+        elif estimate.seconds is not None or self._training is None or not self._training.learns_by_block:
+            raise _Stop
