@@ -632,7 +632,7 @@ def test_a_dry_run_says_what_it_will_take_and_writes_nothing(
     assert re.search(r"time +about \d+ s\n", printed) and re.search(r"memory +about [\d,.]+ MB", printed)
     assert run([*command[: -len(QUICK)], "--method", "rtn"]) == 0
     printed = capsys.readouterr().out
-    assert "size" in printed and "time" not in printed  # nothing is trained: the size is all there is to tell
+    assert "size" in printed and "\ntime" not in printed  # nothing is trained: the size is all there is to tell
     assert not list(tmp_path.iterdir())
 
 
