@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from teq_graph import ops as _ops  # noqa: F401  registers the op
-from teq_graph.analysis.attention import Attention, Heads, Rotation, find_attentions
+from teq_graph.analysis.attention import Attention, AttentionRefusal, Heads, Rotation, find_attentions
 from teq_graph.analysis.attention.scores import has_flat_batch
 from teq_graph.capture import CapturedGraph
 from teq_graph.graph.nodes import CallBuilder, aten, is_call, rank_of
@@ -28,7 +28,15 @@ ROTATED_CHANNELS = 16
 """… and this many channels of each, or a multiple."""
 
 
-class FuseAttention(GraphPass[None]):
+@dataclasses.dataclass(frozen=True)
+class FusedAttentions:
+    """How many attentions became one op, and what is to be said of the others, and of those."""
+
+    fused: int
+    refusals: tuple[AttentionRefusal, ...]
+
+
+class FuseAttention(GraphPass[FusedAttentions]):
     """softmax(cap(scale * q keys^T) + bias + mask) values → transpose → reshape
 
     with keys = repeat(cat(past_k, k)), values = repeat(cat(past_v, v)), and q and k rotated by the position
@@ -38,14 +46,17 @@ class FuseAttention(GraphPass[None]):
     where `find_attentions` proves it, whether one op did it or several. The bias [b or 1, h or 1, s, p + s] is the
     graph's own where it has one, and hides padding; what is ahead, and the window, the op knows itself. Positions are
     those in the cache: with rotations only distances matter, so that left padding is right. `cos` and `sin` are tables
-    over all positions. Without a proven rotation q and k are the graph's own.
+    over all positions. Without a proven rotation q and k are the graph's own. The result's value has what was refused.
     """
 
     def __init__(self, captured: CapturedGraph) -> None:
         self.captured = captured
 
-    def call(self, graph_module: GraphModule) -> PassResult[None]:
-        sites = [site for site in find_attentions(self.captured) if site.query.meta["val"].shape[-1] % HEAD_SIZES == 0]
+    def call(self, graph_module: GraphModule) -> PassResult[FusedAttentions]:
+        found = find_attentions(self.captured)
+        refusals = [*found.refusals, *filter(None, map(_refusal, found.proven))]
+        unfused = {refusal.node for refusal in refusals if not refusal.is_fused}
+        sites = [site for site in found.proven if site.output.name not in unfused]
         if sites:
             biases: dict[tuple[Node, ...], Node] = {}
             tables: dict[int, tuple[Node, Node]] = {}
@@ -56,7 +67,25 @@ class FuseAttention(GraphPass[None]):
                 _fuse(graph_module, site, biases[terms], tables)
             _measure_by_mask(graph_module, self.captured)
             drop_unused(graph_module)
-        return PassResult(graph_module, bool(sites))
+        return PassResult(graph_module, bool(sites), FusedAttentions(len(sites), tuple(refusals)))
+
+
+def _refusal(site: Attention) -> AttentionRefusal | None:
+    """What onnxruntime's kernel does not do of a proven attention."""
+    size = site.query.meta["val"].shape[-1]
+    if size % HEAD_SIZES:
+        reason = f"heads of {size} channels; onnxruntime's kernel takes multiples of {HEAD_SIZES}"
+        return AttentionRefusal(site.output.name, reason)
+    query, key, _ = site.heads
+    if query is None or key is None:
+        reason = "fused without its rotation: between projections and scores is more than a rotation by the position"
+        return AttentionRefusal(site.output.name, reason, is_fused=True)
+    if query.rotation is not None and _common_rotation(site) is None:
+        turned = 2 * query.rotation.cos.shape[1]
+        accepted = f"heads of a multiple of {ROTATED_HEAD_SIZES}, of which a multiple of {ROTATED_CHANNELS}, all alike"
+        reason = f"fused without its rotation: of {size} channels {turned} turn; onnxruntime's kernel takes {accepted}"
+        return AttentionRefusal(site.output.name, reason, is_fused=True)
+    return None
 
 
 def _bias(graph_module: GraphModule, captured: CapturedGraph, site: Attention) -> Node:

@@ -106,6 +106,7 @@ class CompiledModel:
             tokenizer=self.tokenizer,
             config=self.config,
             generation_config=self.generation_config,
+            report=self.report,
             overwrite=overwrite,
         )
 

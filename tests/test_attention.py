@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,7 +254,7 @@ def greedy(compiled: teq_graph.CompiledModel, prompt: list[int], count: int) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_models_in_half_precision_are_proven_in_float32(dtype: torch.dtype) -> None:
-    model = lower(compiled_model("llama", dtype, **WIDE).captured, dtype="float16")
+    model = lower(compiled_model("llama", dtype, **WIDE).captured, dtype="float16").model
     found = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     assert len(found) == 2
     assert all(node.attributes["do_rotary"].as_int() == 1 and node.inputs[1] is None for node in found)
@@ -273,15 +274,43 @@ def test_nothing_of_masks_and_positions_is_left() -> None:
 
 
 def test_heads_of_four_channels_stay() -> None:
-    check_it_stays(compiled_decoder("llama", **{**GQA, "head_dim": 4}))
+    check_it_stays(compiled_decoder("llama", **{**GQA, "head_dim": 4}), "heads of 4 channels; .* multiples of 8")
 
 
-def check_it_stays(captured: CapturedGraph) -> None:
+def check_it_stays(captured: CapturedGraph, reason: str) -> None:
+    """Both layers, each with its node and the reason."""
     captured.graph_module.graph.lint()
     captured.graph_module.recompile()
     code = captured.graph_module.code
-    assert not FuseAttention(captured)(captured.graph_module).modified
+    result = FuseAttention(captured)(captured.graph_module)
+    assert not result.modified and result.value.fused == 0
     assert captured.graph_module.code == code
+    names = {node.name for node in captured.graph_module.graph.nodes}
+    assert len({refusal.node for refusal in result.value.refusals} & names) == 2
+    for refusal in result.value.refusals:
+        assert re.search(reason, refusal.reason) and not refusal.is_fused
+
+
+def test_a_rotation_that_the_kernel_does_not_do_is_named() -> None:
+    captured = compiled_decoder("llama", **GQA)
+    value = FuseAttention(captured)(captured.graph_module).value
+    assert value.fused == 2 and len(value.refusals) == 2
+    for refusal in value.refusals:
+        assert refusal.is_fused and "of 8 channels 8 turn" in refusal.reason
+
+
+def test_other_softmaxes_are_no_attention() -> None:
+    """A router's weights, and the probabilities of classes."""
+
+    def route(graph: Graph) -> None:
+        for gate in calls(graph, aten.silu.default):
+            put_after(gate, aten.softmax.int, -1)
+
+    captured = compiled_decoder("llama", **WIDE)
+    route(captured.graph_module.graph)
+    captured.graph_module.recompile()
+    value = FuseAttention(captured)(captured.graph_module).value
+    assert value.fused == 2 and not value.refusals
 
 
 def calls(graph: Graph, target: Any) -> list[Node]:
@@ -359,26 +388,27 @@ def with_a_mask_that_lets_some_through(graph: Graph) -> None:
         mask.args = (*mask.args[:2], -5.0)
 
 
-MISSES: list[tuple[str, Callable[[Graph], None]]] = [
-    ("spelled out", over_queries),
-    ("spelled out", with_a_bias_of_tokens),
-    ("spelled out", with_other_heads_scores),
-    ("spelled out", with_other_heads_weights),
-    ("spelled out", with_scores_in_bounds),
-    ("spelled out", with_weights_that_are_read),
-    ("spelled out", with_a_mask_that_lets_some_through),
-    ("spelled out, softcap", with_a_cap_over_the_mask),
-    ("spelled out, biases by position", with_half_of_the_bias),
+MISSES: list[tuple[str, Callable[[Graph], None], str]] = [
+    ("spelled out", over_queries, "over dimension -2"),
+    ("spelled out", with_a_bias_of_tokens, "biases depend on the tokens"),
+    ("spelled out", with_other_heads_scores, "scores"),
+    ("spelled out", with_other_heads_weights, "weights|heads"),
+    ("spelled out", with_scores_in_bounds, "scores go through aten.clamp"),
+    ("spelled out", with_weights_that_are_read, "read by more than one op"),
+    ("spelled out", with_a_mask_that_lets_some_through, "mask|sees"),
+    ("spelled out, softcap", with_a_cap_over_the_mask, "scores|mask|sees"),
+    ("spelled out, biases by position", with_half_of_the_bias, "scores"),
 ]
 
 
-@pytest.mark.parametrize(("name", "change"), MISSES, ids=lambda value: getattr(value, "__name__", value))
-def test_what_is_not_proven_stays(name: str, change: Callable[[Graph], None]) -> None:
+@pytest.mark.parametrize(("name", "change", "reason"), MISSES, ids=lambda value: getattr(value, "__name__", None))
+def test_what_is_not_proven_stays(name: str, change: Callable[[Graph], None], reason: str) -> None:
     family, config, _ = FAMILIES[name]
     captured = compiled_decoder(family, **config)
-    assert len(find_attentions(captured)) == 2
+    found = find_attentions(captured)
+    assert len(found.proven) == 2 and not found.refusals
     change(captured.graph_module.graph)
-    check_it_stays(captured)
+    check_it_stays(captured, reason)
 
 
 def test_angles_that_depend_on_the_length_stay_in_the_graph() -> None:
@@ -392,7 +422,9 @@ def test_angles_that_depend_on_the_length_stay_in_the_graph() -> None:
     wrong.meta["val"] = cos.meta["val"]
     cos.args = (wrong,)
     captured.graph_module.recompile()
-    assert all(part is None or part.rotation is None for site in find_attentions(captured) for part in site.heads)
+    assert all(
+        part is None or part.rotation is None for site in find_attentions(captured).proven for part in site.heads
+    )
 
 
 def test_a_mask_of_another_kind_stays() -> None:
@@ -401,4 +433,6 @@ def test_a_mask_of_another_kind_stays() -> None:
     (later,) = [node for node in graph.nodes if is_call(node, aten.le.Tensor)]
     later.target = aten.lt.Tensor
     captured.graph_module.recompile()
-    assert not find_attentions(captured)
+    found = find_attentions(captured)
+    assert not found.proven and len(found.refusals) == 2
+    assert all("single token with itself" in refusal.reason for refusal in found.refusals)

@@ -68,7 +68,7 @@ def llama() -> CapturedGraph:
 @pytest.fixture(scope="module")
 def lowered(llama: CapturedGraph) -> ir.Model:
     """`llama` in float32."""
-    return lower(llama, accuracy_level=1)
+    return lower(llama, accuracy_level=1).model
 
 
 def mlp() -> CapturedGraph:
@@ -124,7 +124,7 @@ def check_decoder(captured: CapturedGraph, session: onnxruntime.InferenceSession
 @pytest.mark.parametrize("bits", BITS)
 def test_quantized_linears_equal_pytorch(bits: int, group_size: int, symmetric: bool, tmp_path: Path) -> None:
     captured = prepare(mlp(), WeightSpec(bits, group_size, symmetric))
-    session = open_model(lower(captured, accuracy_level=1), tmp_path)
+    session = open_model(lower(captured, accuracy_level=1).model, tmp_path)
     x = torch.randn(7, 100)
     (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert relative_error(actual, captured.graph_module(x)) <= 1e-5
@@ -137,12 +137,12 @@ def test_decoder_equals_pytorch(llama: CapturedGraph, lowered: ir.Model, tmp_pat
 
 
 def test_half_precision_decoder_equals_pytorch(llama: CapturedGraph, tmp_path: Path) -> None:
-    check_decoder(llama, open_model(lower(llama, dtype="float16", accuracy_level=1), tmp_path), 3e-3)
+    check_decoder(llama, open_model(lower(llama, dtype="float16", accuracy_level=1).model, tmp_path), 3e-3)
 
 
 def test_three_bits_and_whole_rows_in_a_decoder(tmp_path: Path) -> None:
     captured = prepare(tiny_llama(num_hidden_layers=1), WeightSpec(3, -1, True))
-    model = lower(captured, accuracy_level=1)
+    model = lower(captured, accuracy_level=1).model
     products = [node for node in model.graph if node.op_type == "MatMulNBits"]
     assert {node.attributes["bits"].as_int() for node in products} == {4}
     assert {node.attributes["block_size"].as_int() for node in products} <= {64, 128}
@@ -151,7 +151,7 @@ def test_three_bits_and_whole_rows_in_a_decoder(tmp_path: Path) -> None:
 
 def test_quantized_head_of_a_tied_model(tmp_path: Path) -> None:
     captured = prepare(tiny_llama(num_hidden_layers=1, tie_word_embeddings=True), WeightSpec(4, 16), lm_head=True)
-    model = lower(captured, accuracy_level=1)
+    model = lower(captured, accuracy_level=1).model
     assert len([node for node in model.graph if node.op_type == "MatMulNBits"]) == 6
     check_decoder(captured, open_model(model, tmp_path), 1e-4)
 
@@ -161,7 +161,7 @@ def test_one_key_head_for_all_query_heads(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes, eos_token_id=1, bos_token_id=1))
     captured = prepare(capture(model.eval()))
     assert captured.decoder is not None and captured.decoder.layers[0].key_heads == 1
-    check_decoder(captured, open_model(lower(captured), tmp_path), 1e-5)
+    check_decoder(captured, open_model(lower(captured).model, tmp_path), 1e-5)
 
 
 def test_decoder_names_and_dimensions(lowered: ir.Model, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_attention_and_norms_are_one_operator_each(lowered: ir.Model) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_layer_of_a_decoder_is_ten_operators(dtype: str) -> None:
     decoders = [prepare(tiny_llama(head_dim=16, num_hidden_layers=n), WeightSpec(4, 32)) for n in (1, 2)]
-    one, two = ([node.op_type for node in lower(captured, dtype=dtype).graph] for captured in decoders)
+    one, two = ([node.op_type for node in lower(captured, dtype=dtype).model.graph] for captured in decoders)
     assert len(two) - len(one) == 10
     assert one.count("GroupQueryAttention") == 1 and one.count("MatMulNBits") == 4
 
@@ -242,7 +242,7 @@ def test_operators_that_only_torch_decomposes(tmp_path: Path) -> None:
             return torch.square(self.linear(x)).std(dim=-1)
 
     captured = capture(Squares().eval(), (torch.randn(3, 8),), ({0: DYNAMIC},))
-    session = open_model(lower(captured), tmp_path)
+    session = open_model(lower(captured).model, tmp_path)
     x = torch.randn(5, 8)
     (actual,) = session.run(None, {"x": x.numpy()})
     assert relative_error(actual, captured.graph_module(x)) <= 1e-5
@@ -251,7 +251,7 @@ def test_operators_that_only_torch_decomposes(tmp_path: Path) -> None:
 def test_other_models_keep_their_names(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
     captured = prepare(capture(AutoModel.from_config(config).eval()), WeightSpec(8, 16))
-    session = open_model(lower(captured, accuracy_level=1), tmp_path)
+    session = open_model(lower(captured, accuracy_level=1).model, tmp_path)
     inputs = {item.name: item for item in session.get_inputs()}
     assert set(inputs) == {name for name, value in captured.example_kwargs.items() if isinstance(value, Tensor)}
     assert inputs["input_ids"].shape[0] == "batch_size" and isinstance(inputs["input_ids"].shape[1], str)
@@ -293,26 +293,26 @@ def test_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
 
 def test_small_models_are_one_file(tmp_path: Path) -> None:
     out = export_onnx(prepare(mlp(), WeightSpec(4, 32)), tmp_path / "out")
-    assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "teq_graph.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "report.json", "teq_graph.json"]
 
 
 def test_files_of_a_language_model(stories260k: LoadedModel, tmp_path: Path) -> None:
     model = stories260k.model
     captured = prepare(capture(model), WeightSpec(4, 32))
     generation = GenerationConfig(eos_token_id=[2, 5], bos_token_id=1)
-    stages: list[str] = []
     out = export_onnx(
         captured,
         tmp_path / "out",
         tokenizer=stories260k.tokenizer,
         config=model.config,
         generation_config=generation,
-        progress=stages.append,
     )
-    assert stages == ["preparing", "tracing", "translating", "simplifying", "writing"]
     present = {path.name for path in out.iterdir()}
     assert present >= {"model.onnx", "tokenizer.json", "config.json", "generation_config.json", "genai_config.json"}
     described = json.loads((out / "teq_graph.json").read_text())
+    attention = json.loads((out / "report.json").read_text())["attention"]
+    assert attention["fused"] == 5 and len(attention["refusals"]) == 5
+    assert all("of 8 channels 8 turn" in r["reason"] and r["is_fused"] for r in attention["refusals"])
     assert described["weights"] == {"4/32": 25}  # query, key and value are one, and gate and up
     assert described["eos_token_ids"] == [2, 5]
     assert described["decoder"]["max_positions"] == 512
@@ -349,7 +349,7 @@ def test_an_existing_directory_is_kept_unless_overwritten(tmp_path: Path) -> Non
         export_onnx(captured, out)
     assert [path.name for path in out.iterdir()] == ["precious"]
     export_onnx(captured, out, overwrite=True)
-    assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "teq_graph.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "report.json", "teq_graph.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

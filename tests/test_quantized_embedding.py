@@ -296,7 +296,7 @@ def test_tables_of_architectures(name: str) -> None:
 def test_onnxruntime_reads_one_weight_and_equals_pytorch(tied: bool, bits: int, group: int, tmp_path: Path) -> None:
     quantization = QuantizationConfig(bits, group, tied, quantize_lm_head=True, quantize_embedding=True)
     compiled = compile_words(tied, quantization)
-    model = lower(compiled.captured, accuracy_level=1)
+    model = lower(compiled.captured, accuracy_level=1).model
     operators = [node for node in model.graph if node.domain == "com.microsoft"]
     assert [node.op_type for node in operators].count("GatherBlockQuantized") == 1
     stored = compiled.graph_module.state_dict()

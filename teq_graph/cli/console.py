@@ -21,6 +21,7 @@ from rich.table import Table
 from teq_graph.errors import InputError
 
 if TYPE_CHECKING:
+    from teq_graph.analysis.attention import AttentionRefusal, Attentions
     from teq_graph.analysis.blocks import Block
     from teq_graph.compile import Analysis
     from teq_graph.config import TrainingConfig
@@ -38,6 +39,7 @@ class Inspection:
     model: str
     analysis: Analysis
     blocks: tuple[Block, ...]
+    attentions: Attentions
 
     @property
     def covered(self) -> set[str]:
@@ -70,6 +72,10 @@ class Inspection:
                 for w in weights
                 if w.kind not in ("linear", "embedding")
             ],
+            "attention": {
+                "proven": len(self.attentions.proven),
+                "refusals": [dataclasses.asdict(refusal) for refusal in self.attentions.refusals],
+            },
             "notes": self.analysis.notes,
         }
 
@@ -88,6 +94,7 @@ class Inspection:
                 ("equivalences", f"{len(findings.equivalences)} found" if findings.equivalences else "none found"),
                 *[("embedding", f"{table.name.removesuffix('.weight')}, to quantize") for table in tables],
                 *[("blocks", line) for line in _describe_blocks(self.blocks)],
+                *describe_attention(f"{len(self.attentions.proven)} proven", self.attentions.refusals),
                 *[("note", note) for note in self.analysis.notes],
             ]
         )
@@ -175,6 +182,16 @@ def describe_report(report: Report) -> list[tuple[str, str]]:
         loss = report.distillation
         lines.append(("model loss", f"{loss.before:.4g} → {loss.after:.4g} distilled"))
     return [*lines, *(("note", note) for note in report.notes)]
+
+
+def describe_attention(count: str, refusals: Iterable[AttentionRefusal]) -> list[tuple[str, str]]:
+    """How many attentions are one op each, and what is to be said of the others: one line for each reason."""
+    lines = [count]
+    nodes: dict[str, list[str]] = {}
+    for refusal in refusals:
+        nodes.setdefault(refusal.reason, []).append(refusal.node)
+    lines += [f"{len(names)} ({names[0]}{' …' if len(names) > 1 else ''}): {why}" for why, names in nodes.items()]
+    return [("attention", line) for line in lines]
 
 
 def describe_estimate(estimate: Estimate, training: TrainingConfig | None) -> list[tuple[str, str]]:

@@ -82,6 +82,16 @@ LINEAR = UNCHANGED | {
 }
 """Linear in one operand, where the others are fixed."""
 
+PARAMETERIZED = (
+    aten.embedding.default,
+    aten.linear.default,
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.layer_norm.default,
+    aten.rms_norm.default,
+)
+"""What the layers of a network begin with: ops with weights of their own."""
+
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 SHAPE_QUERIES = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int)
 """What they give follows from sizes alone."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from teq_graph.analysis.attention.probe import Probe, Step
+from teq_graph.analysis.attention.probe import NotProven, Probe, Step
 from teq_graph.graph.nodes import arguments_of, aten, is_call, rank_of
-from teq_graph.graph.op_sets import SOFTMAX, UNCHANGED
+from teq_graph.graph.op_sets import PARAMETERIZED, SOFTMAX, UNCHANGED, op_name
 
 PRODUCTS: dict[Any, tuple[str, str]] = {
     aten.matmul.default: ("self", "other"),
@@ -87,65 +87,113 @@ def _shaped_as(node: Node, value: Tensor) -> Tensor:
 
 
 def match_attention(probe: Probe, node: Node) -> Match | None:
-    """The attention whose softmax `node` is, or does."""
+    """The attention whose softmax `node` is, or does; None where it is none: a router's softmax, a classifier's.
+
+    Raises NotProven for an attention of another form.
+    """
     if is_call(node, aten.scaled_dot_product_attention.default):
         return _match_op(node)
     return _match_softmax(probe, node) if is_call(node, *SOFTMAX) else None
 
 
-def _match_op(node: Node) -> Match | None:
+def _match_op(node: Node) -> Match:
     values = arguments_of(node)
     mask = values["attn_mask"]
-    if not isinstance(mask, Node) or values["is_causal"] or values["dropout_p"] or rank_of(node) != 4:
-        return None
+    if rank_of(node) != 4:
+        raise NotProven(f"it has {rank_of(node)} dimensions; accepted are [b, h, s, d]")
+    if not isinstance(mask, Node) or values["is_causal"] or values["dropout_p"]:
+        raise NotProven("it has no mask of its own, or drops weights; accepted is a mask alone")
     heads = node.meta["val"].shape[1]
     return Match(node, heads, values["query"], values["key"], values["value"], (mask,), None)
 
 
 def _match_softmax(probe: Probe, softmax: Node) -> Match | None:
     values = arguments_of(softmax)
+    product = _product_of_scores(probe, values["self"])
+    if product is None or not _weighs_values(probe, softmax):
+        return None
+    if values["dim"] not in (-1, rank_of(softmax) - 1):
+        raise NotProven(f"its softmax is over dimension {values['dim']}; accepted is the last, that of keys")
     value = _weighted(softmax)
-    if value is None or values["dim"] not in (-1, rank_of(softmax) - 1) or softmax not in probe.from_tokens:
-        return None
-    products, stretch, terms = [], [], []
-    pending = [values["self"]]
-    while pending:
-        node = pending.pop()
-        if node in stretch or node in products or node in terms:
-            continue
-        if node not in probe.from_tokens:
-            terms.append(node)
-        elif node.target in PRODUCTS:
-            products.append(node)
-        elif node.target in ON_SCORES:
-            stretch.append(node)
-            pending += node.all_input_nodes
-        else:
-            return None
-    heads = [node.meta["val"].shape[1] for node in (*products, *stretch) if rank_of(node) == 4]
-    if len(products) != 1 or not heads:
-        return None
-    arguments = arguments_of(products[0])
-    query, key = (arguments[name] for name in PRODUCTS[products[0].target])
-    if is_call(products[0], aten.baddbmm.default):
+    stretch, terms = _stretch(probe, values["self"], product)
+    heads = [node.meta["val"].shape[1] for node in (product, *stretch) if rank_of(node) == 4]
+    arguments = arguments_of(product)
+    query, key = (arguments[name] for name in PRODUCTS[product.target])
+    if is_call(product, aten.baddbmm.default):
         terms.append(arguments["self"])
     if any(term in probe.from_tokens for term in terms):
-        return None
-    if any(rank_of(part) not in (3, 4) for part in (query, key, value, softmax)):
-        return None
+        raise NotProven("its biases depend on the tokens; accepted are those of positions and padding")
+    if not heads or any(rank_of(part) not in (3, 4) for part in (query, key, value, softmax)):
+        raise NotProven("its parts are not [b, h, s, d] or [b * h, s, d]")
     tensors = tuple(node for node in terms if isinstance(node.meta.get("val"), Tensor))
     return Match(softmax, heads[0], query, key, value, tensors, values["self"])
 
 
-def _weighted(softmax: Node) -> Node | None:
+def _is_product(probe: Probe, node: Node) -> bool:
+    """Whether `node` multiplies two values of the tokens."""
+    if node.target not in PRODUCTS:
+        return False
+    return all(arguments_of(node)[name] in probe.from_tokens for name in PRODUCTS[node.target])
+
+
+def _product_of_scores(probe: Probe, scores: Node) -> Node | None:
+    """The product of queries and keys that the scores are made of, whatever was done to them element by element."""
+    pending, seen = [scores], set()
+    while pending:
+        node = pending.pop()
+        if _is_product(probe, node):
+            return node
+        # A linear or a norm begins another computation.
+        if node not in seen and node in probe.from_tokens and not is_call(node, *PARAMETERIZED):
+            seen.add(node)
+            pending += node.all_input_nodes
+    return None
+
+
+def _weighs_values(probe: Probe, softmax: Node) -> bool:
+    """Whether a product with other values of the tokens reads the softmax's result."""
+    pending = list(softmax.users)
+    while pending:
+        user = pending.pop()
+        if _is_product(probe, user):
+            return True
+        if user.target in UNCHANGED:
+            pending += user.users
+    return False
+
+
+def _stretch(probe: Probe, scores: Node, product: Node) -> tuple[list[Node], list[Node]]:
+    """The ops between the product and the softmax, and the terms that they combine the scores with."""
+    stretch: list[Node] = []
+    terms: list[Node] = []
+    pending = [scores]
+    while pending:
+        node = pending.pop()
+        if node in stretch or node is product or node in terms:
+            continue
+        if node not in probe.from_tokens:
+            terms.append(node)
+        elif node.target in ON_SCORES:
+            stretch.append(node)
+            pending += node.all_input_nodes
+        elif node.op == "placeholder" or any(source.op == "placeholder" for source in node.all_input_nodes):
+            raise NotProven("its biases depend on the tokens; accepted are those of positions and padding")
+        else:
+            raise NotProven(f"its scores go through {op_name(node)}; accepted are scales, caps, biases and masks")
+    return stretch, terms
+
+
+def _weighted(softmax: Node) -> Node:
     """The value that nothing but a product takes the softmax's result to."""
     node = softmax
     while len(node.users) == 1:
         (user,) = node.users
         if user.target in PRODUCTS and not is_call(user, aten.baddbmm.default):
             left, right = (arguments_of(user)[name] for name in PRODUCTS[user.target])
-            return right if left is node and right is not node else None
+            if left is node and right is not node:
+                return right  # type: ignore[no-any-return]
+            raise NotProven("its weights are the right factor of a product; accepted is the left")
         if user.target not in UNCHANGED:
-            return None
+            raise NotProven(f"its weights go through {op_name(user)}; accepted are casts and copies")
         node = user
-    return None
+    raise NotProven("its weights are read by more than one op")

@@ -39,6 +39,10 @@ class Step:
         return 1 if self.mask is None else self.mask.shape[0]
 
 
+class NotProven(Exception):  # noqa: N818  a finding, which `find_attentions` turns into a value
+    """Why an attention is not the one that an op computes; says what was found, and what is accepted."""
+
+
 class Probe:
     """Runs parts of a decoder's graph; which nodes depend on the tokens."""
 

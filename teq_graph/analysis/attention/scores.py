@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from teq_graph.analysis.attention.heads import CHUNK
 from teq_graph.analysis.attention.matching import Match
-from teq_graph.analysis.attention.probe import Probe, Step, close
+from teq_graph.analysis.attention.probe import NotProven, Probe, Step, close
 
 HIDDEN = -1e9
 """Scores up to this one have no weight beside any other."""
@@ -50,25 +50,20 @@ def as_bias(bias: Node, value: Tensor, heads: int) -> Tensor:
     return value.unflatten(0, (-1, heads)) if has_flat_batch(bias) else value[(None,) * (4 - value.dim())]
 
 
-def find_scores(probe: Probe, match: Match) -> Scores | None:
-    """What the softmax of `match` is taken of; None where that is anything else.
+def find_scores(probe: Probe, match: Match) -> Scores:
+    """What the softmax of `match` is taken of. Raises NotProven where that is anything else.
 
     What padding itself sees is nobody's concern.
     """
     try:
         window = _find_window(probe, match)
         response = _find_response(probe, match)
-        if window is None or response is None:
-            return None
         found = Scores(*response, window, match.terms)
         used: set[Node] = set()
         for step in _steps(probe, window):
-            biases = _confirm(probe, match, found, step)
-            if biases is None:
-                return None
-            used |= biases
-    except (RuntimeError, IndexError, ValueError):  # a part depends on more than the tokens' number and padding
-        return None
+            used |= _confirm(probe, match, found, step)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise NotProven("its masks or biases depend on more than the number of tokens and the padding") from error
     return dataclasses.replace(found, biases=tuple(term for term in match.terms if term in used))
 
 
@@ -78,19 +73,19 @@ def _zeros(probe: Probe, match: Match, step: Step) -> Tensor:
     return match.scores_of(probe, step, left, torch.zeros(step.batch, match.heads, step.total, 1))
 
 
-def _find_window(probe: Probe, match: Match) -> int | None:
+def _find_window(probe: Probe, match: Match) -> int:
     """How many keys a query sees, -1 where it is all of them."""
     positions = probe.decoder.max_positions or 4 * CHUNK
     if positions < 16:
-        return None
+        raise NotProven(f"the model has {positions} positions; 16 are needed to tell a window from none")
     seen = {int(count) for count in (_zeros(probe, match, Step(1, positions - 1)) > HIDDEN).sum(-1).flatten()}
     if len(seen) != 1 or seen == {0}:
-        return None
+        raise NotProven("a token sees neither all before it nor a window of one length")
     count = seen.pop()
     return -1 if count == positions else count
 
 
-def _find_response(probe: Probe, match: Match) -> tuple[float, float] | None:
+def _find_response(probe: Probe, match: Match) -> tuple[float, float]:
     """Scale and softcap, from the scores of a single token with itself."""
     step = Step(1, 0)
     offset = _zeros(probe, match, step)
@@ -101,7 +96,7 @@ def _find_response(probe: Probe, match: Match) -> tuple[float, float] | None:
 
     high, higher = response(LARGE), response(2 * LARGE)
     if not 0 < high <= higher < torch.inf:
-        return None
+        raise NotProven("the score of a single token with itself does not rise with the product of its query and key")
     if higher > high:
         return high / LARGE, 0.0
     # Halfway to the cap, where neither its curve nor rounding hides the slope.
@@ -125,8 +120,8 @@ def _steps(probe: Probe, window: int) -> list[Step]:
     return steps
 
 
-def _confirm(probe: Probe, match: Match, expected: Scores, step: Step) -> set[Node] | None:
-    """The biases that are not zero at one step; None where the scores are not the `expected` ones."""
+def _confirm(probe: Probe, match: Match, expected: Scores, step: Step) -> set[Node]:
+    """The biases that are not zero at one step, where the scores are the `expected` ones."""
     assert step.mask is not None
     ahead = torch.arange(step.total) - torch.arange(step.past, step.total)[:, None]
     seen = (ahead <= 0) & (step.mask[:, None, None, :] > 0)
@@ -137,7 +132,7 @@ def _confirm(probe: Probe, match: Match, expected: Scores, step: Step) -> set[No
     seen = seen.expand(shape)
     offset = _zeros(probe, match, step)
     if not torch.equal((offset > HIDDEN)[rows], seen[rows]):
-        return None
+        raise NotProven("its mask is another than that of causality, a window and padding")
     seen = seen & rows[..., None]
     total = torch.zeros(shape)
     used: set[Node] = set()
@@ -152,4 +147,6 @@ def _confirm(probe: Probe, match: Match, expected: Scores, step: Step) -> set[No
     scores = match.scores_of(probe, step, left, right)
     wanted = expected.cap(left @ right.transpose(-1, -2)) + total
     same = torch.equal(offset[seen], total[seen]) if not used else close(offset[seen], total[seen], 1e-5)
-    return used if same and close(scores[seen], wanted[seen], 1e-5) else None
+    if not same or not close(scores[seen], wanted[seen], 1e-5):
+        raise NotProven("its scores are not capped, scaled products of queries and keys plus biases by position")
+    return used

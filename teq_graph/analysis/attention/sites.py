@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch.fx import Node
 
 from teq_graph.analysis.attention.heads import Heads, Rotation, find_heads
 from teq_graph.analysis.attention.matching import Match, match_attention
-from teq_graph.analysis.attention.probe import Probe, Step
+from teq_graph.analysis.attention.probe import NotProven, Probe, Step
 from teq_graph.analysis.attention.scores import Scores, find_scores
 from teq_graph.capture import CapturedGraph
 from teq_graph.graph.nodes import arguments_of, aten, is_call, rank_of
@@ -37,32 +38,49 @@ class Attention:
     scores: Scores
 
 
-def find_attentions(captured: CapturedGraph) -> list[Attention]:
-    """The attentions of a decoder that are causal and hide padding, see `Scores`; in graph order."""
+@dataclasses.dataclass(frozen=True)
+class AttentionRefusal:
+    """An attention that is not one op in ONNX, and why; or one that is (`is_fused`), but for what `reason` says."""
+
+    node: str
+    reason: str
+    is_fused: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Attentions:
+    """Those that are proven, and those that are not, in graph order."""
+
+    proven: tuple[Attention, ...]
+    refusals: tuple[AttentionRefusal, ...]
+
+
+def find_attentions(captured: CapturedGraph) -> Attentions:
+    """The attentions of a decoder: those that are causal and hide padding (see `Scores`), and why others are not.
+
+    Without a cache there is nothing for the op to do that the graph does not say as well.
+    """
     if captured.decoder is None:
-        return []
+        return Attentions((), ())
     probe = Probe(captured)
     caches = {present: past for past, present in captured.cache_pairs().items()}
     known: list[Rotation] = []
-    found = []
+    proven, refusals = [], []
     for node in probe.nodes:
-        match = match_attention(probe, node)
-        attention = None if match is None else _examine(probe, match, caches, known)
-        if attention is not None:
-            found.append(attention)
-    return found
+        try:
+            match = match_attention(probe, node)
+            if match is not None:
+                proven.append(_examine(probe, match, caches, known))
+        except NotProven as reason:
+            refusals.append(AttentionRefusal(node.name, str(reason)))
+    return Attentions(tuple(proven), tuple(refusals))
 
 
-def _examine(probe: Probe, match: Match, caches: Mapping[Node, Node], known: list[Rotation]) -> Attention | None:
-    key_part = _cached_part(probe, match, match.key, caches, transposed=match.scores is not None)
-    value_part = _cached_part(probe, match, match.value, caches, transposed=False)
-    if key_part is None or value_part is None:
-        return None
-    output = _merged_heads(probe, match, value_part[0].meta["val"].shape[3])
-    scores = find_scores(probe, match) if output is not None else None
-    if output is None or scores is None:
-        return None
-    (key_cache, key), (value_cache, value) = key_part, value_part
+def _examine(probe: Probe, match: Match, caches: Mapping[Node, Node], known: list[Rotation]) -> Attention:
+    key_cache, key = _cached_part(probe, match, match.key, caches, "keys")
+    value_cache, value = _cached_part(probe, match, match.value, caches, "values")
+    output = _merged_heads(probe, match, value.meta["val"].shape[3])
+    scores = find_scores(probe, match)
     parts = ((match.query, match.heads), (key, key.meta["val"].shape[1]), (value, value.meta["val"].shape[1]))
     query_heads, key_heads, value_heads = (find_heads(probe, node, count, known) for node, count in parts)
     return Attention(
@@ -79,31 +97,34 @@ def _examine(probe: Probe, match: Match, caches: Mapping[Node, Node], known: lis
 
 
 def _cached_part(
-    probe: Probe, match: Match, node: Node, caches: Mapping[Node, Node], transposed: bool
-) -> tuple[Node, Node] | None:
-    """The cache [b, kv, p + s, d] that `node` repeats for all heads, and its new part; None where it is otherwise."""
+    probe: Probe, match: Match, node: Node, caches: Mapping[Node, Node], what: Literal["keys", "values"]
+) -> tuple[Node, Node]:
+    """The cache [b, kv, p + s, d] that `node` repeats for all heads, and its new part."""
     cache = node
     while cache not in caches:
         if cache.target not in LINEAR or len(cache.args) == 0 or not isinstance(cache.args[0], Node):
-            return None
+            raise NotProven(f"its {what} are not those of a cache")
         cache = cache.args[0]
+    grown = NotProven(f"the cache of its {what} does not grow by new positions at its end")
     if not is_call(cache, aten.cat.default):
-        return None
+        raise grown
     parts, dim = arguments_of(cache)["tensors"], arguments_of(cache)["dim"]
     if len(parts) != 2 or parts[0] is not caches[cache] or dim not in (2, -2):
-        return None
+        raise grown
     _, kv, _, width = cache.meta["val"].shape
     x = torch.randn(STEP.batch, kv, STEP.total, width, generator=torch.Generator().manual_seed(0))
     repeated = probe.evaluate(node, STEP, {cache: x})
-    if transposed:
+    if what == "keys" and match.scores is not None:
         repeated = repeated.transpose(-1, -2)
     # A single head may be left for the attention itself to repeat.
     accepted = [x.repeat_interleave(heads // kv, 1) for heads in (match.heads, 1) if heads % kv == 0]
     flat = [wanted.flatten(0, 1) for wanted in accepted]
-    return (cache, parts[1]) if any(torch.equal(repeated, wanted) for wanted in accepted + flat) else None
+    if not any(torch.equal(repeated, wanted) for wanted in accepted + flat):
+        raise NotProven(f"its {what} are not the cache's heads, each repeated for a run of queries")
+    return cache, parts[1]
 
 
-def _merged_heads(probe: Probe, match: Match, width: int) -> Node | None:
+def _merged_heads(probe: Probe, match: Match, width: int) -> Node:
     """The last node [b, s, h * d] that the result becomes."""
     generator = torch.Generator().manual_seed(0)
     # Sums of few small integers are exact.
@@ -117,4 +138,6 @@ def _merged_heads(probe: Probe, match: Match, width: int) -> Node | None:
             break
         if rank_of(end) == 3 and torch.equal(match.output_of(probe, end, STEP, weights, value), wanted):
             found = end
+    if found is None:
+        raise NotProven("its heads are not put side by side to one value [b, s, h * d]")
     return found

@@ -18,6 +18,7 @@ def inspect(
     Analyses the model's graph and trains nothing. Layers that are alike share a row; --json has every one.
     """
     quantization = QuantizationConfig(quantize_lm_head=lm_head, quantize_embedding=embedding, skip=tuple(skip or ()))
+    from teq_graph.analysis.attention import find_attentions
     from teq_graph.analysis.blocks import find_blocks
     from teq_graph.compile import analyze
     from teq_graph.loading import load_model
@@ -26,7 +27,7 @@ def inspect(
     with progress.task("Analysing"):
         analysis = analyze(loaded.model, quantization=quantization)
     blocks = find_blocks(analysis.captured, analysis.findings.equivalences)
-    inspection = console.Inspection(loaded.name, analysis, blocks)
+    inspection = console.Inspection(loaded.name, analysis, blocks, find_attentions(analysis.captured))
     if as_json:
         console.print_json(inspection.to_dict())
     else:

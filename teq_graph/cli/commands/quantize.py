@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -165,8 +166,13 @@ def quantize(
     lines.append(("size", console.describe_sizes(compiled.report.bytes_before, size, loaded.model.dtype)))
     decoder = compiled.captured.decoder
     if decoder is not None:
+        from teq_graph.analysis.attention import AttentionRefusal
+        from teq_graph.onnx.directory import REPORT_FILE
         from teq_graph.onnx.export.genai import describe_limits
 
+        attention = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))["attention"]
+        refusals = [AttentionRefusal(**refusal) for refusal in attention["refusals"]]
+        lines += console.describe_attention(f"{attention['fused']} fused", refusals)
         lines += [("note", note) for note in describe_limits(output, decoder)]
     try:
         if measured is not None and decoder is not None and token_ids is not None:

@@ -1,5 +1,6 @@
 """A captured graph -> the directory that onnxruntime and onnxruntime-genai load."""
 
-from teq_graph.onnx.export.export import OPSETS, export_onnx, lower
+from teq_graph.onnx.export.export import export_onnx
+from teq_graph.onnx.export.lower import OPSETS, Lowered, lower
 
-__all__ = ["OPSETS", "export_onnx", "lower"]
+__all__ = ["OPSETS", "Lowered", "export_onnx", "lower"]

@@ -1,0 +1,64 @@
+"""Names of inputs, outputs and their dynamic dimensions that a reader knows."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from teq_graph.capture import CapturedGraph
+
+
+def name_values(model: ir.Model, captured: CapturedGraph, graph_module: GraphModule) -> None:
+    """Give inputs, outputs and their dynamic dimensions names that a reader knows."""
+    graph = model.graph
+    for node in graph:
+        for value in node.outputs:
+            # Inferred by onnxruntime again, without torch's symbols.
+            value.shape = None
+    if captured.decoder is not None:
+        _name_decoder(graph, captured)
+        return
+    for value, name in zip(graph.outputs, _output_names(graph_module), strict=True):
+        value.name = name
+    renamed: dict[str, str] = {}
+    for value in graph.inputs:
+        assert value.shape is not None
+        value.shape = ir.Shape(
+            renamed.setdefault(str(size.value), "batch_size" if axis == 0 else f"{value.name}_{axis}")
+            if isinstance(size, ir.SymbolicDim)
+            else size
+            for axis, size in enumerate(value.shape)
+        )
+
+
+def _name_decoder(graph: ir.Graph, captured: CapturedGraph) -> None:
+    assert captured.decoder is not None
+    batch, sequence, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+    inputs: list[tuple[str, tuple[str | int, ...]]] = [
+        ("input_ids", (batch, sequence)),
+        ("attention_mask", (batch, total)),
+    ]
+    outputs: list[tuple[str, tuple[str | int, ...]]] = [("logits", (batch, sequence, captured.decoder.vocab_size))]
+    for index, c in enumerate(captured.decoder.layers):
+        for kind, heads, dim in (("key", c.key_heads, c.key_dim), ("value", c.value_heads, c.value_dim)):
+            inputs.append((f"past_key_values.{index}.{kind}", (batch, heads, past, dim)))
+            outputs.append((f"present.{index}.{kind}", (batch, heads, total, dim)))
+    for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        for value, (name, shape) in zip(values, names, strict=True):
+            value.name, value.shape = name, ir.Shape(shape)
+
+
+def _output_names(graph_module: GraphModule) -> list[str]:
+    """Names of the graph's outputs: the path to each in the model's result."""
+    spec = graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    leaves = pytree.tree_leaves(next(iter(reversed(graph_module.graph.nodes))).args[0])
+    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(leaves))), spec))
+    names = []
+    for (path, _), leaf in zip(paths, leaves, strict=True):
+        if isinstance(leaf, torch.fx.Node):
+            parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+            name = ".".join(parts)
+            names.append(name if name and not name[0].isdigit() else f"output.{name}".rstrip("."))
+    return names
