@@ -15,7 +15,7 @@ from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.analysis.attention import Attention, AttentionRefusal, Heads, Rotation, find_attentions
 from teq_graph.analysis.attention.scores import has_flat_batch
 from teq_graph.capture import CapturedGraph
-from teq_graph.graph.nodes import CallBuilder, aten, is_call, rank_of
+from teq_graph.graph.nodes import CallBuilder, aten, is_call, placeholder_nodes, rank_of
 from teq_graph.graph.tensors import add_tensor, drop_unused, get_attr_node
 from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.passes.merge_products import join_products, kind
@@ -91,7 +91,7 @@ def _refusal(site: Attention) -> AttentionRefusal | None:
 def _bias(graph_module: GraphModule, captured: CapturedGraph, site: Attention) -> Node:
     """[b, 1 or h, s, p + s] of the activations' type: the biases, and the smallest number where the mask has 0."""
     graph = graph_module.graph
-    tokens, mask, *_ = [node for node in graph.nodes if node.op == "placeholder"]
+    tokens, mask, *_ = placeholder_nodes(graph_module)
     terms = site.scores.biases
     first = next(node for node in graph.nodes if node.op == "call_function")
     build = CallBuilder(graph_module, site.output if terms else first)
@@ -125,7 +125,7 @@ def _with_four_dims(build: CallBuilder, bias: Node, heads: int) -> Node:
 def _measure_by_mask(graph_module: GraphModule, captured: CapturedGraph) -> None:
     """Let lengths come from the mask and the tokens: the cache's own is that of its buffer, where one is shared."""
     graph = graph_module.graph
-    tokens, mask, *_ = [node for node in graph.nodes if node.op == "placeholder"]
+    tokens, mask, *_ = placeholder_nodes(graph_module)
     for past, present in captured.cache_pairs().items():
         for query in [*past.users, *present.users]:
             if is_call(query, aten.sym_size.int) and query.args[1] in (2, -2):

@@ -21,10 +21,11 @@ from teq_graph import ops as _ops  # noqa: F401  registers the ops a saved graph
 from teq_graph import pipeline
 from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor
 from teq_graph.capture import CapturedGraph, DecoderShape, adopt
-from teq_graph.errors import ModelFileError
+from teq_graph.errors import ModelFileError, one_line
+from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.graph.tensors import clone_graph, node_tensor, set_tensor
 from teq_graph.report import Report
-from teq_graph.system.files import new_directory, one_line, torch_file, write_json
+from teq_graph.system.files import new_directory, torch_file, write_json
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -248,7 +249,7 @@ def _import(module: str, source: Path) -> None:
 
 def _dynamic_shapes(graph_module: GraphModule, args: Any, kwargs: Any) -> Any:
     """What `torch.export` needs to keep every dimension dynamic that is a symbol in the graph."""
-    placeholders = iter([node for node in graph_module.graph.nodes if node.op == "placeholder"])
+    placeholders = iter(placeholder_nodes(graph_module))
 
     def dims(value: Any) -> Any:
         node = next(placeholders)

@@ -14,6 +14,8 @@ TeqGraphError
 └── KernelError        no kernel for this device, dtype or shape
 """
 
+import textwrap
+
 
 class TeqGraphError(Exception):
     """Base of every error that teq_graph raises on purpose."""
@@ -53,3 +55,20 @@ class ModelFileError(TeqGraphError):
 
 class KernelError(TeqGraphError):
     """No kernel for this device, dtype or shape."""
+
+
+_LONGEST = 300
+"""Characters of another library's message that are worth a line."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of another library says, for the end of a refusal: the first paragraph in one line.
+
+    Cut between words where it is long; of an OSError what the system says, without the file, which the refusal names.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    paragraph = str(error).strip().partition("\n\n")[0]
+    return textwrap.shorten(paragraph, _LONGEST, placeholder=" …", break_on_hyphens=False) or type(error).__name__

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import importlib.util
 import re
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from teq_graph.config import DTYPES
-from teq_graph.errors import ConfigError, ModelFileError
+from teq_graph.errors import ConfigError, ModelFileError, one_line
 from teq_graph.system import progress
 
 if TYPE_CHECKING:
@@ -89,15 +88,9 @@ def load_tokenizer(source: str, directory: str, **where: Any) -> PreTrainedToken
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **where)
     except Exception as error:  # whatever the tokenizer's files lead to
-        reason = _reason(error) if "gguf_file" in where else _tokenizer_reason(Path(directory), error)
+        reason = one_line(error) if "gguf_file" in where else _tokenizer_reason(Path(directory), error)
         raise ModelFileError(f"tokenizer of {source!r} cannot be loaded: {reason}") from error
     return tokenizer
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Writes the tokenizer's files (with the chat template) as `AutoTokenizer` and onnxruntime-genai read them."""
-    with quiet_transformers():
-        tokenizer.save_pretrained(str(directory))
 
 
 def _default_model_file() -> Path:
@@ -126,7 +119,7 @@ def _load(
             raise
         except Exception as error:  # transformers, safetensors, gguf and the hub raise whatever they like
             hub = "" if Path(directory).is_dir() else "no such directory, and the Hugging Face hub gives none: "
-            raise ModelFileError(f"model {source!r} cannot be loaded: {hub}{_reason(error)}") from error
+            raise ModelFileError(f"model {source!r} cannot be loaded: {hub}{one_line(error)}") from error
         tokenizer = None
         if tokenizer_expected is not False:
             try:
@@ -196,7 +189,7 @@ def _check_gguf(path: Path) -> None:
     try:
         gguf.GGUFReader(str(path))  # read once: `_fast_gguf` keeps it
     except Exception as error:  # of numpy and struct, where a number in the file leads nowhere
-        message = f"model file {str(path)!r} is cut short, damaged, or no GGUF file: {_reason(error)}"
+        message = f"model file {str(path)!r} is cut short, damaged, or no GGUF file: {one_line(error)}"
         raise ModelFileError(message) from error
 
 
@@ -241,11 +234,5 @@ def _tokenizer_reason(directory: Path, error: Exception) -> str:
         try:
             Tokenizer.from_file(str(file))
         except Exception as cause:  # of no class of its own
-            return f"{file.name} is damaged: {_reason(cause)}"
-    return _reason(error)
-
-
-def _reason(error: Exception) -> str:
-    """The message in one line, cut between words where it is long."""
-    text = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
-    return textwrap.shorten(text, 300, placeholder=" …", break_on_hyphens=False)
+            return f"{file.name} is damaged: {one_line(cause)}"
+    return one_line(error)

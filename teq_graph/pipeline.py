@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from teq_graph.analysis.equivalences import Equivalence
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import WeightSpec
-from teq_graph.errors import PassError, TeqGraphError
+from teq_graph.errors import PassError, TeqGraphError, one_line
 from teq_graph.graph.check import check_graph
 from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.passes.change_dtype import ChangeDtype
@@ -34,7 +34,6 @@ from teq_graph.passes.quantize_linears import QuantizeLinears
 from teq_graph.passes.remove_no_ops import RemoveNoOps
 from teq_graph.passes.untie_weights import UntieWeights
 from teq_graph.quantization import QuantizedWeight
-from teq_graph.system.files import one_line
 
 T = TypeVar("T")
 

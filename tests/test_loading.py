@@ -15,8 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from teq_graph import loading
-from teq_graph.errors import ConfigError, ModelFileError
-from teq_graph.loading import LoadedModel, load_model, save_tokenizer
+from teq_graph.errors import ConfigError, ModelFileError, one_line
+from teq_graph.loading import LoadedModel, load_model
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 VIT_SIZES = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32)
@@ -68,7 +68,7 @@ def test_class_comes_from_the_config(
 def test_tokenizer_and_text(stories260k: LoadedModel, tmp_path: Path) -> None:
     tokenizer = stories260k.tokenizer
     assert tokenizer is not None
-    save_tokenizer(tokenizer, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "Once upon a time, there was a little girl."
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
@@ -85,7 +85,7 @@ def test_default_model(smollm2: LoadedModel, tmp_path: Path) -> None:
     with torch.inference_mode():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
     model.save_pretrained(tmp_path)
-    save_tokenizer(tokenizer, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     again = load_model(tmp_path)
     for name, value in again.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
@@ -237,8 +237,8 @@ def test_hub_ids() -> None:
 def test_long_reasons_end_between_words() -> None:
     address = "https://example.org/a-rather-long-address#with-a-part"
     for length in range(200, 298):
-        shown = loading._reason(ValueError(f"{'x' * length}  and\n{address}"))
+        shown = one_line(ValueError(f"{'x' * length}  and\n{address}"))
         assert len(shown) <= 300 and "\n" not in shown
         assert shown.endswith((f"and {address}", "and …", "x …"))
-    assert loading._reason(KeyError("model")) == "'model' is missing"
-    assert loading._reason(ValueError()) == "ValueError"
+    assert one_line(KeyError("model")) == "'model' is missing"
+    assert one_line(ValueError()) == "ValueError"

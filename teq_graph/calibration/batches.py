@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from teq_graph.calibration.self_sampling import StepFn, sample_text
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import TrainingConfig
-from teq_graph.errors import InputError, NumericsError
+from teq_graph.errors import InputError, NumericsError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -223,8 +223,7 @@ def _text_of(source: str | Path, tokens: int) -> str:
     except InputError:
         raise
     except Exception as error:  # the hub's, the file system's and the data set's own errors
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"calibration={str(source)!r}: the data set cannot be loaded: {reason}") from error
+        raise InputError(f"calibration={str(source)!r}: the data set cannot be loaded: {one_line(error)}") from error
 
 
 def _text_column(row: Mapping[str, Any]) -> str | None:

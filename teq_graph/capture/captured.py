@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from teq_graph.errors import InputError
+from teq_graph.graph.nodes import placeholder_nodes
 
 DECODER_INPUTS = ["input_ids", "attention_mask", "past_key_values"]
 
@@ -93,8 +94,7 @@ class CapturedGraph:
 
     def placeholder_values(self, inputs: Any, graph_module: GraphModule | None = None) -> dict[Node, Any]:
         """What `bind` makes of `inputs`, by the graph's placeholders, or those of `graph_module`, a clone of it."""
-        nodes = (graph_module or self.graph_module).graph.nodes
-        placeholders = [node for node in nodes if node.op == "placeholder"]
+        placeholders = placeholder_nodes(graph_module or self.graph_module)
         return dict(zip(placeholders, pytree.tree_leaves(self.bind(inputs)), strict=True))
 
     def _bind(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -120,7 +120,7 @@ class CapturedGraph:
 
     def _check_tensors(self, leaves: list[Any]) -> None:
         """Compare with the graph's placeholders: type, rank, and sizes, of which dynamic ones fit together."""
-        placeholders = [node for node in self.graph_module.graph.nodes if node.op == "placeholder"]
+        placeholders = placeholder_nodes(self.graph_module)
         if len(leaves) != len(placeholders):
             raise InputError(f"{len(leaves)} inputs: accepted are {len(placeholders)}")
         sizes: dict[Any, int] = {}
@@ -160,7 +160,7 @@ class CapturedGraph:
             return {}
         count = 2 * len(self.decoder.layers)
         nodes = list(self.graph_module.graph.nodes)
-        placeholders = [node for node in nodes if node.op == "placeholder"][-count:]
+        placeholders = placeholder_nodes(self.graph_module)[-count:]
         outputs = pytree.tree_leaves(nodes[-1].args[0])[-count:]
         return dict(zip(placeholders, outputs, strict=True))
 

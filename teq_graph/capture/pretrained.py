@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from teq_graph.capture.captured import DecoderShape, LayerCache, float_dtype
-from teq_graph.errors import CaptureError
-from teq_graph.system.files import one_line
+from teq_graph.errors import CaptureError, one_line
 
 # Sizes of the example inputs. Sizes 0 and 1 would be specialised by torch.export, and equal sizes could be
 # mistaken for one another by a reader of the graph.

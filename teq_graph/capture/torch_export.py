@@ -26,9 +26,8 @@ from teq_graph.capture.pretrained import (
     is_pretrained,
     probe_decoder,
 )
-from teq_graph.errors import CaptureError, NumericsError
+from teq_graph.errors import CaptureError, NumericsError, one_line
 from teq_graph.graph.tensors import drop_unused, node_tensor, set_tensor
-from teq_graph.system.files import one_line
 
 AGREEMENT = collections.defaultdict(float, {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1})
 """Largest difference between graph and model, over the largest value; other types agree exactly."""

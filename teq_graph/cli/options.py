@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teq_graph.config import PRESETS, STAGES, TrainingConfig
-from teq_graph.errors import ConfigError, ExportError, InputError
-from teq_graph.system.files import one_line
+from teq_graph.errors import ConfigError, ExportError, InputError, one_line
 
 if TYPE_CHECKING:
     from teq_graph.cli.opening import LanguageModel
@@ -120,7 +119,7 @@ def output_directory(target: Path, overwrite: bool) -> Path:
         parent = next(folder for folder in resolved.parents if folder.exists())
         os.rmdir(tempfile.mkdtemp(prefix=f".{resolved.name}.", dir=parent))
     except OSError as error:
-        raise ExportError(f"{target} cannot be written: {_reason(error)}") from error
+        raise ExportError(f"{target} cannot be written: {one_line(error)}") from error
     return resolved
 
 
@@ -214,11 +213,7 @@ def _read(path: Path, option: str) -> str:
     try:
         content = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--{option} {str(path)!r}: {_reason(error)}; accepted is a text file in UTF-8") from error
+        raise InputError(f"--{option} {str(path)!r}: {one_line(error)}; accepted is a text file in UTF-8") from error
     if not content.strip():
         raise InputError(f"--{option} {str(path)!r}: it is empty; accepted is a text file in UTF-8")
     return content
-
-
-def _reason(error: OSError | UnicodeDecodeError) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teq_graph.errors import ConfigError, InputError, NumericsError
+from teq_graph.errors import ConfigError, InputError, NumericsError, one_line
 from teq_graph.system import progress
-from teq_graph.system.files import one_line
 
 if TYPE_CHECKING:
     from teq_graph.evaluation.text import LogitsFn

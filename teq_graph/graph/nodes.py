@@ -77,6 +77,11 @@ def dtype_of(node: Node) -> torch.dtype:
     return value
 
 
+def placeholder_nodes(graph_module: GraphModule) -> list[Node]:
+    """The nodes of the graph's inputs, in order."""
+    return [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+
+
 def linear_nodes(graph_module: GraphModule) -> Iterator[Node]:
     """The linear nodes in normal form, `aten.linear(x, get_attr [, bias])`, in graph order."""
     for node in graph_module.graph.nodes:

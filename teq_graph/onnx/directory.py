@@ -9,8 +9,8 @@ from pathlib import Path
 
 from teq_graph.capture import DecoderShape
 from teq_graph.config import DTYPES
-from teq_graph.errors import ModelFileError
-from teq_graph.system.files import one_line, write_json
+from teq_graph.errors import ModelFileError, one_line
+from teq_graph.system.files import write_json
 
 FORMAT_VERSION = 1
 

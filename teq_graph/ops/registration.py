@@ -122,13 +122,13 @@ def _embedding_fake(
 
 def _attention_fake(
     query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
+    _key: Tensor | None,
+    _value: Tensor | None,
     past_key: Tensor,
-    past_value: Tensor,
-    bias: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    _past_value: Tensor,
+    _bias: Tensor,
+    _cos: Tensor | None,
+    _sin: Tensor | None,
     num_heads: int,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +208,7 @@ def _cuda_kernel(dtype: torch.dtype, k: int, block: int) -> Callable[..., Tensor
     return cuda.matmul_nbits if cuda.takes(dtype, k, block) else None
 
 
-def _refuse_backward(ctx: Any, *grads: Tensor) -> None:
+def _refuse_backward(_ctx: Any, *_grads: Tensor) -> None:
     raise KernelError(
         "backward through a teq_graph quantized operator: it is for inference; accepted are calls under "
         "torch.no_grad(), or outputs that are not differentiated"

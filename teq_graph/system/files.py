@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from teq_graph.errors import ExportError
+from teq_graph.errors import ExportError, one_line
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
         _check_target(target, overwrite)  # again: minutes have passed
         _replace(staging, target)
     except OSError as error:
-        raise ExportError(f"{target} cannot be written: {error.strerror or one_line(error)}") from error
+        raise ExportError(f"{target} cannot be written: {one_line(error)}") from error
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -95,12 +95,6 @@ def torch_file(path: Path) -> Iterator[Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _replace(staging: Path, target: Path) -> None:

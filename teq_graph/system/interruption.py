@@ -29,7 +29,7 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+def _stop(number: int, _frame: FrameType | None) -> None:
     global _received
     _received = number
     raise KeyboardInterrupt

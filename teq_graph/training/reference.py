@@ -13,11 +13,10 @@ from torch.fx import GraphModule, Node
 
 from teq_graph.analysis.blocks import Block
 from teq_graph.capture import CapturedGraph
-from teq_graph.errors import InputError, NumericsError
+from teq_graph.errors import InputError, NumericsError, one_line
 from teq_graph.graph.execution import Values, advance, keep_only, needed_after, run, shared
 from teq_graph.graph.nodes import aten, is_call, is_tensor_constant, operand_of, weight_name_of
 from teq_graph.graph.tensors import get_tensor
-from teq_graph.system.files import one_line
 
 TargetOf = Callable[[int], Sequence[Tensor]]
 """Number of a batch -> the float block's outputs for it."""

@@ -165,7 +165,7 @@ def _clipped_grids(
     """The grids of least error of each weight, for each of `BITS`."""
     squares: dict[str, Tensor] = {}
 
-    def add_squares(name: str, weight: Tensor, x: Tensor, output: Tensor) -> None:
+    def add_squares(name: str, _weight: Tensor, x: Tensor, _output: Tensor) -> None:
         of_batch = x.float().flatten(0, -2).square().mean(0)
         squares[name] = squares[name] + of_batch if name in squares else of_batch
 

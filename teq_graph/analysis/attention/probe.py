@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from teq_graph.capture import CapturedGraph, DecoderShape
 from teq_graph.graph.execution import run
-from teq_graph.graph.nodes import aten
+from teq_graph.graph.nodes import aten, placeholder_nodes
 from teq_graph.graph.op_sets import SHAPE_QUERIES
 
 REPLACED = {aten.view.default: aten.reshape.default}
@@ -50,7 +50,7 @@ class Probe:
         assert captured.decoder is not None
         self.decoder: DecoderShape = captured.decoder
         self.nodes = list(captured.graph_module.graph.nodes)
-        self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        self.placeholders = placeholder_nodes(captured.graph_module)
         self.device = captured.device
         self.dtype = captured.dtype
         tokens, _, *past = self.placeholders

@@ -11,6 +11,7 @@ from torch.fx import Interpreter
 
 from teq_graph.capture import CapturedGraph
 from teq_graph.capture.captured import fixed, symbol
+from teq_graph.graph.nodes import placeholder_nodes
 
 
 class ExampleValues(Interpreter):
@@ -54,7 +55,7 @@ RESIZES: tuple[Resize, ...] = (lambda n: n + 1, lambda n: max(2, n - 1), lambda 
 def _resized_inputs(captured: CapturedGraph, resize: Resize) -> list[Any] | None:
     """The example inputs, repeated or cut to other sizes where they are dynamic; None where they are not."""
     leaves = torch.utils._pytree.tree_leaves((captured.example_args, captured.example_kwargs))
-    placeholders = [node for node in captured.graph_module.graph.nodes if node.op == "placeholder"]
+    placeholders = placeholder_nodes(captured.graph_module)
     tensors = [
         (leaf, p.meta["val"].shape) for leaf, p in zip(leaves, placeholders, strict=True) if isinstance(leaf, Tensor)
     ]

@@ -15,7 +15,7 @@ class _SkipNormalization(RewriteRuleClassBase):
 
     fused: str
 
-    def check(self, context: Any, *_: Any, **values: Any) -> MatchResult:  # type: ignore[override]  # values by name
+    def check(self, _context: Any, *_: Any, **values: Any) -> MatchResult:  # type: ignore[override]  # values by name
         # [b, s, n] both: the kernels add values of one shape.
         ranks = [value.shape.rank() if value.shape is not None else 0 for value in (values[name] for name in "xyw")]
         result = MatchResult()

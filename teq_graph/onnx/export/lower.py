@@ -21,13 +21,12 @@ from torch.utils import _pytree as pytree
 from teq_graph import pipeline
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import ACCURACY_LEVELS, DTYPES
-from teq_graph.errors import ConfigError, ExportError
+from teq_graph.errors import ConfigError, ExportError, one_line
 from teq_graph.graph.tensors import clone_graph
 from teq_graph.onnx.export.fusions import fuse
 from teq_graph.onnx.export.names import name_values
 from teq_graph.onnx.export.translations import foreign_operators, translation_table
 from teq_graph.passes.fuse_attention import FuseAttention, FusedAttentions
-from teq_graph.system.files import one_line
 
 # The first with Attention, RMSNormalization and RotaryEmbedding.
 OPSETS = (23, 24)
@@ -142,7 +141,7 @@ def _translate(program: ExportedProgram, opset: int, accuracy_level: int) -> ir.
 
 @contextlib.contextmanager
 def _without_decompositions(program: ExportedProgram) -> Iterator[None]:
-    program.run_decompositions = lambda *args, **kwargs: program
+    program.run_decompositions = lambda *_, **__: program
     try:
         yield
     finally:

@@ -216,7 +216,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
     def cast(self: Any, dtype: int, *_: Any, **__: Any) -> Any:
         return op.Cast(self, to=dtype) if self.dtype != ir.DataType(dtype) else op.Identity(self)
 
-    def cast_on_device(self: Any, device: str, dtype: int, *_: Any, **__: Any) -> Any:
+    def cast_on_device(self: Any, _device: str, dtype: int, *_: Any, **__: Any) -> Any:
         return cast(self, dtype)
 
     def cast_layout(self: Any, *, dtype: int | None = None, **_: Any) -> Any:

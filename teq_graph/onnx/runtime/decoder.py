@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from teq_graph.errors import InputError, ModelFileError
+from teq_graph.errors import InputError, ModelFileError, one_line
 from teq_graph.onnx.directory import GENERATION_FILE, Metadata
 from teq_graph.onnx.runtime import arguments
 from teq_graph.onnx.runtime.generation.decoding import Continuation, DecoderSession
@@ -23,7 +23,6 @@ from teq_graph.onnx.runtime.generation.sampling import Sampler
 from teq_graph.onnx.runtime.generation.text import StoppedText, TextStream
 from teq_graph.onnx.runtime.model import OnnxModel
 from teq_graph.onnx.runtime.session import CPU, Provider, open_directory
-from teq_graph.system.files import one_line
 
 T = TypeVar("T")
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | npt.NDArray[Any]

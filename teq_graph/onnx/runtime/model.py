@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from teq_graph.errors import InputError, ModelFileError
+from teq_graph.errors import InputError, ModelFileError, one_line
 from teq_graph.onnx.directory import Metadata
 from teq_graph.onnx.runtime.session import CPU, Provider, open_directory
-from teq_graph.system.files import one_line
 
 _NUMPY_TYPES = {
     "tensor(float)": np.float32,

@@ -9,11 +9,10 @@ from typing import Any
 
 import onnxruntime
 
-from teq_graph.errors import InputError, ModelFileError
+from teq_graph.errors import InputError, ModelFileError, one_line
 from teq_graph.onnx.directory import MODEL_FILE, WRITTEN, Metadata
 from teq_graph.onnx.runtime import arguments
 from teq_graph.onnx.runtime.last_logits import with_chosen_logits
-from teq_graph.system.files import one_line
 
 Provider = str | tuple[str, dict[str, Any]]
 CPU: tuple[Provider, ...] = ("CPUExecutionProvider",)

@@ -11,13 +11,12 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime import OrtValue
 
-from teq_graph.errors import InputError
+from teq_graph.errors import InputError, one_line
 from teq_graph.onnx.directory import LOGITS_FROM, Metadata
 from teq_graph.onnx.runtime import tensors
 from teq_graph.onnx.runtime.generation.prompt_lookup import guess
 from teq_graph.onnx.runtime.generation.sampling import Sampler
 from teq_graph.onnx.runtime.generation.text import StoppedText
-from teq_graph.system.files import one_line
 
 IntArray = npt.NDArray[np.int64]
 
