@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from readme_section import replace_section
+from markdown_table import replace_section
 from support.architectures import ARCHITECTURES, Architecture
 from support.graphs import apply_random_scales, leaves, relative_error
 from support.onnx import OnnxModel

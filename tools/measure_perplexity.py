@@ -5,7 +5,7 @@ test text, in windows of --context that do not overlap; calibration is cut from 
 (fast, default, best), rtn, or stages joined by +, as for `teq-graph quantize --method`: the table of the stages one by
 one is their ablation.
 
-    python tools/measure_perplexity.py smollm2 --test wiki.test.raw --calibration wiki.valid.raw --update README.md
+    python tools/measure_perplexity.py smollm2 --test wiki.test.raw --calibration wiki.valid.raw
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markdown_table import replace_section
 from peers.job import peak_bytes
-from readme_section import replace_section
 
 import teq_graph
 from teq_graph.cli import options
@@ -45,7 +45,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="tokens of each; the preset's if absent")
     parser.add_argument("--steps", type=int, help="of each block; the preset's if absent")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--update", type=Path, help="Markdown file whose section «measured» takes the table")
+    parser.add_argument("--update", type=Path, help="Markdown file that takes the table")
+    parser.add_argument("--section", default="stages", help="its markers there; what is outside of them stays")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -122,7 +123,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     table = "\n".join(lines)
     if args.update:
-        replace_section(args.update, "measured", "## Measured\n\n" + table)
+        replace_section(args.update, args.section, table)
 
 
 if __name__ == "__main__":
