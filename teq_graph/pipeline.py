@@ -2,6 +2,8 @@
 
 capture ─▶ NORMALIZE ─▶ untie ─▶ (analysis) ─▶ insert_scales ─▶ (training) ─▶ fold_scales
         ─▶ quantize ─▶ the compiled graph ─▶ for_onnxruntime ─▶ (translation to ONNX)
+
+`for_sampling` is for a clone that writes its own calibration text.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from teq_graph.passes.fold_constants import FoldConstants
 from teq_graph.passes.fold_scales import FoldScales
 from teq_graph.passes.fuse_attention import FuseAttention
 from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
+from teq_graph.passes.grow_caches_in_place import GrowCachesInPlace
 from teq_graph.passes.insert_scales import InsertedScales, InsertScales
 from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
 from teq_graph.passes.match_onnxruntime_layout import MatchOnnxruntimeLayout
@@ -119,6 +122,14 @@ def for_onnxruntime(captured: CapturedGraph, dtype: torch.dtype) -> Phase:
             RemoveNoOps(),
         ),
     )
+
+
+def for_sampling(captured: CapturedGraph) -> Phase:
+    """A float decoder that writes text; `captured` is that graph, a clone of what is compiled."""
+    # Attention is proven by numbers, which half precision is too coarse for.
+    fuse = (FuseAttention(captured),) if captured.dtype == torch.float32 else ()
+    # After attention, whose op has caches of its own.
+    return Phase("for sampling", (*fuse, GrowCachesInPlace(captured)))
 
 
 # ----------------------------------------------------------------------------------------------------------- the runner

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from support.architectures import BY_NAME
+from support.graphs import relative_error
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from teq_graph.calibration import TokenInputs, calibration_batches, make_batches
+from teq_graph import pipeline
+from teq_graph.calibration import TokenInputs, calibration_batches, decoding_step, make_batches
 from teq_graph.calibration.self_sampling import StepFn, sample_text
 from teq_graph.capture import capture
 from teq_graph.config import TrainingConfig
@@ -386,3 +388,82 @@ def test_real_tokenizer_and_text(stories260k: LoadedModel, wikitext_validation: 
         ),
     )
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 128), (2, 128)]  # type: ignore[call-overload]
+
+
+WORDS = 97  # of the small architectures
+
+
+# ------------------------------------------------------------------------------------------------- single rows, steps
+
+
+def test_rows_given_one_at_a_time_train_in_batches() -> None:
+    captured = capture(BY_NAME["Llama (GQA)"].build())
+    config = TrainingConfig(batch_size=3)
+    rows = torch.randint(3, WORDS, (8, 9))
+    singles = [{"input_ids": row[None]} for row in rows[:7]] + [{"input_ids": rows[7:, :5]}]
+    for elements in (singles, [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in singles]):
+        batches = calibration_batches(elements, captured, config, None)
+        assert [tuple(batch["input_ids"].shape) for batch in batches] == [(3, 9), (3, 9), (1, 9), (1, 5)]  # type: ignore[call-overload]
+        assert torch.equal(torch.cat([batch["input_ids"] for batch in batches[:3]]), rows[:7])  # type: ignore[call-overload]
+        assert all(bool((batch["attention_mask"] == 1).all()) for batch in batches)  # type: ignore[call-overload]
+    pairs = [{"input_ids": rows[:2]}, {"input_ids": rows[2:3]}, {"input_ids": rows[3:4]}]
+    assert [len(batch["input_ids"]) for batch in calibration_batches(pairs, captured, config, None)] == [2, 2]  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_rows_of_other_models_are_joined_where_their_number_is_free(dynamic: bool) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 8)
+
+        def forward(self, x: Tensor, gate: Tensor, scale: float = 1.0) -> Tensor:
+            result: Tensor = self.linear(x) * gate * scale
+            return result
+
+    example = {"x": torch.randn(4, 16), "gate": torch.randn(4, 8), "scale": 2.0}
+    batch = torch.export.Dim("batch")
+    shapes = {"x": {0: batch}, "gate": {0: batch}, "scale": None} if dynamic else None
+    captured = capture(Gated().eval(), example, shapes)
+    rows = [{"x": torch.randn(1, 16), "gate": torch.randn(1, 8), "scale": 2.0} for _ in range(5)]
+    batches = calibration_batches(rows, captured, TrainingConfig(batch_size=4), None)
+    assert [len(batch["x"]) for batch in batches] == ([4, 1] if dynamic else [1] * 5)  # type: ignore[call-overload]
+    if dynamic:
+        assert torch.equal(batches[0]["gate"], torch.cat([row["gate"] for row in rows[:4]]))  # type: ignore[call-overload,arg-type]
+        assert all(batch["scale"] == 2.0 for batch in batches)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    "name", ["Llama (GQA)", "Mistral", "Gemma2", "BLOOM", "MPT", "GPT-2", "GPT-J", "Falcon (MQA)", "OPT", "OLMo2"]
+)
+def test_a_decoding_step_gives_what_the_graph_gives(name: str) -> None:
+    """Over caches that grow in place, beyond their room, and beside one another."""
+    captured = capture(BY_NAME[name].build())
+    pipeline.run(pipeline.NORMALIZE, captured.graph_module)
+    code = captured.graph_module.code
+    tokens = torch.randint(3, WORDS, (3, 14))
+    step = decoding_step(captured, 11)
+    with torch.inference_mode():
+        past = None
+        for start, end in ((0, 5), (5, 6), (6, 10), (10, 11), (11, 12), (12, 14)):
+            logits, past = step(tokens[:, start:end], past)
+            args, _ = captured.bind({"input_ids": tokens[:, :end]})
+            expected, _ = captured.graph_module(*args)
+            assert relative_error(logits, expected[:, start:]) <= 1e-5
+        other, _ = step(tokens[:2, :4], None)
+        assert relative_error(other, expected[:2, :4]) <= 1e-5
+    assert captured.graph_module.code == code
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_decoding_step_in_half_precision(dtype: torch.dtype) -> None:
+    captured = capture(BY_NAME["Llama (GQA)"].build().to(dtype))
+    tokens = torch.randint(3, WORDS, (2, 9))
+    step = decoding_step(captured, 9)
+    with torch.inference_mode():
+        _, past = step(tokens[:, :8], None)
+        logits, _ = step(tokens[:, 8:], past)
+        expected, _ = captured.graph_module(*captured.bind({"input_ids": tokens})[0])
+    assert relative_error(logits, expected[:, 8:]) <= 8 * torch.finfo(dtype).eps
+    # The cache is written in place: what a step is given and what it gives are one buffer.
+    assert past[0][0].untyped_storage().data_ptr() == step(tokens[:, 8:], past)[1][0][0].untyped_storage().data_ptr()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
-from teq_graph.calibration.self_sampling import StepFn, sample_text
+from teq_graph.calibration.decoding_step import decoding_step
+from teq_graph.calibration.self_sampling import sample_text
+from teq_graph.calibration.sources import WindowChooser, elements_of, join_texts, text_column, text_of, token_rows
 from teq_graph.capture import CapturedGraph
+from teq_graph.capture.captured import symbol
 from teq_graph.config import TrainingConfig
-from teq_graph.errors import InputError, NumericsError, one_line
+from teq_graph.errors import InputError, NumericsError
+from teq_graph.graph.nodes import placeholder_nodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,10 +54,6 @@ class TokenInputs:
         return cls(ids=ids.dtype, mask=mask.dtype if isinstance(mask, Tensor) and mask.shape == ids.shape else None)
 
 
-_ROW_SEPARATOR = "\n\n"  # joins the rows of a data set; gives the standard string for WikiText
-_CHARS_PER_TOKEN = 32  # rows are read up to this many characters per wanted token: some eight times what is used
-
-
 def make_batches(
     calibration: Any,
     *,
@@ -64,6 +64,7 @@ def make_batches(
     tokenizer: PreTrainedTokenizerBase | None = None,
     tokens: TokenInputs | None = None,
     sample_fn: SampleFn | None = None,
+    batch_is_dynamic: bool = False,
 ) -> list[Batch]:
     """Turns what the user gives as calibration data into inputs of the model.
 
@@ -82,29 +83,31 @@ def make_batches(
 
     For any other model, a tensor [N, ...] is cut into batches along its first axis; of an iterable, each dict is
     a batch of keyword arguments, each tuple or list one of positional arguments, each tensor the only argument.
-    Of an iterator without a length, `samples` elements are read.
+    Of an iterator without a length, `samples` elements are read. Elements of one row each that follow one another in
+    one shape are joined, up to `batch_size` of them, where `batch_is_dynamic`: the model takes any number of rows in
+    the first dimension of all its tensors.
 
     `length` is reduced to the model's positions where the text is cut or sampled here; inputs that come cut and are
     longer are refused. Raises InputError for no data, data of another kind, token ids outside the vocabulary,
     sequences that are too long; NumericsError for NaN or infinity.
     """
     length = min(length, (tokens and tokens.max_positions) or length)
-    choose = _Chooser(tokenizer, samples, length, seed)
+    choose = WindowChooser(tokenizer, samples, length, seed)
     rows: Iterable[Tensor] | None = None
     if calibration is None:
         if sample_fn is None:
             raise InputError("calibration=None: only a causal language model writes its own; give inputs of the model")
         rows = sample_fn(samples, length, seed)
     elif isinstance(calibration, (str, Path)):
-        rows = choose.from_texts([_text_of(calibration, samples * length)])
+        rows = choose.from_texts([text_of(calibration, samples * length)])
     else:
-        first, elements = _elements(calibration, samples)
+        first, elements = elements_of(calibration, samples)
         if isinstance(first, str):
             rows = choose.from_texts(elements)
-        elif isinstance(first, Mapping) and _text_column(first):
-            rows = choose.from_texts([_join_rows(elements, samples * length)])
+        elif isinstance(first, Mapping) and text_column(first):
+            rows = choose.from_texts([join_texts(elements, samples * length)])
         elif tokens is not None and not isinstance(first, Mapping):
-            rows = (row for element in elements for row in _token_rows(element))
+            rows = (row for element in elements for row in token_rows(element))
         elif isinstance(calibration, (Tensor, np.ndarray)):
             elements = torch.as_tensor(calibration).split(batch_size)
     if rows is None:
@@ -117,7 +120,7 @@ def make_batches(
         if tokens is not None and isinstance(batch, dict):
             _check_tokens(batch, index, tokens)
         _check_values(batch, index)
-    return batches
+    return _join_single_rows(batches, batch_size) if batch_is_dynamic else batches
 
 
 def calibration_batches(
@@ -134,7 +137,7 @@ def calibration_batches(
     def sample(samples: int, length: int, seed: int) -> Tensor:
         assert decoder is not None
         return sample_text(
-            captured_step(captured),
+            decoding_step(captured, length),
             samples=samples,
             length=length,
             seed=seed,
@@ -153,18 +156,8 @@ def calibration_batches(
         tokenizer=tokenizer,
         tokens=TokenInputs.of(captured),
         sample_fn=None if decoder is None else sample,
+        batch_is_dynamic=_batch_is_dynamic(captured),
     )
-
-
-def captured_step(captured: CapturedGraph) -> StepFn:
-    """A captured decoder as `(input_ids, past) -> (logits, past)`, without padding."""
-
-    def step(input_ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        args, _ = captured.bind({"input_ids": input_ids.to(captured.device), "past_key_values": past})
-        logits, past = captured.graph_module(*args)
-        return logits, past
-
-    return step
 
 
 def _leading_token(tokenizer: Any) -> int | None:
@@ -173,114 +166,6 @@ def _leading_token(tokenizer: Any) -> int | None:
         return None
     ids = tokenizer("a")["input_ids"]
     return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
-
-
-class _Chooser:
-    """Cuts texts into windows of tokens and chooses some of them."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, samples: int, length: int, seed: int) -> None:
-        self._tokenizer = tokenizer
-        self._samples = samples
-        self._length = length
-        self._seed = seed
-
-    def from_texts(self, texts: Iterable[str]) -> list[Tensor]:
-        """`samples` windows [length], or shorter where a text is shorter."""
-        if self._tokenizer is None:
-            raise InputError("calibration: it is text, but the model has no tokenizer; accepted are tensors of tokens")
-        windows = []
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"calibration: element {index} is {type(text).__name__}, the first is a string")
-            ids = self._tokenizer(text, verbose=False, return_attention_mask=False)["input_ids"]
-            windows += self._cut(torch.tensor(ids, dtype=torch.int64))
-        chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self._seed))
-        return [windows[index] for index in chosen[: self._samples]]
-
-    def _cut(self, ids: Tensor) -> list[Tensor]:
-        full = len(ids) // self._length
-        return list(ids[: full * self._length].split(self._length)) if full else [ids] * bool(len(ids))
-
-
-def _text_of(source: str | Path, tokens: int) -> str:
-    """The text of a file, or of as many rows of a named data set as give about `tokens` tokens."""
-    path = Path(source).expanduser()
-    try:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"calibration file {str(source)!r}: {error}; accepted is text in UTF-8") from error
-    name, *rest = str(source).split(":")
-    if len(rest) not in (1, 2):
-        raise InputError(f"calibration={str(source)!r}: no such file; data sets are NAME:SPLIT or NAME:CONFIG:SPLIT")
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(f"calibration={str(source)!r}: needs the package datasets; pip install datasets") from error
-    try:
-        # streamed: only what is read is downloaded
-        return _join_rows(datasets.load_dataset(name, *rest[:-1], split=rest[-1], streaming=True), tokens)
-    except InputError:
-        raise
-    except Exception as error:  # the hub's, the file system's and the data set's own errors
-        raise InputError(f"calibration={str(source)!r}: the data set cannot be loaded: {one_line(error)}") from error
-
-
-def _text_column(row: Mapping[str, Any]) -> str | None:
-    """`"text"`, or else the first column that holds a string."""
-    columns = [name for name, value in row.items() if isinstance(value, str)]
-    return "text" if "text" in columns else next(iter(columns), None)
-
-
-def _join_rows(rows: Iterable[Any], tokens: int) -> str:
-    texts: list[str] = []
-    size = 0
-    for row in rows:
-        column = _text_column(row)
-        if column is None:
-            raise InputError(f"calibration: a row of the data set has the columns {list(row)}; accepted is one of text")
-        texts.append(row[column])
-        size += len(row[column])
-        if size > _CHARS_PER_TOKEN * tokens:
-            break
-    return _ROW_SEPARATOR.join(texts)
-
-
-def _elements(calibration: Any, samples: int) -> tuple[Any, Iterable[Any]]:
-    """The first element, and all; a dict or a tensor is an element itself."""
-    if isinstance(calibration, (Tensor, np.ndarray)):
-        return calibration, [calibration]
-    if isinstance(calibration, Mapping):
-        if any(not isinstance(value, (Tensor, np.ndarray, Sequence)) for value in calibration.values()):
-            raise InputError(f"calibration: a dict with the keys {list(calibration)}; its values are to be tensors")
-        return calibration, [calibration]
-    if not isinstance(calibration, Iterable):
-        kind = type(calibration).__name__
-        raise InputError(f"calibration: it is {kind}; accepted are text, tensors, or an iterable of the model's inputs")
-    iterator: Iterator[Any] = iter(calibration)
-    for first in iterator:
-        elements = itertools.chain([first], iterator)
-        return first, elements if isinstance(calibration, Sized) else _until(elements, first, samples)
-    raise InputError("calibration: it is empty; accepted is at least one input")
-
-
-def _until(elements: Iterator[Any], first: Any, samples: int) -> Iterator[Any]:
-    # the rows of a data set are counted by their text, in `_join_rows`
-    rows = isinstance(first, Mapping) and _text_column(first) is not None
-    return elements if rows else itertools.islice(elements, samples)
-
-
-def _token_rows(element: Any) -> Iterable[Tensor]:
-    """Rows [s] int64 of token ids [b, s] or [s]."""
-    try:
-        ids = torch.as_tensor(element)
-    except (TypeError, ValueError, RuntimeError):
-        kind = type(element).__name__
-        raise InputError(f"calibration: an element is {kind}; accepted are integer tensors [b, s]") from None
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
-        shape = list(ids.shape)
-        raise InputError(f"calibration: an element is {ids.dtype} {shape}; accepted are integer tensors [b, s]")
-    return list(torch.atleast_2d(ids.to(torch.int64)))
 
 
 def _batch_rows(rows: Iterable[Tensor], batch_size: int, masked: bool) -> list[Batch]:
@@ -305,11 +190,44 @@ def _as_batch(element: Any) -> Batch:
     raise InputError(f"calibration: an element is {type(element).__name__}; accepted are dicts, tuples and tensors")
 
 
+def _batch_is_dynamic(captured: CapturedGraph) -> bool:
+    """Whether the first dimension of all of the graph's tensor inputs is one and the same dynamic size."""
+    values = [node.meta["val"] for node in placeholder_nodes(captured.graph_module)]
+    firsts = {symbol(value.shape[0]) if value.dim() else None for value in values if isinstance(value, Tensor)}
+    return len(firsts) == 1 and None not in firsts
+
+
+def _join_single_rows(batches: list[Batch], batch_size: int) -> list[Batch]:
+    """Rows given one at a time train as texts do: in batches."""
+    joined: list[Batch] = []
+    for form, group in itertools.groupby(batches, _form_of_row):
+        rows = list(group)
+        if form is None:
+            joined += rows
+            continue
+        for start in range(0, len(rows), batch_size):
+            joined.append(pytree.tree_map(_concatenated, *rows[start : start + batch_size]))
+    return joined
+
+
+def _form_of_row(batch: Batch) -> tuple[object, ...] | None:
+    """What rows that can be joined have in common: structure, shapes, dtypes and all else; None for no single row."""
+    leaves, structure = pytree.tree_flatten(batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors or any(leaf.dim() == 0 or leaf.shape[0] != 1 for leaf in tensors):
+        return None
+    return str(structure), *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+
+
+def _concatenated(*leaves: Any) -> Any:
+    return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+
+
 def _check_tokens(batch: dict[str, Any], index: int, tokens: TokenInputs) -> None:
     """Checks `input_ids` and completes `attention_mask`, in place."""
     if "input_ids" not in batch:
         raise InputError(f"calibration: batch {index} has the keys {list(batch)}; input_ids is missing")
-    rows = list(_token_rows(batch["input_ids"]))
+    rows = list(token_rows(batch["input_ids"]))
     ids = torch.stack(rows) if rows else torch.empty(0, 0, dtype=torch.int64)
     batch["input_ids"] = ids.to(tokens.ids)
     if tokens.mask is not None:

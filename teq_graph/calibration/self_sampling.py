@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from teq_graph.calibration.decoding_step import StepFn
 from teq_graph.errors import NumericsError
-from teq_graph.system import memory, progress
-
-StepFn: TypeAlias = Callable[[Tensor, Any], tuple[Tensor, Any]]
-"""`(input_ids [b, s], past) -> (logits [b, s, vocab], past)`; a past of None is the empty one."""
+from teq_graph.system import progress
 
 
 def sample_text(
@@ -24,7 +21,7 @@ def sample_text(
     vocab_size: int,
     bos_token_id: int | None = None,
     special_ids: Iterable[int] = (),
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> Tensor:
     """Text [samples, length] int64 written by a causal language model, for calibration without data.
 
@@ -52,8 +49,6 @@ def sample_text(
             for _ in range(written.shape[1], length):
                 logits, past = step(pieces[-1], past)
                 pieces.append(_draw(logits[:, -1], generator))
-                # A cache that is copied as it grows leaves gaps that its next copy does not fit.
-                memory.trim()
                 work.advance(len(written))
             texts.append(torch.cat(pieces, 1))
     return torch.cat(texts).clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -36,6 +38,7 @@ def group_query_attention(
     softcap: float,
     window: int,
     interleaved: bool,
+    grow: Callable[[Tensor, Tensor], Tensor] = lambda past, new: torch.cat([past, new], 2),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Causal attention over a KV cache: output [b, s, h * d], present key and value [b, kv, p + s, d].
 
@@ -43,6 +46,7 @@ def group_query_attention(
     [b, kv, p, d]. bias: [b or 1, h or 1, s, p + s], added to the scaled scores. cos, sin: [positions, r / 2], by the
     position in the cache; None where nothing is rotated. softcap: scores become softcap * tanh(scores / softcap)
     before the bias, 0 where they are left alone. window: keys that a query sees, itself included; -1: all before it.
+    grow: how a past becomes present.
     """
     batch, length = query.shape[:2]
     if key is None or value is None:
@@ -53,14 +57,15 @@ def group_query_attention(
     if cos is not None and sin is not None:
         positions = slice(past, past + length)
         q, k = (rotate(x, cos[positions], sin[positions], interleaved) for x in (q, k))
-    keys, values = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
-    shared = num_heads // kv_num_heads
+    keys, values = grow(past_key, k), grow(past_value, v)
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ keys.repeat_interleave(shared, 1).transpose(-1, -2)).to(wide) * scale
+    # The queries that share a head are rows of one product with it: its keys and values are not repeated.
+    shared = q.reshape(batch, kv_num_heads, -1, q.shape[-1])
+    scores = (shared @ keys.transpose(-1, -2)).to(wide).view(batch, num_heads, length, -1) * scale
     if softcap:
         scores = softcap * (scores / softcap).tanh()
     ahead = torch.arange(keys.shape[2], device=q.device) - torch.arange(past, past + length, device=q.device)[:, None]
     hidden = ahead > 0 if window < 0 else (ahead > 0) | (ahead <= -window)
     weights = functional.softmax((scores + bias.to(wide)).masked_fill(hidden, -torch.inf), -1).to(q.dtype)
-    output = weights @ values.repeat_interleave(shared, 1)
-    return output.transpose(1, 2).flatten(2), keys, values
+    output = weights.view(batch, kv_num_heads, -1, keys.shape[2]) @ values
+    return output.view(batch, num_heads, length, -1).transpose(1, 2).flatten(2), keys, values
