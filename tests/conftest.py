@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,18 @@ def seeded(request: pytest.FixtureRequest) -> None:
 def checked_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every graph is whole after every pass of a pipeline."""
     monkeypatch.setattr(pipeline, "checks_every_pass", True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_captures() -> Iterator[None]:
+    """`compile` and `transform` trace a small model of one configuration once: see `support.captures`."""
+    from support.captures import capture_again
+
+    import teq_graph.compile  # noqa: F401  the module, which the package hides behind the function of that name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["teq_graph.compile"], "capture", capture_again)
+        yield
 
 
 @pytest.fixture(scope="session")
