@@ -75,9 +75,7 @@ class CompiledModel:
         result = self.graph_module(*bound_args, **bound_kwargs)
         if self.captured.decoder is None:
             return result
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-
-        return CausalLMOutputWithPast(logits=result[0], past_key_values=result[1])
+        return _decoder_output(*result)
 
     def to(self, device: str | torch.device) -> CompiledModel:
         """Move every tensor, and the graph's own device arguments, to `device`; returns self."""
@@ -147,6 +145,13 @@ class CompiledModel:
                 if part is not None:
                     part.save_pretrained(staging)
         return target
+
+
+def _decoder_output(logits: Tensor, past: Any) -> Any:
+    """A Hugging Face output with `logits` and `past_key_values`, whatever transformers itself calls the latter."""
+    from transformers.utils import ModelOutput
+
+    return ModelOutput(logits=logits, past_key_values=past)
 
 
 def load(directory: str | PathLike[str]) -> CompiledModel:

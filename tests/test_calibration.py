@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -354,8 +355,9 @@ def test_sampler_refuses_logits_that_are_not_finite(bad: float) -> None:
 
 def cached_step(model: PreTrainedModel) -> StepFn:
     def step(input_ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        output = model(input_ids=input_ids, past_key_values=past, use_cache=True)
-        return output.logits, output.past_key_values
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        output = model(input_ids=input_ids, use_cache=True, **{name: past})
+        return output.logits, output[name]
 
     return step
 

@@ -243,7 +243,8 @@ def test_products_of_one_value_become_one(spec: WeightSpec) -> None:
     names = [f"{name}.weight" for name in ("gate", "up", "odd", "other", "down")]
     graph_module = quantized_products(Gated(), dict.fromkeys(names, spec))
     inputs = (torch.randn(3, 7, WIDTH),)
-    apply_and_check(MergeProducts(), graph_module, inputs, tolerance=0.0)
+    # Which rows are multiplied together decides how a sum over WIDTH products is split: each rounds by eps at most.
+    apply_and_check(MergeProducts(), graph_module, inputs, tolerance=WIDTH * torch.finfo(torch.float32).eps)
     products = [node for node in graph_module.graph.nodes if is_call(node, torch.ops.teq_graph.matmul_nbits.default)]
     # Without a bias, and of another size, they stay.
     assert sorted(arguments_of(node)["N"] for node in products) == [8, 16, WIDTH, 32]

@@ -40,11 +40,11 @@ class DecoderStep(nn.Module):
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=_cache_of(past),
             use_cache=True,
+            **{_cache_argument(self.model): _cache_of(past)},
             **positions,
         )
-        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return output.logits, [(layer.keys, layer.values) for layer in _cache_in(output).layers]
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -66,6 +66,21 @@ def _cache_of(past: Sequence[tuple[Tensor, Tensor]]) -> Any:
     return cache
 
 
+# What transformers calls the KV cache from 5.24 on, and before.
+_CACHE_NAMES = ("cache", "past_key_values")
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """The name by which the model takes a KV cache."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHE_NAMES if name in accepted), _CACHE_NAMES[-1])
+
+
+def _cache_in(output: Any) -> Any:
+    """The KV cache among a model's results; None where there is none."""
+    return next((output[name] for name in _CACHE_NAMES if output.get(name) is not None), None)
+
+
 def probe_decoder(model: Any) -> DecoderShape | None:
     """Run two tokens to see which KV cache the model keeps; None if it is no decoder-only language model."""
     if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
@@ -76,7 +91,7 @@ def probe_decoder(model: Any) -> DecoderShape | None:
             output = model(input_ids=tokens, use_cache=True)
     except Exception as error:  # whatever the model's Python raises
         raise CaptureError(f"{type(model).__name__} fails on two tokens: {one_line(error)}") from error
-    layers = getattr(output.get("past_key_values"), "layers", None)
+    layers = getattr(_cache_in(output), "layers", None)
     if not layers or not all(isinstance(getattr(layer, "values", None), Tensor) for layer in layers):
         return None
     shapes = [(*layer.keys.shape[1::2], *layer.values.shape[1::2]) for layer in layers]
