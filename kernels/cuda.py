@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teq_graph.kernels import program
-from teq_graph.kernels.plan import NUMBERS, Plan, make_plan, refusal
+from teq_graph.kernels.plan import DTYPES, Plan, make_plan, refusal
 
 REDUCE_THREADS = 256
 VECTOR = 16
@@ -21,7 +21,7 @@ plan_of = functools.lru_cache(maxsize=4096)(make_plan)
 
 def takes(dtype: torch.dtype, k: int, block_size: int) -> bool:
     """Whether there is a kernel for activations of `dtype` and weights of K = `k` in groups of `block_size`."""
-    return _number(dtype) in NUMBERS and refusal(k, block_size) is None
+    return dtype in DTYPES and refusal(k, block_size) is None
 
 
 def matmul_nbits(
@@ -46,7 +46,7 @@ def matmul_nbits(
     if m == 0:
         return y
     index = a.device.index
-    plan = plan_of(_number(a.dtype), m, n, rows.shape[1], bits, block_size, _processors(index))
+    plan = plan_of(a.dtype, m, n, rows.shape[1], bits, block_size, _processors(index))
     splits = plan.grid[2]
     partial = a.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else None
     tensors = [rows, aligned(b), scales.contiguous(), _contiguous(zero_points), _contiguous(bias), y, partial]
@@ -81,10 +81,6 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _number(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache

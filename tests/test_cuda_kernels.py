@@ -30,7 +30,6 @@ from teq_graph.quantization import QuantizedWeight, quantize_weight
 
 matmul_nbits = torch.ops.teq_graph.matmul_nbits.default
 dequantize_nbits = torch.ops.teq_graph.dequantize_nbits.default
-NUMBERS = (torch.float16, torch.bfloat16)
 GROUPS = (32, 64, 128, 256, -1)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
 
@@ -71,12 +70,12 @@ def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
 @pytest.mark.parametrize("variant", list(variants()), ids=name_of)
 def test_emulated_tiling(variant: Variant, emulate: Callable[..., Tensor]) -> None:
     """Every variant on a product that ends inside a tile in M, N and K, in several slices, and split over blocks."""
-    dtype, tiling = getattr(torch, variant.number), variant.tiling
+    dtype, tiling = variant.dtype, variant.tiling
     m = {1: 2}.get(tiling.row_tiles, tiling.tokens - 3) if tiling.tokens < 64 else 69
     n, k = tiling.rows + 5, tiling.round * 2 + 72
     weight = quantize_weight(torch.randn(n, k), WeightSpec(variant.bits, 128 if variant.scale_sums else 32), dtype)
     a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
-    made = make_plan(variant.number, m, n, k, variant.bits, weight.block_size, processors=1)
+    made = make_plan(dtype, m, n, k, variant.bits, weight.block_size, processors=1)
     assert made.variant == variant
     whole = emulate(made, a, weight, bias)
     check(whole, a, weight, bias, variant.scale_sums)
@@ -89,7 +88,7 @@ def test_emulated_tiling(variant: Variant, emulate: Callable[..., Tensor]) -> No
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
 def test_emulated_codes(
     bits: int, group_size: int, symmetric: bool, dtype: torch.dtype, emulate: Callable[..., Tensor]
 ) -> None:
@@ -99,7 +98,7 @@ def test_emulated_codes(
     rows = torch.eye(k, dtype=dtype)[:: 5 if group_size == 32 else 7]
     results = []
     for part in rows.split(2):
-        made = make_plan(str(dtype).removeprefix("torch."), len(part), n, k, bits, weight.block_size, processors=1)
+        made = make_plan(dtype, len(part), n, k, bits, weight.block_size, processors=1)
         results.append(emulate(made, part, weight, None))
     expected = weight.dequantize(dtype).t()[:: 5 if group_size == 32 else 7]
     assert torch.equal(torch.cat(results), expected)
@@ -107,7 +106,7 @@ def test_emulated_codes(
 
 def test_emulation_sees_too_little_shared_memory(emulate: Callable[..., Tensor]) -> None:
     weight = quantize_weight(torch.randn(16, 2048), WeightSpec(4, 128), torch.float16)
-    made = make_plan("float16", 1, 16, 2048, 4, 128, processors=1)
+    made = make_plan(torch.float16, 1, 16, 2048, 4, 128, processors=1)
     small = dataclasses.replace(made, shared_bytes=made.shared_bytes - 64)
     with pytest.raises(AssertionError, match="past its end"):
         emulate(small, torch.randn(1, 2048).half(), weight, None)
@@ -118,12 +117,12 @@ def test_emulation_sees_too_little_shared_memory(emulate: Callable[..., Tensor])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("number", plan.NUMBERS)
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
-def test_compiles_without_spills(bits: int, number: str, architecture: str) -> None:
+def test_compiles_without_spills(bits: int, dtype: torch.dtype, architecture: str) -> None:
     """ptxas reports neither stack nor spills, and a block's registers are there."""
     for variant in variants():
-        if (variant.bits, variant.number) != (bits, number):
+        if (variant.bits, variant.dtype) != (bits, dtype):
             continue
         log = io.StringIO()
         program.compile_variant(variant, architecture, logs=log)
@@ -135,7 +134,7 @@ def test_compiles_without_spills(bits: int, number: str, architecture: str) -> N
         assert max(map(int, registers)) * variant.tiling.threads <= 65536, text
 
 
-VARIANT = Variant("float16", 4, plan.DECODE, True)
+VARIANT = Variant(torch.float16, 4, plan.DECODE, True)
 
 
 def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,20 +205,19 @@ def call(a: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tens
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
 def test_gpu_values(bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> None:
     for (n, k), m in itertools.product([(1000, 1096), (257, 4096)], (1, 2, 7, 16, 31, 64, 200)):
         weight = quantize_weight(torch.randn(n, k), WeightSpec(bits, group_size, symmetric), dtype)
         a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
-        number = str(dtype).removeprefix("torch.")
-        made = make_plan(number, m, n, k, bits, weight.block_size, 132)
+        made = make_plan(dtype, m, n, k, bits, weight.block_size, 132)
         result = call(a.cuda(), weight, bias.cuda()).cpu()
         exact = plan.refusal(k, weight.block_size) is not None or made.variant.scale_sums
         check(result, a, weight, bias, exact)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, *NUMBERS], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *plan.DTYPES], ids=str)
 @pytest.mark.parametrize("group_size", [16, 128])
 def test_gpu_what_the_kernel_does_not_take(dtype: torch.dtype, group_size: int) -> None:
     weight = quantize_weight(torch.randn(70, 100), WeightSpec(3, group_size), dtype)

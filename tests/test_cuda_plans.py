@@ -30,7 +30,7 @@ def test_every_plan_covers_the_product_within_the_limits(bits: int, block_size: 
     kinds = set(plan.variants())
     for (n, k), m, processors in itertools.product(SHAPES, TOKENS, (1, 84, 132)):
         block = -(-k // 32) * 32 if block_size == "row" else int(block_size)
-        made = plan.make_plan("float16", m, n, k, bits, block, processors)
+        made = plan.make_plan(torch.float16, m, n, k, bits, block, processors)
         tiling = made.variant.tiling
         assert made.variant in kinds
         assert made.grid[0] * tiling.rows >= n > (made.grid[0] - 1) * tiling.rows
@@ -54,9 +54,9 @@ def test_every_plan_covers_the_product_within_the_limits(bits: int, block_size: 
 
 
 def test_few_rows_are_split_over_processors() -> None:
-    assert plan.make_plan("float16", 64, 4096, 4096, 4, 128, 132).grid == (16, 1, 8)
-    assert plan.make_plan("float16", 64, 4096, 4096, 4, 128, 16).grid == (16, 1, 1)
-    assert plan.make_plan("float16", 1, 4096, 4096, 4, 128, 132).grid == (256, 1, 1)
+    assert plan.make_plan(torch.float16, 64, 4096, 4096, 4, 128, 132).grid == (16, 1, 8)
+    assert plan.make_plan(torch.float16, 64, 4096, 4096, 4, 128, 16).grid == (16, 1, 1)
+    assert plan.make_plan(torch.float16, 1, 4096, 4096, 4, 128, 132).grid == (256, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_which_groups_are_taken(k: int, block_size: int, taken: bool) -> None:
     reason = plan.refusal(k, block_size)
     assert (reason is None) == taken
     assert reason is None or f"block_size={block_size}" in reason
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in plan.DTYPES:
         assert cuda.takes(dtype, k, block_size) == taken
     assert not cuda.takes(torch.float32, k, block_size)
 
