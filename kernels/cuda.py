@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from teq_graph.kernels import program
 from teq_graph.kernels.plan import DTYPES, Plan, make_plan, refusal
+
+if TYPE_CHECKING:
+    from cuda.core import Kernel, Stream
 
 REDUCE_THREADS = 256
 VECTOR = 16
@@ -53,7 +56,7 @@ def matmul_nbits(
     arguments = kernel_arguments(tensors, m, n, rows.shape[1], plan)
     with torch.cuda.device(index):
         product, total = program.load(plan.variant, index)
-        stream: Any = torch.cuda.current_stream()
+        stream = stream_of(torch.cuda.current_stream().cuda_stream)
         _launch(stream, product, plan.grid, plan.variant.tiling.threads, plan.shared_bytes, arguments)
         if partial is not None:
             _launch(stream, total, (-(-m * n // REDUCE_THREADS), 1, 1), REDUCE_THREADS, 0, arguments)
@@ -65,6 +68,14 @@ def kernel_arguments(tensors: list[Tensor | None], m: int, n: int, k: int, plan:
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     sizes = (m, n, k, plan.blocks, plan.log2_block, plan.chunks, plan.slice, plan.split)
     return [*pointers, *map(np.int32, sizes)]
+
+
+@functools.lru_cache(maxsize=64)
+def stream_of(handle: int) -> Stream:
+    """A stream of torch, by its handle, as cuda-core has streams. It owns nothing, so it may outlive torch's."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
 
 
 def pad_columns(rows: Tensor) -> Tensor:
@@ -89,7 +100,7 @@ def _processors(device: int) -> int:
 
 
 def _launch(
-    stream: Any, kernel: Any, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: list[Any]
+    stream: Stream, kernel: Kernel, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: list[Any]
 ) -> None:
     from cuda.core import LaunchConfig, launch
 

@@ -87,3 +87,14 @@ def test_source_has_its_includes_in_place_once() -> None:
     text = program.source()
     assert "#include" not in text
     assert text.count("struct Float16 {") == text.count("struct Matmul {") == 1
+
+
+@pytest.mark.parametrize("handle", [0, 0x7F00_0000_1000])
+def test_streams_are_those_of_cuda_core(handle: int) -> None:
+    """Its own class, as it deprecates others, and open, also where it is the default stream."""
+    from cuda.core import Stream
+
+    stream = cuda.stream_of(handle)
+    assert type(stream) is Stream
+    assert stream.__cuda_stream__() == (0, handle)
+    assert not stream.is_closed
