@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from teq_graph.kernels import program
+from teq_graph.kernels.parameters import POINTERS, SIZES
 from teq_graph.kernels.plan import DTYPES, Plan, make_plan, refusal
 
 if TYPE_CHECKING:
@@ -52,7 +54,15 @@ def matmul_nbits(
     plan = plan_of(a.dtype, m, n, rows.shape[1], bits, block_size, _processors(index))
     splits = plan.grid[2]
     partial = a.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else None
-    tensors = [rows, aligned(b), scales.contiguous(), _contiguous(zero_points), _contiguous(bias), y, partial]
+    tensors = {
+        "a": rows,
+        "b": aligned(b),
+        "scales": scales.contiguous(),
+        "zero_points": _contiguous(zero_points),
+        "bias": _contiguous(bias),
+        "y": y,
+        "partial": partial,
+    }
     arguments = kernel_arguments(tensors, m, n, rows.shape[1], plan)
     with torch.cuda.device(index):
         product, total = program.load(plan.variant, index)
@@ -63,11 +73,20 @@ def matmul_nbits(
     return y
 
 
-def kernel_arguments(tensors: list[Tensor | None], m: int, n: int, k: int, plan: Plan) -> list[Any]:
-    """The kernel's parameters: pointers as int, null for None, then sizes as int32."""
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    sizes = (m, n, k, plan.blocks, plan.log2_block, plan.chunks, plan.slice, plan.split)
-    return [*pointers, *map(np.int32, sizes)]
+def kernel_arguments(tensors: Mapping[str, Tensor | None], m: int, n: int, k: int, plan: Plan) -> list[Any]:
+    """The kernel's arguments in their order: addresses of `tensors`, by name, as int, null for None; sizes as int32."""
+    sizes = {
+        "m": m,
+        "n": n,
+        "k": k,
+        "blocks": plan.blocks,
+        "log2_block": plan.log2_block,
+        "chunks": plan.chunks,
+        "slice": plan.slice,
+        "split": plan.split,
+    }
+    pointers = [0 if (tensor := tensors[name]) is None else tensor.data_ptr() for name in POINTERS]
+    return [*pointers, *(np.int32(sizes[name]) for name in SIZES)]
 
 
 @functools.lru_cache(maxsize=64)

@@ -52,12 +52,19 @@ class Tiling:
         """Shared memory for the activations and grids of a slice of K."""
         return tokens * (slice_ * 2 + 64) + groups * self.rows * 4
 
+    def ring_bytes(self, bits: int) -> int:
+        """Shared memory for the copies of B under way."""
+        step = self.row_tiles * 16 * STEP * bits // 8
+        return max(2, 4096 // step) * step * self.warps
+
+    @property
+    def sums_bytes(self) -> int:
+        """Shared memory for the sums of the warps."""
+        return self.warps_k * self.tokens * (self.rows + 1) * 4
+
     def shared_bytes(self, bits: int, staged: int) -> int:
         """Shared memory of a block: copies of B under way beside what is staged; at last the sums in their place."""
-        step = self.row_tiles * 16 * STEP * bits // 8
-        ring = max(2, 4096 // step) * step * self.warps
-        sums = self.warps_k * self.tokens * (self.rows + 1) * 4
-        return max(ring + staged, sums)
+        return max(self.ring_bytes(bits) + staged, self.sums_bytes)
 
 
 DECODE = Tiling(tokens=8, row_tiles=1, warps_n=1, warps_k=8)

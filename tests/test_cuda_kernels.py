@@ -23,7 +23,7 @@ import teq_graph
 from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.config import BITS, QuantizationConfig, WeightSpec
 from teq_graph.errors import InputError, KernelError
-from teq_graph.kernels import plan, program
+from teq_graph.kernels import cuda, plan, program
 from teq_graph.kernels.plan import Plan, Variant, make_plan, variants
 from teq_graph.loading import LoadedModel
 from teq_graph.quantization import QuantizedWeight, quantize_weight
@@ -52,10 +52,14 @@ def check(result: Tensor, a: Tensor, weight: QuantizedWeight, bias: Tensor | Non
 
 
 @pytest.fixture(scope="session")
-def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
-    """Runs the kernel on the CPU; its processes share the compiled library."""
+def gcc() -> None:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
+
+
+@pytest.fixture(scope="session")
+def emulate(gcc: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
+    """Runs the kernel on the CPU; its processes share the compiled library."""
     shared = tmp_path_factory.getbasetemp()
     folder: Path = (shared.parent if shared.name.startswith("popen-") else shared) / "cuda_emulation"
     folder.mkdir(exist_ok=True)
@@ -104,12 +108,43 @@ def test_emulated_codes(
     assert torch.equal(torch.cat(results), expected)
 
 
-def test_emulation_sees_too_little_shared_memory(emulate: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("tokens", plan.TILINGS)
+def test_shared_memory_is_just_enough(tokens: int, emulate: Callable[..., Tensor]) -> None:
+    """A block writes to the last byte that the plan has for its activations and grids, and to none after it."""
     weight = quantize_weight(torch.randn(16, 2048), WeightSpec(4, 128), torch.float16)
-    made = make_plan(torch.float16, 1, 16, 2048, 4, 128, processors=1)
-    small = dataclasses.replace(made, shared_bytes=made.shared_bytes - 64)
+    a = torch.randn(tokens, 2048).half()
+    made = make_plan(torch.float16, tokens, 16, 2048, 4, 128, processors=1)
+    assert made.shared_bytes > made.variant.tiling.sums_bytes
+    emulate(made, a, weight, None)
+    small = dataclasses.replace(made, shared_bytes=made.shared_bytes - 1)
     with pytest.raises(AssertionError, match="past its end"):
-        emulate(small, torch.randn(1, 2048).half(), weight, None)
+        emulate(small, a, weight, None)
+
+
+def test_sources_and_plans_compute_the_same(gcc: None, tmp_path: Path) -> None:
+    """The constants that plan.py and cuda.py have in common with the sources, for every tiling and width of codes."""
+    expected = {
+        "LANES": plan.LANES,
+        "STEP": plan.STEP,
+        "CHUNK": plan.CHUNK,
+        "sizeof(Vector)": cuda.VECTOR,
+    }
+    for variant in variants():
+        tiling, tile = variant.tiling, f"Tiling<{variant.macros['VARIANT_TILING']}>"
+        expected |= {
+            f"{tile}::BITS": variant.bits,
+            f"{tile}::TOKENS": tiling.tokens,
+            f"{tile}::ROW_TILES": tiling.row_tiles,
+            f"{tile}::WARPS_N": tiling.warps_n,
+            f"{tile}::WARPS_K": tiling.warps_k,
+            f"{tile}::ROWS": tiling.rows,
+            f"{tile}::THREADS": tiling.threads,
+            f"{tile}::ROUND": tiling.round,
+            f"{tile}::RING": tiling.ring_bytes(variant.bits),
+            f"{tile}::SUMS": tiling.sums_bytes,
+        }
+    values = cuda_emulation.constants(list(expected), tmp_path)
+    assert dict(zip(expected, values, strict=True)) == expected
 
 
 # ----------------------------------------------------------------------------------------------------- compiled

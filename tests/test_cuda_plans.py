@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import re
 
+import numpy as np
 import pytest
 import torch
 
 from teq_graph.config import BITS
 from teq_graph.kernels import cuda, plan, program
+from teq_graph.kernels.parameters import PARAMETERS, POINTERS, SIZES
 
 SHAPES = [
     (256, 5 * 896),
@@ -87,6 +91,29 @@ def test_source_has_its_includes_in_place_once() -> None:
     text = program.source()
     assert "#include" not in text
     assert text.count("struct Float16 {") == text.count("struct Matmul {") == 1
+
+
+def test_struct_has_the_parameters_as_members() -> None:
+    """The same names and types in the same order: kernels make a Matmul of their parameters."""
+    (body,) = re.findall(r"^struct Matmul \{\n(.*?)^\};", program.source(), flags=re.MULTILINE | re.DOTALL)
+    members = []
+    for declaration in re.sub(r"//.*", "", body).split(";")[:-1]:
+        kind, names = re.fullmatch(r"((?:const )?\w+\*?) (.+)", declaration.strip()).groups()
+        members += [(name, kind) for name in names.split(", ")]
+    assert members == list(PARAMETERS.items())
+
+
+def test_arguments_are_those_of_the_parameters() -> None:
+    tensors = {name: torch.empty(1) for name in ("a", "b", "scales", "zero_points", "bias", "y", "partial")}
+    made = plan.make_plan(torch.float16, 1, 256, 5 * 896, 4, 64, processors=132)
+    sizes = {"m": 1, "n": 2, "k": 3, "blocks": 4, "log2_block": 5, "chunks": 6, "slice": 7, "split": 8}
+    made = dataclasses.replace(made, **{name: size for name, size in sizes.items() if name not in "mnk"})
+    arguments = dict(zip(PARAMETERS, cuda.kernel_arguments(tensors, 1, 2, 3, made), strict=True))
+    assert arguments == {name: tensor.data_ptr() for name, tensor in tensors.items()} | sizes
+    # cuda-core passes int as 64 bits.
+    assert {type(arguments[name]) for name in POINTERS} == {int}
+    assert {type(arguments[name]) for name in SIZES} == {np.int32}
+    assert cuda.kernel_arguments({**tensors, "bias": None}, 1, 2, 3, made)[list(PARAMETERS).index("bias")] == 0
 
 
 @pytest.mark.parametrize("handle", [0, 0x7F00_0000_1000])
