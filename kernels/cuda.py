@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from teq_graph.kernels import program
-from teq_graph.kernels.plan import NUMBERS, Plan, make_plan, refusal
+from teq_graph.kernels.parameters import POINTERS, SIZES
+from teq_graph.kernels.plan import DTYPES, Plan, make_plan, refusal
+
+if TYPE_CHECKING:
+    from cuda.core import Kernel, Stream
 
 REDUCE_THREADS = 256
 VECTOR = 16
@@ -21,7 +26,7 @@ plan_of = functools.lru_cache(maxsize=4096)(make_plan)
 
 def takes(dtype: torch.dtype, k: int, block_size: int) -> bool:
     """Whether there is a kernel for activations of `dtype` and weights of K = `k` in groups of `block_size`."""
-    return _number(dtype) in NUMBERS and refusal(k, block_size) is None
+    return dtype in DTYPES and refusal(k, block_size) is None
 
 
 def matmul_nbits(
@@ -46,25 +51,50 @@ def matmul_nbits(
     if m == 0:
         return y
     index = a.device.index
-    plan = plan_of(_number(a.dtype), m, n, rows.shape[1], bits, block_size, _processors(index))
+    plan = plan_of(a.dtype, m, n, rows.shape[1], bits, block_size, _processors(index))
     splits = plan.grid[2]
     partial = a.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else None
-    tensors = [rows, aligned(b), scales.contiguous(), _contiguous(zero_points), _contiguous(bias), y, partial]
+    tensors = {
+        "a": rows,
+        "b": aligned(b),
+        "scales": scales.contiguous(),
+        "zero_points": _contiguous(zero_points),
+        "bias": _contiguous(bias),
+        "y": y,
+        "partial": partial,
+    }
     arguments = kernel_arguments(tensors, m, n, rows.shape[1], plan)
     with torch.cuda.device(index):
         product, total = program.load(plan.variant, index)
-        stream: Any = torch.cuda.current_stream()
+        stream = stream_of(torch.cuda.current_stream().cuda_stream)
         _launch(stream, product, plan.grid, plan.variant.tiling.threads, plan.shared_bytes, arguments)
         if partial is not None:
             _launch(stream, total, (-(-m * n // REDUCE_THREADS), 1, 1), REDUCE_THREADS, 0, arguments)
     return y
 
 
-def kernel_arguments(tensors: list[Tensor | None], m: int, n: int, k: int, plan: Plan) -> list[Any]:
-    """The kernel's parameters: pointers as int, null for None, then sizes as int32."""
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    sizes = (m, n, k, plan.blocks, plan.log2_block, plan.chunks, plan.slice, plan.split)
-    return [*pointers, *map(np.int32, sizes)]
+def kernel_arguments(tensors: Mapping[str, Tensor | None], m: int, n: int, k: int, plan: Plan) -> list[Any]:
+    """The kernel's arguments in their order: addresses of `tensors`, by name, as int, null for None; sizes as int32."""
+    sizes = {
+        "m": m,
+        "n": n,
+        "k": k,
+        "blocks": plan.blocks,
+        "log2_block": plan.log2_block,
+        "chunks": plan.chunks,
+        "slice": plan.slice,
+        "split": plan.split,
+    }
+    pointers = [0 if (tensor := tensors[name]) is None else tensor.data_ptr() for name in POINTERS]
+    return [*pointers, *(np.int32(sizes[name]) for name in SIZES)]
+
+
+@functools.lru_cache(maxsize=64)
+def stream_of(handle: int) -> Stream:
+    """A stream of torch, by its handle, as cuda-core has streams. It owns nothing, so it may outlive torch's."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
 
 
 def pad_columns(rows: Tensor) -> Tensor:
@@ -83,17 +113,13 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _number(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @functools.cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch(
-    stream: Any, kernel: Any, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: list[Any]
+    stream: Stream, kernel: Kernel, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: list[Any]
 ) -> None:
     from cuda.core import LaunchConfig, launch
 

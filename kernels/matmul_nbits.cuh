@@ -3,6 +3,7 @@
 
 #include "codes.cuh"
 
+// The members are the kernels' parameters, in their order: parameters.py lists them for the host.
 struct Matmul {
   const u16* a;            // [M, K] of T, rows of whole 16-byte vectors
   const u8* b;             // [N, blocks * block_size * BITS / 8], rows of whole chunks

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+import torch
+
 from teq_graph.config import BITS
 
 LANES = 32
@@ -15,8 +17,8 @@ CHUNK = 32
 """Consecutive codes of a row that a lane takes: rows are whole chunks."""
 SHARED_LIMIT = 99 * 1024
 """Bytes of shared memory for a block that every GPU from sm_80 on has."""
-NUMBERS = {"float16": "Float16", "bfloat16": "BFloat16"}
-"""Types of activations, as torch and as the kernel call them."""
+DTYPES = {torch.float16: "Float16", torch.bfloat16: "BFloat16"}
+"""Dtypes of activations, and what the sources call them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +52,19 @@ class Tiling:
         """Shared memory for the activations and grids of a slice of K."""
         return tokens * (slice_ * 2 + 64) + groups * self.rows * 4
 
+    def ring_bytes(self, bits: int) -> int:
+        """Shared memory for the copies of B under way."""
+        step = self.row_tiles * 16 * STEP * bits // 8
+        return max(2, 4096 // step) * step * self.warps
+
+    @property
+    def sums_bytes(self) -> int:
+        """Shared memory for the sums of the warps."""
+        return self.warps_k * self.tokens * (self.rows + 1) * 4
+
     def shared_bytes(self, bits: int, staged: int) -> int:
         """Shared memory of a block: copies of B under way beside what is staged; at last the sums in their place."""
-        step = self.row_tiles * 16 * STEP * bits // 8
-        ring = max(2, 4096 // step) * step * self.warps
-        sums = self.warps_k * self.tokens * (self.rows + 1) * 4
-        return max(ring + staged, sums)
+        return max(self.ring_bytes(bits) + staged, self.sums_bytes)
 
 
 DECODE = Tiling(tokens=8, row_tiles=1, warps_n=1, warps_k=8)
@@ -76,7 +85,7 @@ MOST_SCALED_SUMS = 16
 class Variant:
     """What the kernel is compiled for."""
 
-    number: str
+    dtype: torch.dtype
     bits: int
     tiling: Tiling
     scale_sums: bool
@@ -86,14 +95,14 @@ class Variant:
         """The macros of matmul_nbits.cu."""
         tiling = ", ".join(map(str, (self.bits, *dataclasses.astuple(self.tiling))))
         scale_sums = str(self.scale_sums).lower()
-        return {"VARIANT_TYPE": NUMBERS[self.number], "VARIANT_TILING": tiling, "VARIANT_SCALE_SUMS": scale_sums}
+        return {"VARIANT_TYPE": DTYPES[self.dtype], "VARIANT_TILING": tiling, "VARIANT_SCALE_SUMS": scale_sums}
 
 
 def variants() -> Iterator[Variant]:
     """All there are."""
-    for number, bits, tiling in itertools.product(NUMBERS, BITS, TILINGS.values()):
+    for dtype, bits, tiling in itertools.product(DTYPES, BITS, TILINGS.values()):
         for scale_sums in (False, True) if tiling.tokens <= MOST_SCALED_SUMS else (False,):
-            yield Variant(number, bits, tiling, scale_sums)
+            yield Variant(dtype, bits, tiling, scale_sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +127,12 @@ def refusal(k: int, block_size: int) -> str | None:
     return None
 
 
-def make_plan(number: str, m: int, n: int, k: int, bits: int, block_size: int, processors: int) -> Plan:
-    """For A [m, k] of the type `number` and B [n, k], on a GPU of so many multiprocessors."""
+def make_plan(dtype: torch.dtype, m: int, n: int, k: int, bits: int, block_size: int, processors: int) -> Plan:
+    """For A [m, k] of `dtype` and B [n, k], on a GPU of so many multiprocessors."""
     blocks = _ceil(k, block_size)
     tiling = next((tiling for most, tiling in TILINGS.items() if m <= most), TILINGS[max(TILINGS)])
     uniform = blocks == 1 or block_size % STEP == 0
-    variant = Variant(number, bits, tiling, uniform and tiling.tokens <= MOST_SCALED_SUMS)
+    variant = Variant(dtype, bits, tiling, uniform and tiling.tokens <= MOST_SCALED_SUMS)
     across = _ceil(n, tiling.rows) * _ceil(m, tiling.tokens)
     # Few blocks leave processors idle: K is split over several, as long as each still has some rounds to do. Each
     # begins with a group, so that a slice of it has no more groups than its length says.

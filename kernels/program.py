@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teq_graph.errors import KernelError
+from teq_graph.kernels.parameters import MACROS
 from teq_graph.kernels.plan import SHARED_LIMIT, Variant
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def compile_variant(variant: Variant, architecture: str, cache: Any = None, logs
 
     options = ProgramOptions(
         name="matmul_nbits",
-        std="c++17",
+        std="c++20",
         arch=architecture,
-        define_macro=list(variant.macros.items()),
+        define_macro=list({**variant.macros, **MACROS}.items()),
         ptxas_options=["-v"] if logs is not None else None,
     )
     return Program(source(), code_type="c++", options=options).compile("cubin", logs=logs, cache=cache)

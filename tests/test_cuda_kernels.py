@@ -23,14 +23,13 @@ import teq_graph
 from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.config import BITS, QuantizationConfig, WeightSpec
 from teq_graph.errors import InputError, KernelError
-from teq_graph.kernels import plan, program
+from teq_graph.kernels import cuda, plan, program
 from teq_graph.kernels.plan import Plan, Variant, make_plan, variants
 from teq_graph.loading import LoadedModel
 from teq_graph.quantization import QuantizedWeight, quantize_weight
 
 matmul_nbits = torch.ops.teq_graph.matmul_nbits.default
 dequantize_nbits = torch.ops.teq_graph.dequantize_nbits.default
-NUMBERS = (torch.float16, torch.bfloat16)
 GROUPS = (32, 64, 128, 256, -1)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
 
@@ -53,10 +52,14 @@ def check(result: Tensor, a: Tensor, weight: QuantizedWeight, bias: Tensor | Non
 
 
 @pytest.fixture(scope="session")
-def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
-    """Runs the kernel on the CPU; its processes share the compiled library."""
+def gcc() -> None:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
+
+
+@pytest.fixture(scope="session")
+def emulate(gcc: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
+    """Runs the kernel on the CPU; its processes share the compiled library."""
     shared = tmp_path_factory.getbasetemp()
     folder: Path = (shared.parent if shared.name.startswith("popen-") else shared) / "cuda_emulation"
     folder.mkdir(exist_ok=True)
@@ -71,12 +74,12 @@ def emulate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
 @pytest.mark.parametrize("variant", list(variants()), ids=name_of)
 def test_emulated_tiling(variant: Variant, emulate: Callable[..., Tensor]) -> None:
     """Every variant on a product that ends inside a tile in M, N and K, in several slices, and split over blocks."""
-    dtype, tiling = getattr(torch, variant.number), variant.tiling
+    dtype, tiling = variant.dtype, variant.tiling
     m = {1: 2}.get(tiling.row_tiles, tiling.tokens - 3) if tiling.tokens < 64 else 69
     n, k = tiling.rows + 5, tiling.round * 2 + 72
     weight = quantize_weight(torch.randn(n, k), WeightSpec(variant.bits, 128 if variant.scale_sums else 32), dtype)
     a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
-    made = make_plan(variant.number, m, n, k, variant.bits, weight.block_size, processors=1)
+    made = make_plan(dtype, m, n, k, variant.bits, weight.block_size, processors=1)
     assert made.variant == variant
     whole = emulate(made, a, weight, bias)
     check(whole, a, weight, bias, variant.scale_sums)
@@ -89,7 +92,7 @@ def test_emulated_tiling(variant: Variant, emulate: Callable[..., Tensor]) -> No
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
 def test_emulated_codes(
     bits: int, group_size: int, symmetric: bool, dtype: torch.dtype, emulate: Callable[..., Tensor]
 ) -> None:
@@ -99,18 +102,49 @@ def test_emulated_codes(
     rows = torch.eye(k, dtype=dtype)[:: 5 if group_size == 32 else 7]
     results = []
     for part in rows.split(2):
-        made = make_plan(str(dtype).removeprefix("torch."), len(part), n, k, bits, weight.block_size, processors=1)
+        made = make_plan(dtype, len(part), n, k, bits, weight.block_size, processors=1)
         results.append(emulate(made, part, weight, None))
     expected = weight.dequantize(dtype).t()[:: 5 if group_size == 32 else 7]
     assert torch.equal(torch.cat(results), expected)
 
 
-def test_emulation_sees_too_little_shared_memory(emulate: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("tokens", plan.TILINGS)
+def test_shared_memory_is_just_enough(tokens: int, emulate: Callable[..., Tensor]) -> None:
+    """A block writes to the last byte that the plan has for its activations and grids, and to none after it."""
     weight = quantize_weight(torch.randn(16, 2048), WeightSpec(4, 128), torch.float16)
-    made = make_plan("float16", 1, 16, 2048, 4, 128, processors=1)
-    small = dataclasses.replace(made, shared_bytes=made.shared_bytes - 64)
+    a = torch.randn(tokens, 2048).half()
+    made = make_plan(torch.float16, tokens, 16, 2048, 4, 128, processors=1)
+    assert made.shared_bytes > made.variant.tiling.sums_bytes
+    emulate(made, a, weight, None)
+    small = dataclasses.replace(made, shared_bytes=made.shared_bytes - 1)
     with pytest.raises(AssertionError, match="past its end"):
-        emulate(small, torch.randn(1, 2048).half(), weight, None)
+        emulate(small, a, weight, None)
+
+
+def test_sources_and_plans_compute_the_same(gcc: None, tmp_path: Path) -> None:
+    """The constants that plan.py and cuda.py have in common with the sources, for every tiling and width of codes."""
+    expected = {
+        "LANES": plan.LANES,
+        "STEP": plan.STEP,
+        "CHUNK": plan.CHUNK,
+        "sizeof(Vector)": cuda.VECTOR,
+    }
+    for variant in variants():
+        tiling, tile = variant.tiling, f"Tiling<{variant.macros['VARIANT_TILING']}>"
+        expected |= {
+            f"{tile}::BITS": variant.bits,
+            f"{tile}::TOKENS": tiling.tokens,
+            f"{tile}::ROW_TILES": tiling.row_tiles,
+            f"{tile}::WARPS_N": tiling.warps_n,
+            f"{tile}::WARPS_K": tiling.warps_k,
+            f"{tile}::ROWS": tiling.rows,
+            f"{tile}::THREADS": tiling.threads,
+            f"{tile}::ROUND": tiling.round,
+            f"{tile}::RING": tiling.ring_bytes(variant.bits),
+            f"{tile}::SUMS": tiling.sums_bytes,
+        }
+    values = cuda_emulation.constants(list(expected), tmp_path)
+    assert dict(zip(expected, values, strict=True)) == expected
 
 
 # ----------------------------------------------------------------------------------------------------- compiled
@@ -118,12 +152,12 @@ def test_emulation_sees_too_little_shared_memory(emulate: Callable[..., Tensor])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("number", plan.NUMBERS)
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
-def test_compiles_without_spills(bits: int, number: str, architecture: str) -> None:
+def test_compiles_without_spills(bits: int, dtype: torch.dtype, architecture: str) -> None:
     """ptxas reports neither stack nor spills, and a block's registers are there."""
     for variant in variants():
-        if (variant.bits, variant.number) != (bits, number):
+        if (variant.bits, variant.dtype) != (bits, dtype):
             continue
         log = io.StringIO()
         program.compile_variant(variant, architecture, logs=log)
@@ -135,7 +169,7 @@ def test_compiles_without_spills(bits: int, number: str, architecture: str) -> N
         assert max(map(int, registers)) * variant.tiling.threads <= 65536, text
 
 
-VARIANT = Variant("float16", 4, plan.DECODE, True)
+VARIANT = Variant(torch.float16, 4, plan.DECODE, True)
 
 
 def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,20 +240,19 @@ def call(a: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tens
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
 def test_gpu_values(bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> None:
     for (n, k), m in itertools.product([(1000, 1096), (257, 4096)], (1, 2, 7, 16, 31, 64, 200)):
         weight = quantize_weight(torch.randn(n, k), WeightSpec(bits, group_size, symmetric), dtype)
         a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
-        number = str(dtype).removeprefix("torch.")
-        made = make_plan(number, m, n, k, bits, weight.block_size, 132)
+        made = make_plan(dtype, m, n, k, bits, weight.block_size, 132)
         result = call(a.cuda(), weight, bias.cuda()).cpu()
         exact = plan.refusal(k, weight.block_size) is not None or made.variant.scale_sums
         check(result, a, weight, bias, exact)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, *NUMBERS], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *plan.DTYPES], ids=str)
 @pytest.mark.parametrize("group_size", [16, 128])
 def test_gpu_what_the_kernel_does_not_take(dtype: torch.dtype, group_size: int) -> None:
     weight = quantize_weight(torch.randn(70, 100), WeightSpec(3, group_size), dtype)

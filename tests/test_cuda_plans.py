@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import re
 
+import numpy as np
 import pytest
 import torch
 
 from teq_graph.config import BITS
 from teq_graph.kernels import cuda, plan, program
+from teq_graph.kernels.parameters import PARAMETERS, POINTERS, SIZES
 
 SHAPES = [
     (256, 5 * 896),
@@ -30,7 +34,7 @@ def test_every_plan_covers_the_product_within_the_limits(bits: int, block_size: 
     kinds = set(plan.variants())
     for (n, k), m, processors in itertools.product(SHAPES, TOKENS, (1, 84, 132)):
         block = -(-k // 32) * 32 if block_size == "row" else int(block_size)
-        made = plan.make_plan("float16", m, n, k, bits, block, processors)
+        made = plan.make_plan(torch.float16, m, n, k, bits, block, processors)
         tiling = made.variant.tiling
         assert made.variant in kinds
         assert made.grid[0] * tiling.rows >= n > (made.grid[0] - 1) * tiling.rows
@@ -54,9 +58,9 @@ def test_every_plan_covers_the_product_within_the_limits(bits: int, block_size: 
 
 
 def test_few_rows_are_split_over_processors() -> None:
-    assert plan.make_plan("float16", 64, 4096, 4096, 4, 128, 132).grid == (16, 1, 8)
-    assert plan.make_plan("float16", 64, 4096, 4096, 4, 128, 16).grid == (16, 1, 1)
-    assert plan.make_plan("float16", 1, 4096, 4096, 4, 128, 132).grid == (256, 1, 1)
+    assert plan.make_plan(torch.float16, 64, 4096, 4096, 4, 128, 132).grid == (16, 1, 8)
+    assert plan.make_plan(torch.float16, 64, 4096, 4096, 4, 128, 16).grid == (16, 1, 1)
+    assert plan.make_plan(torch.float16, 1, 4096, 4096, 4, 128, 132).grid == (256, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,7 @@ def test_which_groups_are_taken(k: int, block_size: int, taken: bool) -> None:
     reason = plan.refusal(k, block_size)
     assert (reason is None) == taken
     assert reason is None or f"block_size={block_size}" in reason
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in plan.DTYPES:
         assert cuda.takes(dtype, k, block_size) == taken
     assert not cuda.takes(torch.float32, k, block_size)
 
@@ -87,3 +91,37 @@ def test_source_has_its_includes_in_place_once() -> None:
     text = program.source()
     assert "#include" not in text
     assert text.count("struct Float16 {") == text.count("struct Matmul {") == 1
+
+
+def test_struct_has_the_parameters_as_members() -> None:
+    """The same names and types in the same order: kernels make a Matmul of their parameters."""
+    (body,) = re.findall(r"^struct Matmul \{\n(.*?)^\};", program.source(), flags=re.MULTILINE | re.DOTALL)
+    members = []
+    for declaration in re.sub(r"//.*", "", body).split(";")[:-1]:
+        kind, names = re.fullmatch(r"((?:const )?\w+\*?) (.+)", declaration.strip()).groups()
+        members += [(name, kind) for name in names.split(", ")]
+    assert members == list(PARAMETERS.items())
+
+
+def test_arguments_are_those_of_the_parameters() -> None:
+    tensors = {name: torch.empty(1) for name in ("a", "b", "scales", "zero_points", "bias", "y", "partial")}
+    made = plan.make_plan(torch.float16, 1, 256, 5 * 896, 4, 64, processors=132)
+    sizes = {"m": 1, "n": 2, "k": 3, "blocks": 4, "log2_block": 5, "chunks": 6, "slice": 7, "split": 8}
+    made = dataclasses.replace(made, **{name: size for name, size in sizes.items() if name not in "mnk"})
+    arguments = dict(zip(PARAMETERS, cuda.kernel_arguments(tensors, 1, 2, 3, made), strict=True))
+    assert arguments == {name: tensor.data_ptr() for name, tensor in tensors.items()} | sizes
+    # cuda-core passes int as 64 bits.
+    assert {type(arguments[name]) for name in POINTERS} == {int}
+    assert {type(arguments[name]) for name in SIZES} == {np.int32}
+    assert cuda.kernel_arguments({**tensors, "bias": None}, 1, 2, 3, made)[list(PARAMETERS).index("bias")] == 0
+
+
+@pytest.mark.parametrize("handle", [0, 0x7F00_0000_1000])
+def test_streams_are_those_of_cuda_core(handle: int) -> None:
+    """Its own class, as it deprecates others, and open, also where it is the default stream."""
+    from cuda.core import Stream
+
+    stream = cuda.stream_of(handle)
+    assert type(stream) is Stream
+    assert stream.__cuda_stream__() == (0, handle)
+    assert not stream.is_closed

@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int LANES = 32;
-constexpr int STACK = 256 * 1024;
+constexpr int STACK = 64 * 1024;
 
 struct Copy {
   void* to;
@@ -28,6 +28,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[STACK]};
   bool done = false;
   int waits_for = -1;  // barrier: 0 the block's, 1 + w that of warp w; -1 none
+  int exchanges = 0;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
 };
@@ -39,23 +40,37 @@ struct Block {
   std::vector<u8> shared;
   u8* aligned = nullptr;
   std::function<void(int)> body;
-  ucontext_t scheduler{};
+  ucontext_t caller{};  // run_block
   int current = 0;
   std::exception_ptr error;
 };
 
 Block* block = nullptr;
 
+// Goes on with the next thread that can, or in run_block where none can or one has failed.
+void leave() {
+  const int threads = static_cast<int>(block->fibers.size()), from = block->current;
+  ucontext_t* to = &block->caller;
+  for (int i = 1; i < threads && !block->error; ++i) {
+    const int next = (from + i) % threads;
+    Fiber& fiber = block->fibers[next];
+    if (fiber.done || fiber.waits_for >= 0) continue;
+    block->current = next;
+    to = &fiber.context;
+    break;
+  }
+  swapcontext(&block->fibers[from].context, to);
+}
+
 void arrive(int barrier, int size) {
-  Fiber& self = block->fibers[block->current];
   if (++block->arrived[barrier] == size) {
     block->arrived[barrier] = 0;
     for (Fiber& fiber : block->fibers)
       if (fiber.waits_for == barrier) fiber.waits_for = -1;
     return;
   }
-  self.waits_for = barrier;
-  swapcontext(&self.context, &block->scheduler);
+  block->fibers[block->current].waits_for = barrier;
+  leave();
 }
 
 void enter() {
@@ -65,7 +80,7 @@ void enter() {
     block->error = std::current_exception();
   }
   block->fibers[block->current].done = true;
-  swapcontext(&block->fibers[block->current].context, &block->scheduler);
+  leave();
 }
 
 }  // namespace
@@ -73,8 +88,16 @@ void enter() {
 u8* shared_memory() { return block->aligned; }
 void __syncthreads() { arrive(0, static_cast<int>(block->fibers.size())); }
 void __syncwarp() { arrive(1 + block->current / LANES, LANES); }
-u32* warp_exchange() { return block->exchange.data() + block->current / LANES * LANES * 6; }
 int lane_of_thread() { return block->current % LANES; }
+
+// Of two places in turn: who writes to one has met, at the other, all who read from it.
+const u32* exchange(const u32 (&own)[6]) {
+  const int place = block->current / LANES * 2 + block->fibers[block->current].exchanges++ % 2;
+  u32* operands = block->exchange.data() + place * LANES * 6;
+  std::memcpy(operands + lane_of_thread() * 6, own, sizeof own);
+  __syncwarp();
+  return operands;
+}
 
 void start_copy(void* to, const void* from, int bytes, bool valid) {
   if (reinterpret_cast<std::uintptr_t>(to) % bytes || (valid && reinterpret_cast<std::uintptr_t>(from) % bytes))
@@ -106,7 +129,7 @@ void run_block(int threads, int shared_bytes, const std::function<void(int)>& bo
   block = &self;
   self.fibers = std::vector<Fiber>(threads);
   self.arrived.assign(1 + threads / LANES, 0);
-  self.exchange.assign(threads * 6, ~0u);
+  self.exchange.assign(2 * threads * 6, ~0u);
   self.shared.assign(shared_bytes + GUARD + 16, POISON);
   self.aligned = self.shared.data() + (16 - reinterpret_cast<std::uintptr_t>(self.shared.data()) % 16) % 16;
   self.body = body;
@@ -117,19 +140,10 @@ void run_block(int threads, int shared_bytes, const std::function<void(int)>& bo
     fiber.context.uc_stack.ss_size = STACK;
     makecontext(&fiber.context, enter, 0);
   }
-  for (int left = threads; left;) {
-    bool moved = false;
-    for (int i = 0; i < threads; ++i) {
-      Fiber& fiber = self.fibers[i];
-      if (fiber.done || fiber.waits_for >= 0) continue;
-      self.current = i;
-      swapcontext(&self.scheduler, &fiber.context);
-      moved = true;
-      left -= fiber.done;
-      if (self.error) std::rethrow_exception(self.error);
-    }
-    if (!moved) throw std::runtime_error("threads wait for each other for ever");
-  }
+  swapcontext(&self.caller, &self.fibers[0].context);
+  if (self.error) std::rethrow_exception(self.error);
+  for (const Fiber& fiber : self.fibers)
+    if (!fiber.done) throw std::runtime_error("threads wait for each other for ever");
   for (int i = 0; i < GUARD; ++i)
     if (self.aligned[shared_bytes + i] != POISON) throw std::runtime_error("shared memory is written past its end");
   block = nullptr;

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,19 +15,13 @@ from filelock import FileLock
 from torch import Tensor
 
 from teq_graph.kernels import cuda
+from teq_graph.kernels.parameters import MACROS, POINTERS, SIZES
 from teq_graph.kernels.plan import Plan, Variant, variants
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "tests" / "cuda_emulation"
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'kernels'}"]
-POINTERS = ("a", "b", "scales", "zero_points", "bias", "y", "partial")
-SIZES = ("m", "n", "k", "blocks", "log2_block", "chunks", "slice", "split")
-
-
-class Matmul(ctypes.Structure):
-    """The kernel's parameters."""
-
-    _fields_ = [*((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int) for name in SIZES)]
+INCLUDES = [f"-I{SOURCES}", f"-I{ROOT / 'kernels'}"]
+FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *INCLUDES]
 
 
 def build(folder: Path) -> ctypes.CDLL:
@@ -34,15 +29,18 @@ def build(folder: Path) -> ctypes.CDLL:
     library = folder / "kernels.so"
     with FileLock(folder / "lock"):
         if not library.is_file():
-            objects = [folder / f"{function_of(variant)}.o" for variant in variants()]
-            commands = [
-                [*defines_of(variant), "-c", SOURCES / "variant.cpp", "-o", target]
-                for variant, target in zip(variants(), objects, strict=True)
-            ]
+            # Variants are many and each runs for a moment: several share what a file includes, and only the
+            # instructions and the switches between threads, where the time goes, are optimized.
+            groups = itertools.groupby(variants(), lambda variant: (variant.dtype, variant.bits))
+            objects, commands = [], []
+            for index, (_, group) in enumerate(groups):
+                objects.append(folder / f"variants_{index}.o")
+                commands.append(["-Og", *defines_of(group), "-c", SOURCES / "variants.cpp", "-o", objects[-1]])
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(compile_with_gcc, commands))
             unfinished = folder / "unfinished.so"
-            compile_with_gcc(["-shared", SOURCES / "block.cpp", *objects, "-o", unfinished])
+            optimized = [SOURCES / "block.cpp", SOURCES / "instructions.cpp"]
+            compile_with_gcc(["-O2", "-shared", *optimized, *objects, "-o", unfinished])
             unfinished.rename(library)
     return ctypes.CDLL(str(library))
 
@@ -52,14 +50,24 @@ def compile_with_gcc(arguments: Sequence[object]) -> None:
     assert done.returncode == 0, done.stderr[:3000]
 
 
+def constants(expressions: Sequence[str], folder: Path) -> list[int]:
+    """The values of constants of the sources, by a program that is made in `folder`."""
+    listed = ", ".join(f"static_cast<i64>({expression})" for expression in expressions)
+    program = folder / "constants"
+    compile_with_gcc([f"-DCONSTANTS={listed}", SOURCES / "constants.cpp", "-o", program])
+    return [int(line) for line in subprocess.check_output([program], text=True).split()]
+
+
 def function_of(variant: Variant) -> str:
     """The name of a variant's function."""
     return "run_" + "_".join("".join(c if c.isalnum() else "_" for c in value) for value in variant.macros.values())
 
 
-def defines_of(variant: Variant) -> list[str]:
-    macros = {**variant.macros, "VARIANT_FUNCTION": function_of(variant)}
-    return [f"-D{name}={value}" for name, value in macros.items()]
+def defines_of(group: Iterable[Variant]) -> list[str]:
+    """The macros of variants.cpp."""
+    parts = ("VARIANT_TYPE", "VARIANT_SCALE_SUMS", "VARIANT_TILING")
+    calls = [f"VARIANT({', '.join([function_of(v), *(v.macros[part] for part in parts)])})" for v in group]
+    return [f"-D{name}={value}" for name, value in {**MACROS, "VARIANTS": " ".join(calls)}.items()]
 
 
 def run(
@@ -77,12 +85,21 @@ def run(
     y = torch.full((m, n), float("nan"), dtype=a.dtype)
     splits = plan.grid[2]
     partial = torch.full((splits, m, n), float("nan")) if splits > 1 else None
-    tensors = [rows, b, scales, zero_points, bias, y, partial]
+    tensors = {
+        "a": rows,
+        "b": b,
+        "scales": scales,
+        "zero_points": zero_points,
+        "bias": bias,
+        "y": y,
+        "partial": partial,
+    }
     arguments = cuda.kernel_arguments(tensors, m, n, rows.shape[1], plan)
     function = library[function_of(plan.variant)]
     function.restype = ctypes.c_char_p
-    matmul = Matmul(*(int(argument) for argument in arguments))
-    error = function(ctypes.byref(matmul), *plan.grid, plan.shared_bytes)
+    integers = len(SIZES) + len(plan.grid) + 1
+    function.argtypes = [ctypes.c_void_p] * len(POINTERS) + [ctypes.c_int] * integers
+    error = function(*map(int, arguments), *plan.grid, plan.shared_bytes)
     assert error is None, error.decode()
     return y
 

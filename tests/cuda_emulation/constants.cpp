@@ -1,0 +1,10 @@
+// Prints constants of the sources, a line each. Macro: CONSTANTS, expressions with commas between them.
+#include <cstdio>
+
+#include "device.cuh"
+// after its twin of device.cuh
+#include "matmul_nbits.cuh"
+
+int main() {
+  for (const i64 value : {CONSTANTS}) std::printf("%lld\n", value);
+}
