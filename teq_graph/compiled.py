@@ -8,6 +8,7 @@ import importlib
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -205,12 +206,13 @@ def load(directory: str | PathLike[str]) -> CompiledModel:
 
 @contextlib.contextmanager
 def _quiet_export() -> Iterator[None]:
-    """Without torch's log of what it cannot read, as the exception tells it."""
+    """Without torch's log of what it cannot read, as the exception tells it, and its warnings about its own buffers."""
     logger = logging.getLogger("torch.export")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         logger.setLevel(level)
 

@@ -131,14 +131,16 @@ def _load(
 
 
 def _load_weights(source: str, directory: str, dtype: str, where: dict[str, str]) -> PreTrainedModel:
-    from transformers import AutoConfig, GgufConfig
+    import transformers
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **where)
     options: dict[str, Any] = {"config": config, "dtype": getattr(torch, dtype), **where}
     if where:
         # plain weights, whatever kernels are installed; the config then holds no trace of the file's own
-        # quantization, which `save_pretrained` would refuse
-        options["quantization_config"] = GgufConfig(dequantize=True)
+        # quantization, which `save_pretrained` would refuse; older versions know nothing else
+        if (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
+            options["quantization_config"] = gguf_config(dequantize=True)
     elif (quantization := getattr(config, "quantization_config", None)) is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ModelFileError(f"model {source!r}: already quantized ({method}); accepted are float weights")

@@ -130,16 +130,16 @@ def test_what_no_graph_of_values_holds_is_refused(name: str) -> None:
 
 def test_what_changes_after_dropout_is_refused_or_exact() -> None:
     """Up to torch 2.14 torch.export takes dropout for a copy; later it sees that it gives back its input."""
-    model = Small(changed_after_dropout)
-    exported = torch.export.export(model.eval(), (torch.randn(2, 4, WIDTH),)).module()
-    x = torch.randn(2, 4, WIDTH)
-    if not torch.equal(exported(x.clone())[1], model(x.clone())[1]):
-        with pytest.raises(CaptureError, match="gives other values than the model"):
-            capture_small(model, torch.randn(2, 4, WIDTH))
-        return
-    captured = capture_small(model, torch.randn(2, 4, WIDTH))
-    x = torch.randn(3, 5, WIDTH)
-    assert relative_error(run(captured.graph_module, (x,)), model(x.clone())) == 0
+    model, refused = Small(changed_after_dropout), None
+    try:
+        captured = capture_small(model, torch.randn(2, 4, WIDTH))
+    except CaptureError as error:
+        refused = str(error)
+    if refused is None:
+        x = torch.randn(3, 5, WIDTH)
+        assert relative_error(run(captured.graph_module, (x,)), model(x.clone())) == 0
+    else:
+        assert "gives other values than the model" in refused
 
 
 # --------------------------------------------------------------------------------------------------------- sizes

@@ -180,7 +180,8 @@ class OtherProducts(nn.Module):
         x = (self.left @ x.transpose(1, 2)).transpose(1, 2) + self.conv(x.transpose(1, 2)).transpose(1, 2)
         x = torch.einsum("bsd,edf->bsf", x, self.summed)
         x = torch.bmm(x, self.experts.transpose(1, 2)[best])
-        result: Tensor = torch.stack([nn.functional.linear(x[0], self.chosen[index]) for index in best[:2]])
+        chosen = self.chosen.index_select(0, best[:2])
+        result: Tensor = torch.stack([nn.functional.linear(x[0], weight) for weight in chosen.unbind()])
         return result
 
 

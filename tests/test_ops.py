@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from teq_graph import ops
 from teq_graph.config import BITS, WeightSpec
 from teq_graph.errors import InputError, KernelError
+from teq_graph.ops import registration
 from teq_graph.quantization import QuantizedWeight, quantize_weight
 
 matmul_nbits = torch.ops.teq_graph.matmul_nbits.default
@@ -55,7 +55,7 @@ class Linear(torch.nn.Module):
 @pytest.mark.parametrize("k", [256, 300])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_values(spec: WeightSpec, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ops._CHUNK, "cpu", 2000)  # several chunks, the last one shorter
+    monkeypatch.setitem(registration._CHUNK, "cpu", 2000)  # several chunks, the last one shorter
     weight = quantize_weight(torch.randn(37, k), spec, dtype)
     exact = weight.dequantize().double()
     tensors, sizes = weight_arguments(weight)
@@ -103,7 +103,7 @@ def test_scratch_is_bounded(bits: int, dtype: torch.dtype) -> None:
     weight = quantize_weight(torch.randn(3000, 1024), WeightSpec(bits, 128), dtype)
     tensors, sizes = weight_arguments(weight)
     with LargestAllocation() as seen:
-        ops._matmul(torch.randn(2, 1024).to(dtype), *tensors, None, *sizes)
+        registration._matmul(torch.randn(2, 1024).to(dtype), *tensors, None, *sizes)
     assert weight.packed.nbytes <= 4 * 2**20
     assert 2**20 < seen.nbytes <= 4 * 2**20 < 3000 * 1024 * 4
 
@@ -221,15 +221,15 @@ def test_tensors_on_different_devices() -> None:
     weight = quantize_weight(torch.randn(12, 40), WeightSpec(4, 16))
     tensors, sizes = weight_arguments(weight)
     with pytest.raises(InputError, match="b is on meta: accepted is that of a, cpu"):
-        ops._check_matmul(torch.randn(3, 40), tensors[0].to("meta"), *tensors[1:], None, *sizes)
+        registration._check_matmul(torch.randn(3, 40), tensors[0].to("meta"), *tensors[1:], None, *sizes)
 
 
 def test_second_import_registers_nothing() -> None:
     weight = quantize_weight(torch.randn(12, 40), WeightSpec(4, 16))
     a = torch.randn(3, 40)
     expected = call(a, weight)
-    importlib.reload(ops)
-    spec = importlib.util.spec_from_file_location("ops_under_another_name", ops.__file__)
+    importlib.reload(registration)
+    spec = importlib.util.spec_from_file_location("ops_under_another_name", registration.__file__)
     assert spec is not None
     assert spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -4,8 +4,8 @@
 set_up_venv() {
     local extras="${1:+[$1]}"
     local python="${PYTHON:-python3}"
-    "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || {
-        echo "error: $python is $("$python" --version 2>&1); accepted are Python 3.11 and 3.12 (set PYTHON)" >&2
+    "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
+        echo "error: $python is $("$python" --version 2>&1); accepted are Python 3.11 to 3.13 (set PYTHON)" >&2
         return 2
     }
     [ -x .venv/bin/python ] || "$python" -m venv .venv

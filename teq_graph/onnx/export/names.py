@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
 import onnx_ir as ir
 import torch
 from torch.fx import GraphModule
@@ -54,11 +57,26 @@ def _output_names(graph_module: GraphModule) -> list[str]:
     """Names of the graph's outputs: the path to each in the model's result."""
     spec = graph_module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     leaves = pytree.tree_leaves(next(iter(reversed(graph_module.graph.nodes))).args[0])
-    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(leaves))), spec))
+    # Not by `tree_flatten_with_path`: older versions of transformers do not tell it the names of their outputs' fields.
+    paths = dict(_paths(pytree.tree_unflatten(list(range(len(leaves))), spec), ()))
     names = []
-    for (path, _), leaf in zip(paths, leaves, strict=True):
+    for number, leaf in enumerate(leaves):
         if isinstance(leaf, torch.fx.Node):
-            parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
-            name = ".".join(parts)
+            name = ".".join(paths[number])
             names.append(name if name and not name[0].isdigit() else f"output.{name}".rstrip("."))
     return names
+
+
+def _paths(value: Any, path: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The numbers in nested mappings and sequences, each with the keys that lead to it."""
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = value._asdict().items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        yield value, path
+        return
+    for key, item in items:
+        yield from _paths(item, (*path, str(key)))
