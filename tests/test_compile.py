@@ -204,6 +204,56 @@ def test_the_report_names_weights_of_other_products() -> None:
     assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
+class Recurrent(nn.Module):
+    """Recurrent layers and a table beside a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(30, 20), nn.Embedding(9, 20)
+        self.lstm, self.gru, self.head = nn.LSTM(20, 16), nn.GRU(16, 12, bidirectional=True), nn.Linear(24, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden, _ = self.lstm(self.words(ids) + self.places(torch.arange(ids.shape[1])))
+        result: Tensor = self.head(self.gru(hidden)[0])
+        return result
+
+
+def test_every_weight_in_float_has_its_reason() -> None:
+    inputs = (torch.randint(0, 30, (4, 9)),)
+    report = teq_graph.compile(randomize(Recurrent()), inputs, quantization=SMALL, training=None).report
+    assert [weight.name for weight in report.quantized] == ["head.weight"]
+    reasons = {weight.name: (weight.kind, str(weight.reason)) for weight in report.in_float}
+    assert {name for name, (kind, _) in reasons.items() if kind == "recurrent"} == {
+        *(f"lstm.weight_{part}_l0" for part in ("ih", "hh")),
+        *(f"gru.weight_{part}_l0{way}" for part in ("ih", "hh") for way in ("", "_reverse")),
+    }
+    assert reasons["lstm.weight_ih_l0"][1].startswith("read by aten.lstm")
+    assert reasons["words.weight"] == ("embedding", "embedding (quantize_embedding=False)")
+    assert reasons["places.weight"][0] == "embedding" and "positions" in reasons["places.weight"][1]
+    assert all(f"{name}" in str(report) for name in ("lstm.weight_ih_l0", "words.weight"))
+
+
+def test_the_report_tells_scales_that_were_trained_from_those_that_were_found() -> None:
+    found = compile_llama(training=TrainingConfig(stages=("gptq",), samples=4, length=12)).report
+    assert len(found.sites) == 9 and not any(site.trained or site.folded for site in found.sites)
+    assert "9 found, no scales trained" in str(found)
+    compiled = compile_llama(training=TRAINING)
+    report = compiled.report
+    trained = [site for site in report.sites if site.trained]
+    assert len(trained) == 8 and "9 found, 8 trained" in str(report)
+    for site, equivalence in zip(report.sites, compiled.equivalences, strict=True):
+        assert site.trained == (equivalence.scale is not None)
+        if equivalence.scale is not None:
+            scale = equivalence.scale
+            assert (site.smallest, site.largest) == (float(scale.min()), float(scale.max()))
+            logs = scale.double().log2()
+            spread = (logs - logs.mean()).square().mean().sqrt()
+            assert site.spread == pytest.approx(float(spread), rel=1e-4, abs=1e-6)
+            assert site.folded == bool((scale != 1).any())
+    assert [list(block.stages) for block in report.blocks] == [["teq", "clip", "gptq", "tune"]] * 2
+    assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
 @pytest.mark.parametrize(("name", "notes"), [("T5", 1), ("Llama (GQA)", 0), ("BERT (post-LN)", 0)])
 def test_the_report_says_where_a_generator_has_no_cache(name: str, notes: int) -> None:
     report = teq_graph.compile(BY_NAME[name].build(), quantization=SMALL, training=None).report

@@ -59,7 +59,7 @@ class SiLU(RewriteRuleClassBase):
         return op.QuickGelu(x, alpha=1.0, _domain=CONTRIB_DOMAIN, _version=1)
 
 
-_RULES = RewriteRuleSet(
+FUSIONS = RewriteRuleSet(
     [rule.rule() for rule in (SkipRMSNormalization, SkipLayerNormalization, SiLU)],  # type: ignore[no-untyped-call]
     commute=True,
 )
@@ -67,7 +67,7 @@ _RULES = RewriteRuleSet(
 
 def fuse(model: ir.Model) -> None:
     """Apply every rule of this module to `model`."""
-    _RULES.apply_to_model(model)
+    FUSIONS.apply_to_model(model)
     for node in model.graph:
         if node.op_type in (SkipRMSNormalization.fused, SkipLayerNormalization.fused):
             for value in node.outputs[1:]:

@@ -71,8 +71,8 @@ def _paths(value: Any, path: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, 
     """The numbers in nested mappings and sequences, each with the keys that lead to it."""
     if isinstance(value, Mapping):
         items: Iterable[tuple[Any, Any]] = value.items()
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        items = value._asdict().items()
+    elif isinstance(value, tuple) and (fields := getattr(value, "_fields", None)) is not None:  # a named tuple
+        items = zip(fields, value, strict=True)
     elif isinstance(value, list | tuple):
         items = enumerate(value)
     else:
