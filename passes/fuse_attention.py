@@ -78,7 +78,7 @@ def _refusal(site: Attention) -> AttentionRefusal | None:
         return AttentionRefusal(site.output.name, reason)
     query, key, _ = site.heads
     if query is None or key is None:
-        reason = "fused without its rotation: between projections and scores is more than a rotation by the position"
+        reason = "fused but for queries and keys, which are more than rotated heads of a projection each"
         return AttentionRefusal(site.output.name, reason, is_fused=True)
     if query.rotation is not None and _common_rotation(site) is None:
         turned = 2 * query.rotation.cos.shape[1]

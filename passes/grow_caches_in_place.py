@@ -55,7 +55,9 @@ def append(past: Tensor, new: Tensor) -> Tensor:
     batch, heads, length, width = past.shape
     total = length + new.shape[2]
     room = past.stride(1) // width if past.stride(2) == width and past.stride(3) == 1 else 0
-    if total > room or past.stride(0) != heads * past.stride(1):
+    # A tensor of no elements has strides, too: what counts is what was allocated.
+    stored = past.untyped_storage().nbytes() // past.element_size() - past.storage_offset()
+    if total > room or past.stride(0) != heads * past.stride(1) or stored < batch * heads * room * width:
         return torch.cat([past, new], 2)
     grown = past.as_strided((batch, heads, total, width), past.stride(), past.storage_offset())
     grown[:, :, length:] = new

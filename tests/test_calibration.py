@@ -24,6 +24,7 @@ from teq_graph.capture import capture
 from teq_graph.config import TrainingConfig
 from teq_graph.errors import InputError, NumericsError
 from teq_graph.loading import LoadedModel
+from teq_graph.passes.grow_caches_in_place import append
 
 VOCAB = 50
 DYNAMIC = torch.export.Dim.DYNAMIC
@@ -470,3 +471,14 @@ def test_a_decoding_step_in_half_precision(dtype: torch.dtype) -> None:
     assert relative_error(logits, expected[:, 8:]) <= 8 * torch.finfo(dtype).eps
     # The cache is written in place: what a step is given and what it gives are one buffer.
     assert past[0][0].untyped_storage().data_ptr() == present[0][0].untyped_storage().data_ptr()
+
+
+def test_a_past_without_room_is_copied() -> None:
+    no_room = (torch.empty(2, 3, 0, 8), torch.randn(2, 3, 4, 8), torch.randn(3, 2, 9, 8)[:, :, :4].transpose(0, 1))
+    for past in no_room:
+        new = torch.randn(2, 3, 1, 8)
+        assert torch.equal(append(past, new), torch.cat([past, new], 2))
+    buffer = torch.randn(2, 3, 6, 8)
+    expected = torch.cat([buffer[:, :, :4], new], 2)
+    grown = append(buffer[:, :, :4], new)
+    assert torch.equal(grown, expected) and grown.data_ptr() == buffer.data_ptr()

@@ -39,7 +39,8 @@ class Inspection:
     model: str
     analysis: Analysis
     blocks: tuple[Block, ...]
-    attentions: Attentions
+    attentions: Attentions | None
+    """None where they were not examined, as in a graph of half precision."""
 
     @property
     def covered(self) -> set[str]:
@@ -72,12 +73,18 @@ class Inspection:
                 for w in weights
                 if w.kind not in ("linear", "embedding")
             ],
-            "attention": {
+            "attention": self.attentions
+            and {
                 "proven": len(self.attentions.proven),
                 "refusals": [dataclasses.asdict(refusal) for refusal in self.attentions.refusals],
             },
             "notes": self.analysis.notes,
         }
+
+    def _describe_attention(self) -> list[tuple[str, str]]:
+        if self.attentions is None:
+            return [("attention", "examined when it is exported: the graph is in half precision")]
+        return describe_attention(f"{len(self.attentions.proven)} proven", self.attentions.refusals)
 
     def show(self) -> None:
         """Print tables in which the layers of a stack share a row."""
@@ -94,7 +101,7 @@ class Inspection:
                 ("equivalences", f"{len(findings.equivalences)} found" if findings.equivalences else "none found"),
                 *[("embedding", f"{table.name.removesuffix('.weight')}, to quantize") for table in tables],
                 *[("blocks", line) for line in _describe_blocks(self.blocks)],
-                *describe_attention(f"{len(self.attentions.proven)} proven", self.attentions.refusals),
+                *self._describe_attention(),
                 *[("note", note) for note in self.analysis.notes],
             ]
         )

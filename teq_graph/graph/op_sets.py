@@ -94,7 +94,15 @@ PARAMETERIZED = (
 
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 SHAPE_QUERIES = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int)
-"""What they give follows from sizes alone."""
+FILLS = (
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+)
+"""What both give follows from sizes alone: numbers, and tensors of one number."""
 
 PRODUCTS = ("linear", "mm", "addmm", "bmm", "baddbmm", "addbmm", "matmul", "mv", "addmv", "einsum", "tensordot")
 """Names of products with a matrix, whatever their overload."""
@@ -113,4 +121,6 @@ def passes_on(node: Node) -> bool:
 def op_name(node: Node) -> str:
     """What `node` calls, without its overload: `aten.linear`."""
     name = str(node.target)
-    return name.rpartition(".")[0] if isinstance(node.target, torch._ops.OpOverload) else name
+    if isinstance(node.target, torch._ops.OpOverload):
+        return name.rpartition(".")[0]
+    return str(getattr(node.target, "__name__", name))

@@ -20,6 +20,8 @@ PRODUCTS: dict[Any, tuple[str, str]] = {
 }
 """Products of matrices, and the names of their factors."""
 
+BIASES_OF_TOKENS = "its mask or biases depend on the tokens; accepted are those of positions and padding"
+
 ON_SCORES = {
     *UNCHANGED,
     aten.add.Tensor,
@@ -92,17 +94,19 @@ def match_attention(probe: Probe, node: Node) -> Match | None:
     Raises NotProven for an attention of another form.
     """
     if is_call(node, aten.scaled_dot_product_attention.default):
-        return _match_op(node)
+        return _match_op(probe, node)
     return _match_softmax(probe, node) if is_call(node, *SOFTMAX) else None
 
 
-def _match_op(node: Node) -> Match:
+def _match_op(probe: Probe, node: Node) -> Match:
     values = arguments_of(node)
     mask = values["attn_mask"]
     if rank_of(node) != 4:
         raise NotProven(f"it has {rank_of(node)} dimensions; accepted are [b, h, s, d]")
     if not isinstance(mask, Node) or values["is_causal"] or values["dropout_p"]:
         raise NotProven("it has no mask of its own, or drops weights; accepted is a mask alone")
+    if mask in probe.from_tokens:
+        raise NotProven(BIASES_OF_TOKENS)
     heads = node.meta["val"].shape[1]
     return Match(node, heads, values["query"], values["key"], values["value"], (mask,), None)
 
@@ -122,7 +126,7 @@ def _match_softmax(probe: Probe, softmax: Node) -> Match | None:
     if is_call(product, aten.baddbmm.default):
         terms.append(arguments["self"])
     if any(term in probe.from_tokens for term in terms):
-        raise NotProven("its biases depend on the tokens; accepted are those of positions and padding")
+        raise NotProven(BIASES_OF_TOKENS)
     if not heads or any(rank_of(part) not in (3, 4) for part in (query, key, value, softmax)):
         raise NotProven("its parts are not [b, h, s, d] or [b * h, s, d]")
     tensors = tuple(node for node in terms if isinstance(node.meta.get("val"), Tensor))
@@ -144,7 +148,8 @@ def _product_of_scores(probe: Probe, scores: Node) -> Node | None:
         if _is_product(probe, node):
             return node
         # A linear or a norm begins another computation.
-        if node not in seen and node in probe.from_tokens and not is_call(node, *PARAMETERIZED):
+        begins = is_call(node, *PARAMETERIZED) or op_name(node) == "teq_graph.matmul_nbits"
+        if node not in seen and node in probe.from_tokens and not begins:
             seen.add(node)
             pending += node.all_input_nodes
     return None
@@ -177,7 +182,7 @@ def _stretch(probe: Probe, scores: Node, product: Node) -> tuple[list[Node], lis
             stretch.append(node)
             pending += node.all_input_nodes
         elif node.op == "placeholder" or any(source.op == "placeholder" for source in node.all_input_nodes):
-            raise NotProven("its biases depend on the tokens; accepted are those of positions and padding")
+            raise NotProven(BIASES_OF_TOKENS)
         else:
             raise NotProven(f"its scores go through {op_name(node)}; accepted are scales, caps, biases and masks")
     return stretch, terms

@@ -12,7 +12,7 @@ from torch.fx import Node
 from teq_graph.capture import CapturedGraph, DecoderShape
 from teq_graph.graph.execution import run
 from teq_graph.graph.nodes import aten, placeholder_nodes
-from teq_graph.graph.op_sets import SHAPE_QUERIES
+from teq_graph.graph.op_sets import FILLS, SHAPE_QUERIES
 
 REPLACED = {aten.view.default: aten.reshape.default}
 """Given values do not have the strides that a view relies on."""
@@ -57,7 +57,7 @@ class Probe:
         self.from_tokens = {tokens, *past}
         """Nodes whose values, not only sizes, depend on the tokens."""
         for node in self.nodes:
-            if node.target not in SHAPE_QUERIES and self.from_tokens.intersection(node.all_input_nodes):
+            if node.target not in (*SHAPE_QUERIES, *FILLS) and self.from_tokens.intersection(node.all_input_nodes):
                 self.from_tokens.add(node)
 
     def evaluate(self, target: Node, step: Step, given: Mapping[Node, Tensor] | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from teq_graph.analysis.attention.matching import Match, match_attention
 from teq_graph.analysis.attention.probe import NotProven, Probe, Step
 from teq_graph.analysis.attention.scores import Scores, find_scores
 from teq_graph.capture import CapturedGraph
+from teq_graph.errors import one_line
 from teq_graph.graph.nodes import arguments_of, aten, is_call, rank_of
 from teq_graph.graph.op_sets import LINEAR, UNCHANGED
 
@@ -71,8 +72,11 @@ def find_attentions(captured: CapturedGraph) -> Attentions:
             match = match_attention(probe, node)
             if match is not None:
                 proven.append(_examine(probe, match, caches, known))
-        except NotProven as reason:
-            refusals.append(AttentionRefusal(node.name, str(reason)))
+        except NotProven as finding:
+            refusals.append(AttentionRefusal(node.name, str(finding)))
+        except (RuntimeError, IndexError, ValueError) as error:
+            reason = f"a part of it cannot be run by itself: {one_line(error)}"
+            refusals.append(AttentionRefusal(node.name, reason))
     return Attentions(tuple(proven), tuple(refusals))
 
 

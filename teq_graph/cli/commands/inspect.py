@@ -18,6 +18,8 @@ def inspect(
     Analyses the model's graph and trains nothing. Layers that are alike share a row; --json has every one.
     """
     quantization = QuantizationConfig(quantize_lm_head=lm_head, quantize_embedding=embedding, skip=tuple(skip or ()))
+    import torch
+
     from teq_graph.analysis.attention import find_attentions
     from teq_graph.analysis.blocks import find_blocks
     from teq_graph.compile import analyze
@@ -27,7 +29,10 @@ def inspect(
     with progress.task("Analysing"):
         analysis = analyze(loaded.model, quantization=quantization)
     blocks = find_blocks(analysis.captured, analysis.findings.equivalences)
-    inspection = console.Inspection(loaded.name, analysis, blocks, find_attentions(analysis.captured))
+    # Attention is proven by numbers, which half precision is too coarse for; the export widens the graph for it.
+    is_single = analysis.captured.dtype == torch.float32
+    attentions = find_attentions(analysis.captured) if is_single else None
+    inspection = console.Inspection(loaded.name, analysis, blocks, attentions)
     if as_json:
         console.print_json(inspection.to_dict())
     else:
