@@ -25,6 +25,7 @@ from teq_graph.capture import CapturedGraph, DecoderShape, adopt
 from teq_graph.errors import ModelFileError, one_line
 from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.graph.tensors import clone_graph, node_tensor, set_tensor
+from teq_graph.graph.tracing import without_dispatch_cache
 from teq_graph.report import Report
 from teq_graph.system.files import new_directory, torch_file, write_json
 
@@ -114,7 +115,7 @@ class CompiledModel:
         """Write the compiled model to `directory`, for `teq_graph.load`; whole or not at all."""
         target = Path(directory)
         captured = self.captured
-        with torch.no_grad():
+        with torch.no_grad(), without_dispatch_cache():
             program = torch.export.export(
                 _compact(captured.graph_module),
                 captured.example_args,

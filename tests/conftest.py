@@ -36,21 +36,25 @@ def seeded(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed_of(request.node.nodeid))
 
 
-@pytest.fixture(autouse=True)
-def checked_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every graph is whole after every pass of a pipeline."""
-    monkeypatch.setattr(pipeline, "checks_every_pass", True)
+@pytest.fixture(autouse=True, scope="session")
+def checked_graphs() -> Iterator[None]:
+    """Every graph is whole after every pass of a pipeline, also of those that fixtures of modules run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "checks_every_pass", True)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
-def shared_captures() -> Iterator[None]:
-    """`compile` and `transform` trace a small model of one configuration once: see `support.captures`."""
+def shared_work() -> Iterator[None]:
+    """What does not depend on weights is done once: traces of small models, and the exporter's table."""
     from support.captures import capture_again
+    from support.exporting import build_the_table_once
 
     import teq_graph.compile  # noqa: F401  the module, which the package hides behind the function of that name
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["teq_graph.compile"], "capture", capture_again)
+        build_the_table_once(patch)
         yield
 
 

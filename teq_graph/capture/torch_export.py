@@ -28,6 +28,7 @@ from teq_graph.capture.pretrained import (
 )
 from teq_graph.errors import CaptureError, NumericsError, one_line
 from teq_graph.graph.tensors import drop_unused, node_tensor, set_tensor
+from teq_graph.graph.tracing import without_dispatch_cache
 
 AGREEMENT = collections.defaultdict(float, {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1})
 """Largest difference between graph and model, over the largest value; other types agree exactly."""
@@ -110,7 +111,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     try:
         # Without gradients, no_grad regions of the model stay inline instead of becoming submodules. transformers
         # and torch warn about their own internals while tracing; none of it is in the user's hands.
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"), without_dispatch_cache():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
             _refuse_subgraphs(program)
             if any(map(_changes_in_place, program.graph.nodes)):

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any, TypeGuard
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -61,7 +62,8 @@ class CallBuilder:
             node = graph.call_function(target, args)
         values = torch.fx.node.map_arg(args, lambda source: source.meta["val"])
         mode = next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, FakeTensor)), nullcontext())
-        with mode:
+        # Composite ops, such as linear, in Python: in C++, torch 2.11 asks some of them for the numbers behind symbols.
+        with mode, enable_python_dispatcher():
             node.meta["val"] = target(*values)
         return node
 

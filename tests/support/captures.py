@@ -25,7 +25,11 @@ def capture_again(model: nn.Module, example_inputs: Any = None, dynamic_shapes: 
     if example_inputs is not None or not isinstance(model, nn.Module) or not is_pretrained(model):
         return capture(model, example_inputs, dynamic_shapes)
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)  # type: ignore[union-attr,operator]
-    key = f"{type(model)} {config} {float_dtype(model)} {next(model.parameters()).device}"
+    first: dict[int, str] = {}  # tied tensors are one
+    tied = [
+        first.setdefault(tensor.data_ptr(), name) for name, tensor in model.named_parameters(remove_duplicate=False)
+    ]
+    key = f"{type(model)} {config} {float_dtype(model)} {next(model.parameters()).device} {tied}"
     if key not in _traced:
         # Kept without the weights of the model that was traced.
         _traced[key] = _clone(capture(model))

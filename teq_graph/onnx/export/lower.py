@@ -23,6 +23,7 @@ from teq_graph.capture import CapturedGraph
 from teq_graph.config import ACCURACY_LEVELS, DTYPES
 from teq_graph.errors import ConfigError, ExportError, one_line
 from teq_graph.graph.tensors import clone_graph
+from teq_graph.graph.tracing import without_dispatch_cache
 from teq_graph.onnx.export.fusions import fuse
 from teq_graph.onnx.export.names import name_values
 from teq_graph.onnx.export.translations import foreign_operators, translation_table
@@ -59,7 +60,7 @@ def lower(
     wide.graph_module = graph_module = clone_graph(captured.graph_module)
     attention = pipeline.run(pipeline.for_onnxruntime(wide, target), graph_module).of(FuseAttention)
     example = _with_example_dtype(captured, target)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), without_dispatch_cache():
         program = _trace(captured, graph_module, example.example_args, example.example_kwargs)
         model = _translate(program, opset, accuracy_level)
     _simplify(model)
