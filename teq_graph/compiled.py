@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,13 @@ FORMAT_VERSION = 2
 GRAPH_FILE, EQUIVALENCES_FILE, DESCRIPTION_FILE = "graph.pt2", "equivalences.pt", "compiled.json"
 REPORT_FILE = "report.json"
 """Beside a saved graph, and in an exported directory."""
+
+
+class DecoderOutput(NamedTuple):
+    """What a step of a language model gives: logits [b, s, vocab] and, of each layer, keys and values."""
+
+    logits: Tensor
+    past_key_values: list[tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass
@@ -63,7 +70,7 @@ class CompiledModel:
         """Run the quantized graph on what the model takes; returns what the model returns.
 
         A causal language model takes `input_ids` and, optionally, `attention_mask` (over past and present)
-        and `past_key_values` (as returned), and returns an output with `.logits` and `.past_key_values`.
+        and `past_key_values` (as returned), and returns a `DecoderOutput`.
         """
         if args and kwargs and self.captured.decoder is None:
             return self.graph_module(*args, **kwargs)
@@ -77,7 +84,7 @@ class CompiledModel:
         result = self.graph_module(*bound_args, **bound_kwargs)
         if self.captured.decoder is None:
             return result
-        return _decoder_output(*result)
+        return DecoderOutput(*result)
 
     def to(self, device: str | torch.device) -> CompiledModel:
         """Move every tensor, and the graph's own device arguments, to `device`; returns self."""
@@ -147,13 +154,6 @@ class CompiledModel:
                 if part is not None:
                     part.save_pretrained(staging)
         return target
-
-
-def _decoder_output(logits: Tensor, past: Any) -> Any:
-    """A Hugging Face output with `logits` and `past_key_values`, whatever transformers itself calls the latter."""
-    from transformers.utils import ModelOutput
-
-    return ModelOutput(logits=logits, past_key_values=past)
 
 
 def load(directory: str | PathLike[str]) -> CompiledModel:

@@ -218,7 +218,7 @@ def test_inspect_says_what_else_stays_in_float(
     ],
 )
 def test_layers_that_are_alike_share_a_row(rows: Any, expected: Any) -> None:
-    assert console._collapse(rows) == expected
+    assert console.collapse_layers(rows) == expected
 
 
 # ------------------------------------------------------------------------------------------- quantize and evaluate

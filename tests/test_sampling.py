@@ -12,7 +12,15 @@ from transformers import GenerationConfig
 
 from teq_graph.errors import InputError, NumericsError
 from teq_graph.onnx.runtime.generation.options import NEUTRAL, GenerationOptions
-from teq_graph.onnx.runtime.generation.sampling import Sampler, _epsilon, _eta, _min_p, _top_k, _top_p, _typical
+from teq_graph.onnx.runtime.generation.sampling import (
+    Sampler,
+    keep_epsilon,
+    keep_eta,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical,
+)
 
 
 def sampler(**options: Any) -> Sampler:
@@ -43,13 +51,13 @@ def test_samples_follow_the_distribution() -> None:
 @pytest.mark.parametrize(
     ("keep", "warper", "value"),
     [
-        (_top_k, reference.TopKLogitsWarper, 7),
-        (_top_k, reference.TopKLogitsWarper, 1000),
-        (_top_p, reference.TopPLogitsWarper, 0.8),
-        (_min_p, reference.MinPLogitsWarper, 0.05),
-        (_typical, reference.TypicalLogitsWarper, 0.7),
-        (_epsilon, reference.EpsilonLogitsWarper, 0.01),
-        (_eta, reference.EtaLogitsWarper, 0.02),
+        (keep_top_k, reference.TopKLogitsWarper, 7),
+        (keep_top_k, reference.TopKLogitsWarper, 1000),
+        (keep_top_p, reference.TopPLogitsWarper, 0.8),
+        (keep_min_p, reference.MinPLogitsWarper, 0.05),
+        (keep_typical, reference.TypicalLogitsWarper, 0.7),
+        (keep_epsilon, reference.EpsilonLogitsWarper, 0.01),
+        (keep_eta, reference.EtaLogitsWarper, 0.02),
     ],
 )
 def test_what_is_left_out_is_what_transformers_leaves_out(keep: Any, warper: Any, value: float) -> None:

@@ -27,7 +27,7 @@ from teq_graph.graph.tensors import get_tensor, node_tensor, set_tensor
 from teq_graph.quantization import dequantize, find_clipped_grid, quantize
 from teq_graph.quantization.packing import unpack_codes
 from teq_graph.report import Report
-from teq_graph.training.sensitivity import _loss_of_drawn_tokens, allocate, loss_increases
+from teq_graph.training.sensitivity import allocate, loss_increases, loss_of_drawn_tokens
 
 ROUNDED = TrainingConfig(stages=(), samples=8, length=16, batch_size=2)
 CHOSEN = dataclasses.replace(ROUNDED, stages=("clip", "gptq"))
@@ -100,8 +100,8 @@ def test_padding_adds_nothing() -> None:
     logits = torch.randn(3, 14, VOCAB, requires_grad=True)
     mask = torch.ones(3, 14, dtype=torch.long)
     mask[:, 9:] = 0
-    loss, count = _loss_of_drawn_tokens(logits, {"attention_mask": mask}, torch.Generator().manual_seed(5))
-    without, same_count = _loss_of_drawn_tokens(logits[:, :9], {}, torch.Generator().manual_seed(5))
+    loss, count = loss_of_drawn_tokens(logits, {"attention_mask": mask}, torch.Generator().manual_seed(5))
+    without, same_count = loss_of_drawn_tokens(logits[:, :9], {}, torch.Generator().manual_seed(5))
     assert torch.equal(loss, without) and count == same_count == 27
     loss.backward()
     assert logits.grad is not None and not logits.grad[:, 9:].any() and logits.grad[:, :9].any(-1).all()

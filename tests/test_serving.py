@@ -30,7 +30,13 @@ from teq_graph.serving.worker import Worker
 
 CHAT = "{% for m in messages %}{{ m.content }} {% endfor %}"
 PROMPT = "Once upon a time"
-SERVE = "from teq_graph.cli.process import main; main()"
+# a shell starts background jobs with SIGINT ignored, which children inherit
+SERVE = """
+import signal
+from teq_graph.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
 
 
 @pytest.fixture(scope="module")

@@ -108,23 +108,23 @@ class Inspection:
         _show_table(
             "Equivalences: channels of the producer are divided by a scale, columns of the consumers multiplied",
             ("producer", "kind", "channels", "consumers"),
-            _collapse(((e.producer, *e.linears), (e.kind, str(e.channels))) for e in findings.equivalences),
+            collapse_layers(((e.producer, *e.linears), (e.kind, str(e.channels))) for e in findings.equivalences),
             lambda names, rest: (names[0], *rest, _relative(names)),
         )
         _show_table(
             "Quantized without an equivalence",
             ("linear", "shape"),
-            _collapse(((line.name,), (_shape(line),)) for line in chosen if line.name not in self.covered),
+            collapse_layers(((line.name,), (_shape(line),)) for line in chosen if line.name not in self.covered),
             lambda names, rest: (names[0], *rest),
         )
         _show_table(
             "Left in float",
             ("weight", "shape", "reason"),
-            _collapse(((weight.name,), (_shape(weight), weight.reason)) for weight in weights if weight.reason),
+            collapse_layers(((weight.name,), (_shape(weight), weight.reason)) for weight in weights if weight.reason),
             lambda names, rest: (names[0], *rest),
         )
         reasons: dict[tuple[str, str], list[tuple[str, int]]] = {}
-        for names, rest, count in _collapse(((r.producer,), (r.reason, r.kind)) for r in findings.refusals):
+        for names, rest, count in collapse_layers(((r.producer,), (r.reason, r.kind)) for r in findings.refusals):
             reasons.setdefault(rest, []).append((names[0], count))
         _show_table(
             "Producers that cannot be scaled",
@@ -182,7 +182,7 @@ def describe_report(report: Report) -> list[tuple[str, str]]:
     ]
     lines += [("embedding", _describe_table(table)) for table in report.embeddings if table.spec is not None]
     kept = (((weight.name,), (weight.reason,)) for weight in report.in_float)
-    lines += [("in float", f"{names[0]}: {reason}") for names, (reason,), _ in _collapse(kept)]
+    lines += [("in float", f"{names[0]}: {reason}") for names, (reason,), _ in collapse_layers(kept)]
     if report.blocks:
         lines.append(("block error", report.describe_errors()))
     if report.distillation is not None:
@@ -330,13 +330,13 @@ def _shape(weight: PlannedWeight) -> str:
 def _describe_blocks(blocks: Sequence[Block]) -> list[str]:
     """Blocks with the same linears, layer numbers aside, in one line."""
     lines = []
-    for names, _, count in _collapse((block.linears or ("no linears",), ()) for block in blocks):
+    for names, _, count in collapse_layers((block.linears or ("no linears",), ()) for block in blocks):
         ends = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         lines.append(f"{count} × {len(names)} linears: {ends}" if len(names) > 1 else f"{count} × {ends}")
     return lines or ["none"]
 
 
-def _collapse(rows: Iterable[tuple[tuple[str, ...], Any]]) -> list[tuple[tuple[str, ...], Any, int]]:
+def collapse_layers(rows: Iterable[tuple[tuple[str, ...], Any]]) -> list[tuple[tuple[str, ...], Any, int]]:
     """Rows (names, rest) that differ only in the numbers of their layers, as (names with ranges, rest, count).
 
     A number counts as a layer's where it ends a dotted prefix that a row's names share with the row's first name:

@@ -125,7 +125,7 @@ def loss_increases(
                 if not all(bool(torch.isfinite(output).all()) for output in outputs):
                     raise NumericsError(f"calibration batch {number}: the float model gives NaN or infinity")
                 if captured.decoder is not None:
-                    loss, count = _loss_of_drawn_tokens(outputs[0], batch, generator)
+                    loss, count = loss_of_drawn_tokens(outputs[0], batch, generator)
                 else:
                     loss, count = _signed_sum(outputs, generator), 1
                 del values
@@ -193,9 +193,7 @@ def _add_increases(
         curve[bits] += 0.5 * float((x @ lost.t()).mul_(gradient).sum(-1).square_().sum())
 
 
-def _loss_of_drawn_tokens(
-    logits: Tensor, batch: Mapping[str, Tensor], generator: torch.Generator
-) -> tuple[Tensor, int]:
+def loss_of_drawn_tokens(logits: Tensor, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, int]:
     """Cross-entropy of logits [b, s, vocab] with tokens drawn from them, summed without padding; how many tokens."""
     mask = batch.get("attention_mask")
     logits = (logits if mask is None else logits[mask.bool().to(logits.device)]).float().flatten(0, -2)

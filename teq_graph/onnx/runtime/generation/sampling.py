@@ -76,12 +76,12 @@ class Sampler:
         logits = (row - row.max()) / options.temperature
         tokens = np.flatnonzero(logits > -np.inf)
         for keep, value, neutral in (
-            (_top_k, options.top_k, 0),
-            (_top_p, options.top_p, 1.0),
-            (_min_p, options.min_p, 0.0),
-            (_typical, options.typical_p, 1.0),
-            (_epsilon, options.epsilon_cutoff, 0.0),
-            (_eta, options.eta_cutoff, 0.0),
+            (keep_top_k, options.top_k, 0),
+            (keep_top_p, options.top_p, 1.0),
+            (keep_min_p, options.min_p, 0.0),
+            (keep_typical, options.typical_p, 1.0),
+            (keep_epsilon, options.epsilon_cutoff, 0.0),
+            (keep_eta, options.eta_cutoff, 0.0),
         ):
             if value != neutral:
                 kept = keep(logits[tokens], value)
@@ -102,35 +102,35 @@ def _repeating(sequence: Sequence[int], size: int) -> list[int]:
 Kept = npt.NDArray[np.bool_]
 
 
-def _top_k(logits: Row, count: float) -> Kept:
+def keep_top_k(logits: Row, count: float) -> Kept:
     kept = np.zeros(len(logits), dtype=bool)
     size = min(int(count), len(logits))
     kept[np.argpartition(-logits, size - 1)[:size]] = True
     return kept
 
 
-def _top_p(logits: Row, share: float) -> Kept:
+def keep_top_p(logits: Row, share: float) -> Kept:
     probabilities = _softmax(logits)
     return _first(probabilities, np.argsort(-probabilities, kind="stable"), share)
 
 
-def _min_p(logits: Row, share: float) -> Kept:
+def keep_min_p(logits: Row, share: float) -> Kept:
     kept: Kept = logits >= logits.max() + math.log(share)
     return kept
 
 
-def _typical(logits: Row, share: float) -> Kept:
+def keep_typical(logits: Row, share: float) -> Kept:
     probabilities = _softmax(logits)
     information = -np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
     distance = np.abs(information - probabilities @ information)
     return _first(probabilities, np.argsort(distance, kind="stable"), share)
 
 
-def _epsilon(logits: Row, cutoff: float) -> Kept:
+def keep_epsilon(logits: Row, cutoff: float) -> Kept:
     return _softmax(logits) >= cutoff
 
 
-def _eta(logits: Row, cutoff: float) -> Kept:
+def keep_eta(logits: Row, cutoff: float) -> Kept:
     probabilities = _softmax(logits)
     entropy = -(probabilities * np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))).sum()
     return probabilities >= min(cutoff, math.sqrt(cutoff) * math.exp(-entropy))
