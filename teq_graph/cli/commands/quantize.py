@@ -17,6 +17,7 @@ from teq_graph.system import progress
 
 # torch, transformers and onnxruntime take seconds to import: only inside the command.
 if TYPE_CHECKING:
+    from teq_graph.capture import DecoderShape
     from teq_graph.estimate import Estimate
 
 COMPILED_DIRECTORY = "compiled"
@@ -154,6 +155,8 @@ def quantize(
                 on_estimate=estimate,
             )
     except _Stop:
+        pass
+    if dry_run:
         console.show_pairs(estimate.lines)
         return
     watch.lap("quantize")
@@ -164,49 +167,73 @@ def quantize(
     lines = [("model", f"{loaded.name} → {output}"), *console.describe_report(compiled.report)]
     lines.append(("calibration", console.describe_calibration(training, calibration)))
     lines.append(("size", console.describe_sizes(compiled.report.bytes_before, size, loaded.model.dtype)))
-    decoder = compiled.captured.decoder
-    if decoder is not None:
-        from teq_graph.analysis.attention import AttentionRefusal
-        from teq_graph.onnx.directory import REPORT_FILE
-        from teq_graph.onnx.export.genai import describe_limits
-
-        attention = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))["attention"]
-        refusals = [AttentionRefusal(**refusal) for refusal in attention["refusals"]]
-        lines += console.describe_attention(f"{attention['fused']} fused", refusals)
-        lines += [("note", note) for note in describe_limits(output, decoder)]
+    if compiled.captured.decoder is not None:
+        lines += _describe_decoder(output, compiled.captured.decoder)
     try:
-        if measured is not None and decoder is not None and token_ids is not None:
-            from teq_graph.evaluation import perplexity
-            from teq_graph.onnx.runtime import OnnxDecoder
-
-            context = options.context_of(None, decoder.max_positions)
-            functions = {
-                "float": opening.torch_logits(loaded.model),
-                "quantized": lambda input_ids: compiled(input_ids=input_ids).logits,
-            }
-            if dtype != "bfloat16":  # which onnxruntime has on GPUs only
-                # What level 4 costs beside level 1: the graph in PyTorch does not round activations.
-                where = f"in onnxruntime at accuracy level {accuracy_level}"
-                functions[where] = opening.onnx_logits(OnnxDecoder.load(output))
-            results = {name: perplexity(logits, token_ids, context=context) for name, logits in functions.items()}
-            values = " → ".join(f"{result.value:.2f} {name}" for name, result in results.items())
-            lines.append(("perplexity", values))
-            count = results["float"].tokens
-            lines.append(("", f"on {count:,} tokens of {measured.name}, not calibrated on; context {context}"))
+        if measured is not None and token_ids is not None and compiled.captured.decoder is not None:
+            level = None if dtype == "bfloat16" else accuracy_level  # onnxruntime has it on GPUs only
+            lines += _perplexities(loaded.model, compiled, output, measured, token_ids, level)
             watch.lap("evaluate")
         elif measured is not None:
             lines.append(("perplexity", "not measured: it needs a causal language model with a tokenizer"))
         if save_compiled:
-            try:
-                with progress.task("Saving the compiled model"):
-                    compiled.save(output / COMPILED_DIRECTORY)
-            except ExportError as error:
-                raise ExportError(f"{output} is complete, but without {COMPILED_DIRECTORY}: {error}") from error
-            lines.append(("compiled", f"{output / COMPILED_DIRECTORY}, for teq_graph.load"))
+            lines.append(_save(compiled, output))
             watch.lap("save")
     finally:
         # OUT is complete from the export on, whatever becomes of the rest.
         console.show_pairs([*lines, ("time", str(watch))])
+
+
+def _describe_decoder(output: Path, decoder: DecoderShape) -> list[tuple[str, str]]:
+    """What became of attentions, and what onnxruntime-genai makes of the directory."""
+    from teq_graph.analysis.attention import AttentionRefusal
+    from teq_graph.onnx.directory import REPORT_FILE
+    from teq_graph.onnx.export.genai import describe_limits
+
+    attention = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))["attention"]
+    refusals = [AttentionRefusal(**refusal) for refusal in attention["refusals"]]
+    lines = console.describe_attention(f"{attention['fused']} fused", refusals)
+    return [*lines, *(("note", note) for note in describe_limits(output, decoder))]
+
+
+def _perplexities(
+    model: Any,
+    compiled: teq_graph.CompiledModel,
+    output: Path,
+    text: options.Text,
+    token_ids: list[int],
+    accuracy_level: int | None,
+) -> list[tuple[str, str]]:
+    """Of the float model, the quantized graph, and what was exported with `accuracy_level`, where that can be run."""
+    from teq_graph.evaluation import perplexity
+    from teq_graph.onnx.runtime import OnnxDecoder
+
+    assert compiled.captured.decoder is not None
+    context = options.context_of(None, compiled.captured.decoder.max_positions)
+    functions: dict[str, Any] = {
+        "float": opening.torch_logits(model),
+        "quantized": lambda input_ids: compiled(input_ids=input_ids).logits,
+    }
+    if accuracy_level is not None:
+        # What level 4 costs beside level 1: the graph in PyTorch does not round activations.
+        where = f"in onnxruntime at accuracy level {accuracy_level}"
+        functions[where] = opening.onnx_logits(OnnxDecoder.load(output))
+    results = {name: perplexity(logits, token_ids, context=context) for name, logits in functions.items()}
+    values = " → ".join(f"{result.value:.2f} {name}" for name, result in results.items())
+    count = results["float"].tokens
+    return [
+        ("perplexity", values),
+        ("", f"on {count:,} tokens of {text.name}, not calibrated on; context {context}"),
+    ]
+
+
+def _save(compiled: teq_graph.CompiledModel, output: Path) -> tuple[str, str]:
+    try:
+        with progress.task("Saving the compiled model"):
+            compiled.save(output / COMPILED_DIRECTORY)
+    except ExportError as error:
+        raise ExportError(f"{output} is complete, but without {COMPILED_DIRECTORY}: {error}") from error
+    return "compiled", f"{output / COMPILED_DIRECTORY}, for teq_graph.load"
 
 
 class _Stop(Exception):  # noqa: N818  nothing went wrong

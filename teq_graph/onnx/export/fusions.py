@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
-from teq_graph.onnx.export.translations import CONTRIB_DOMAIN
+from teq_graph.onnx.export.schemas import CONTRIB_DOMAIN
 
 
 class _SkipNormalization(RewriteRuleClassBase):

@@ -7,123 +7,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import values
 
 import teq_graph.ops  # noqa: F401  (registers the operators)
 from teq_graph.graph.nodes import aten
+from teq_graph.onnx.export.schemas import (
+    CONTRIB_DOMAIN,
+    GATHER_BLOCK_QUANTIZED,
+    GROUP_QUERY_ATTENTION,
+    MATMUL_NBITS,
+)
 
-CONTRIB_DOMAIN = "com.microsoft"
 CODES_OF = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
 """Operators over quantized weights -> which of their inputs are the codes."""
-
-_Schema = onnx.defs.OpSchema
-_OPTIONAL = _Schema.FormalParameterOption.Optional
-_INTEGER = _Schema.AttrType.INT
-
-# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
-_MATMUL_NBITS = values.Op(
-    values.Opset(CONTRIB_DOMAIN, 1),
-    "MatMulNBits",
-    _Schema(
-        "MatMulNBits",
-        CONTRIB_DOMAIN,
-        1,
-        inputs=[
-            _Schema.FormalParameter("A", "T1"),
-            _Schema.FormalParameter("B", "T2"),
-            _Schema.FormalParameter("scales", "T1"),
-            _Schema.FormalParameter("zero_points", "T2", param_option=_OPTIONAL),
-            _Schema.FormalParameter("g_idx", "T3", param_option=_OPTIONAL),
-            _Schema.FormalParameter("bias", "T1", param_option=_OPTIONAL),
-        ],
-        outputs=[_Schema.FormalParameter("Y", "T1")],
-        type_constraints=[
-            ("T1", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
-            ("T2", ["tensor(uint8)"], ""),
-            ("T3", ["tensor(int32)"], ""),
-        ],
-        attributes=[
-            *(_Schema.Attribute(name, _INTEGER, "") for name in ("K", "N", "block_size")),
-            *(_Schema.Attribute(name, _INTEGER, "", required=False) for name in ("bits", "accuracy_level")),
-        ],
-    ),
-)
-
-
-def _parameter(name: str, kind: str, optional: bool = False) -> onnx.defs.OpSchema.FormalParameter:
-    if optional:
-        return _Schema.FormalParameter(name, kind, param_option=_OPTIONAL)
-    return _Schema.FormalParameter(name, kind)
-
-
-# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GroupQueryAttention
-_GROUP_QUERY_ATTENTION = values.Op(
-    values.Opset(CONTRIB_DOMAIN, 1),
-    "GroupQueryAttention",
-    _Schema(
-        "GroupQueryAttention",
-        CONTRIB_DOMAIN,
-        1,
-        inputs=[
-            _parameter("query", "T"),
-            _parameter("key", "T", optional=True),
-            _parameter("value", "T", optional=True),
-            _parameter("past_key", "T", optional=True),
-            _parameter("past_value", "T", optional=True),
-            _parameter("seqlens_k", "M"),
-            _parameter("total_sequence_length", "M"),
-            _parameter("cos_cache", "T", optional=True),
-            _parameter("sin_cache", "T", optional=True),
-            _parameter("position_ids", "P", optional=True),
-            _parameter("attention_bias", "T", optional=True),
-        ],
-        outputs=[_parameter(name, "T") for name in ("output", "present_key", "present_value")],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
-            ("M", ["tensor(int32)"], ""),
-            ("P", ["tensor(int64)"], ""),
-        ],
-        attributes=[
-            *(_Schema.Attribute(name, _INTEGER, "") for name in ("num_heads", "kv_num_heads")),
-            *(
-                _Schema.Attribute(name, _INTEGER, "", required=False)
-                for name in ("do_rotary", "rotary_interleaved", "local_window_size")
-            ),
-            *(_Schema.Attribute(name, _Schema.AttrType.FLOAT, "", required=False) for name in ("scale", "softcap")),
-        ],
-    ),
-)
-
-
-# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GatherBlockQuantized
-_GATHER_BLOCK_QUANTIZED = values.Op(
-    values.Opset(CONTRIB_DOMAIN, 1),
-    "GatherBlockQuantized",
-    _Schema(
-        "GatherBlockQuantized",
-        CONTRIB_DOMAIN,
-        1,
-        inputs=[
-            _parameter("data", "T1"),
-            _parameter("indices", "Tind"),
-            _parameter("scales", "T2"),
-            _parameter("zero_points", "T1", optional=True),
-        ],
-        outputs=[_parameter("output", "T2")],
-        type_constraints=[
-            ("T1", ["tensor(uint8)"], ""),
-            ("T2", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
-            ("Tind", ["tensor(int32)", "tensor(int64)"], ""),
-        ],
-        attributes=[
-            _Schema.Attribute(name, _INTEGER, "", required=False)
-            for name in ("gather_axis", "quantize_axis", "block_size", "bits")
-        ],
-    ),
-)
 
 
 def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -142,13 +40,13 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         inputs = [a, b, scales, zero_points, None, bias]
         while inputs[-1] is None:
             inputs.pop()
-        return _MATMUL_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=accuracy_level)
+        return MATMUL_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=accuracy_level)
 
     def embedding_nbits(indices: Any, b: Any, scales: Any, zero_points: Any, D: int, bits: int, block_size: int) -> Any:
         count, *row = b.shape
         rows = op.Reshape(b, op.Constant(value_ints=[count, math.prod(row)]))
         inputs = [rows, indices, scales] if zero_points is None else [rows, indices, scales, zero_points]
-        gathered = _GATHER_BLOCK_QUANTIZED(*inputs, gather_axis=0, quantize_axis=1, block_size=block_size, bits=bits)
+        gathered = GATHER_BLOCK_QUANTIZED(*inputs, gather_axis=0, quantize_axis=1, block_size=block_size, bits=bits)
         if D % block_size == 0:
             return gathered
         start, end, axis = (op.Constant(value_ints=[value]) for value in (0, D, -1))
@@ -192,7 +90,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         last = op.Expand(
             op.Sub(total, op.Cast(op.Constant(value_ints=[1]), to=ir.DataType.INT32)), op.Shape(bias, start=0, end=1)
         )
-        return _GROUP_QUERY_ATTENTION(
+        return GROUP_QUERY_ATTENTION(
             query,
             key,
             value,
