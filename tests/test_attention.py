@@ -30,6 +30,8 @@ from teq_graph.passes.fuse_attention import FuseAttention
 
 WIDE = {**GQA, "hidden_size": 64}
 """Four heads of 16 channels, the least that onnxruntime rotates."""
+EAGER = {"attn_implementation": "eager"}
+"""Said where it matters: which attention a model takes by itself changes between versions of transformers."""
 
 
 # ------------------------------------------------------------------------------------------------------ reference
@@ -110,18 +112,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Expected]] = {
     "fused, products of rows": ("gpt2", dict(n_embd=64, n_layer=2, n_head=4, n_positions=64), Expected(True, False)),
     "spelled out": (
         "gptj",
-        dict(n_embd=128, n_layer=2, n_head=4, n_positions=64, rotary_dim=16),
+        dict(n_embd=128, n_layer=2, n_head=4, n_positions=64, rotary_dim=16, **EAGER),
         Expected(True, True),
     ),
     "spelled out, softcap": (
         "gemma2",
-        # eager: transformers 5.3 takes torch's attention by itself, which leaves the cap out
-        {**WIDE, "head_dim": 16, "sliding_window": 6, "attn_logit_softcapping": 2.0, "attn_implementation": "eager"},
+        {**WIDE, "head_dim": 16, "sliding_window": 6, "attn_logit_softcapping": 2.0, **EAGER},
         Expected(True, True, 6, 2.0),
     ),
     "spelled out, biases by position": (
         "bloom",
-        dict(hidden_size=64, n_layer=2, n_head=4),
+        dict(hidden_size=64, n_layer=2, n_head=4, **EAGER),
         Expected(True, False, biased=True),
     ),
     "spelled out, biases by distance": (

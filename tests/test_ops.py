@@ -135,6 +135,7 @@ def test_export_with_dynamic_shapes(bits: int) -> None:
 
 # torch 2.13 raises it against itself on its first import of inductor.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend: str) -> None:
     if backend == "inductor":
