@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 from torch.fx import GraphModule
 from torch.fx.passes.infra import pass_base
 
+import teq_graph.ops  # noqa: F401  registers the operators, which passes name
+
 T = TypeVar("T")
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-import teq_graph.ops  # noqa: F401  (registers the operators)
 from teq_graph.errors import NumericsError
 from teq_graph.graph.nodes import aten, is_call
 from teq_graph.graph.op_sets import NAMED_CASTS

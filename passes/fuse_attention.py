@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule, Node
 
-from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.analysis.attention import Attention, AttentionRefusal, Heads, Rotation, find_attentions
 from teq_graph.analysis.attention.scores import has_flat_batch
 from teq_graph.capture import CapturedGraph

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.graph.nodes import arguments_of, aten, is_call
 from teq_graph.graph.tensors import drop_unused
 from teq_graph.passes.base import GraphPass, PassResult

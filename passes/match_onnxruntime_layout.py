@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-import teq_graph.ops  # noqa: F401  (registers the operators)
 from teq_graph.graph.nodes import arguments_of, is_call
 from teq_graph.graph.tensors import add_tensor, drop_unused, get_attr_node, node_tensor
 from teq_graph.passes.base import GraphPass, PassResult

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.graph.nodes import CallBuilder, arguments_of, aten, is_call, is_tensor_constant
 from teq_graph.graph.tensors import add_tensor, drop_unused, get_attr_node, node_tensor
 from teq_graph.passes.base import GraphPass, PassResult

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule, Node
 
-from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.config import WeightSpec
 from teq_graph.graph.nodes import linear_nodes, operand_of, weight_name_of
 from teq_graph.graph.tensors import add_tensor, drop_unused, get_tensor, node_tensor

@@ -185,9 +185,8 @@ def make_report(
     analysis: Analysis, result: TrainingResult, floats: Mapping[str, Tensor], stored: Mapping[str, QuantizedWeight]
 ) -> Report:
     """What was done, from the weights in float, scales folded in, and as they are stored."""
-    scaled = {name for equivalence in analysis.findings.equivalences for name in equivalence.linears}
     return Report(
-        weights=report_weights(analysis.weights, scaled, floats, stored),
+        weights=report_weights(analysis.weights, analysis.findings.scaled, floats, stored),
         sites=report_sites(result.equivalences),
         refusals=analysis.findings.refusals,
         blocks=result.blocks,

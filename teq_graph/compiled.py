@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import json
 import logging
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,7 +15,6 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.fx import GraphModule
 
-from teq_graph import ops as _ops  # noqa: F401  registers the ops a saved graph calls
 from teq_graph import pipeline
 from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor
 from teq_graph.capture import CapturedGraph, DecoderShape, adopt
@@ -26,16 +22,15 @@ from teq_graph.errors import ModelFileError, one_line
 from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.graph.tensors import clone_graph, node_tensor, set_tensor
 from teq_graph.graph.tracing import without_dispatch_cache
-from teq_graph.report import Report
+from teq_graph.report import REPORT_FILE, Report
 from teq_graph.system.files import new_directory, torch_file, write_json
+from teq_graph.system.quiet import quiet
 
 if TYPE_CHECKING:
     from os import PathLike
 
 FORMAT_VERSION = 2
 GRAPH_FILE, EQUIVALENCES_FILE, DESCRIPTION_FILE = "graph.pt2", "equivalences.pt", "compiled.json"
-REPORT_FILE = "report.json"
-"""Beside a saved graph, and in an exported directory."""
 
 
 class DecoderOutput(NamedTuple):
@@ -170,7 +165,8 @@ def load(directory: str | PathLike[str]) -> CompiledModel:
             raise ModelFileError(f"{source}: format_version={version!r}, accepted is {FORMAT_VERSION}")
         for module in description.get("modules", ()):
             _import(module, source)
-        with _quiet_export():
+        # Of what it cannot read the exception tells; the warnings are about torch's own buffers.
+        with quiet("torch.export", level=logging.CRITICAL):
             program = torch.export.load(source / GRAPH_FILE)
         saved = torch.load(source / EQUIVALENCES_FILE, weights_only=True)
         decoder = description["decoder"]
@@ -203,19 +199,6 @@ def load(directory: str | PathLike[str]) -> CompiledModel:
         graph_module, args, kwargs, _dynamic_shapes(graph_module, args, kwargs), decoder, description["lm_head"]
     )
     return CompiledModel(captured, equivalences, report, tokenizer, config, generation_config)
-
-
-@contextlib.contextmanager
-def _quiet_export() -> Iterator[None]:
-    """Without torch's log of what it cannot read, as the exception tells it, and its warnings about its own buffers."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _compact(graph_module: GraphModule) -> GraphModule:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from teq_graph.analysis.weights import WeightKind
 from teq_graph.config import WeightSpec
 from teq_graph.quantization import QuantizedWeight
 from teq_graph.weight_plan import PlannedWeight
+
+REPORT_FILE = "report.json"
+"""Beside a saved graph, and in an exported directory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +210,12 @@ def _report_site(site: Equivalence) -> SiteReport:
 
 def report_weights(
     plan: Iterable[PlannedWeight],
-    scaled: Iterable[str],
+    scaled: Collection[str],
     floats: Mapping[str, Tensor],
     stored: Mapping[str, QuantizedWeight],
 ) -> tuple[WeightReport, ...]:
     """Errors and sizes of the planned weights: `floats` as they were, `stored` as they are kept, by name."""
-    return tuple(_report_weight(weight, weight.name in set(scaled), floats[weight.name], stored) for weight in plan)
+    return tuple(_report_weight(weight, weight.name in scaled, floats[weight.name], stored) for weight in plan)
 
 
 def _report_weight(

@@ -33,11 +33,8 @@ def decoding_step(captured: CapturedGraph, positions: int) -> StepFn:
         input_ids = input_ids.to(captured.device)
         if past is None:
             past = [
-                tuple(
-                    room_for(len(input_ids), heads, positions, width, like)
-                    for heads, width in ((c.key_heads, c.key_dim), (c.value_heads, c.value_dim))
-                )
-                for c in decoder.layers
+                tuple(room_for(len(input_ids), heads, positions, width, like) for heads, width in layer.sizes)
+                for layer in decoder.layers
             ]
         args, _ = own.bind({"input_ids": input_ids, "past_key_values": past})
         logits, present = own.graph_module(*args)

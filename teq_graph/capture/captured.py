@@ -26,6 +26,11 @@ class LayerCache:
     value_heads: int
     value_dim: int
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(heads, dim) of the key, and of the value."""
+        return (self.key_heads, self.key_dim), (self.value_heads, self.value_dim)
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
@@ -48,7 +53,7 @@ class DecoderShape:
         def empty(heads: int, dim: int) -> Tensor:
             return torch.empty(batch, heads, 0, dim, dtype=dtype, device=device)
 
-        return [(empty(c.key_heads, c.key_dim), empty(c.value_heads, c.value_dim)) for c in self.layers]
+        return [(empty(*key), empty(*value)) for key, value in (layer.sizes for layer in self.layers)]
 
 
 @dataclasses.dataclass

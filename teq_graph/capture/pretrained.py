@@ -119,9 +119,8 @@ def decoder_inputs(model: nn.Module, shape: DecoderShape) -> tuple[tuple[Any, ..
     device, dtype = _device(model), float_dtype(model)
     generator = torch.Generator().manual_seed(0)
     past = []
-    for c in shape.layers:
-        key = torch.randn(BATCH, c.key_heads, PAST, c.key_dim, generator=generator)
-        value = torch.randn(BATCH, c.value_heads, PAST, c.value_dim, generator=generator)
+    for layer in shape.layers:
+        key, value = (torch.randn(BATCH, heads, PAST, dim, generator=generator) for heads, dim in layer.sizes)
         past.append((key.to(device, dtype), value.to(device, dtype)))
     tokens = torch.randint(0, shape.vocab_size, (BATCH, SEQUENCE), generator=generator).to(device)
     mask = torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.long, device=device)

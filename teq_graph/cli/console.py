@@ -42,18 +42,13 @@ class Inspection:
     attentions: Attentions | None
     """None where they were not examined, as in a graph of half precision."""
 
-    @property
-    def covered(self) -> set[str]:
-        """The weights whose columns some equivalence scales."""
-        return {name for site in self.analysis.findings.equivalences for name in site.linears}
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything, layer by layer."""
         findings, weights = self.analysis.findings, self.analysis.weights
         return {
             "model": self.model,
             "linears": [
-                {"name": w.name, "shape": w.shape, "covered": w.name in self.covered, "in_float": w.reason}
+                {"name": w.name, "shape": w.shape, "covered": w.name in findings.scaled, "in_float": w.reason}
                 for w in weights
                 if w.is_linear
             ],
@@ -91,7 +86,7 @@ class Inspection:
         findings, weights = self.analysis.findings, self.analysis.weights
         linears = [weight for weight in weights if weight.is_linear]
         chosen = [linear for linear in linears if linear.reason is None]
-        covered = sum(linear.name in self.covered for linear in chosen)
+        covered = sum(linear.name in findings.scaled for linear in chosen)
         tables = [weight for weight in weights if weight.kind == "embedding" and weight.reason is None]
         show_pairs(
             [
@@ -114,7 +109,7 @@ class Inspection:
         _show_table(
             "Quantized without an equivalence",
             ("linear", "shape"),
-            collapse_layers(((line.name,), (_shape(line),)) for line in chosen if line.name not in self.covered),
+            collapse_layers(((line.name,), (_shape(line),)) for line in chosen if line.name not in findings.scaled),
             lambda names, rest: (names[0], *rest),
         )
         _show_table(
@@ -256,11 +251,8 @@ def describe_sizes(before: int, after: int, dtype: object) -> str:
 def show_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print rows of text under their headers, numbers on the right; nothing but the headers without rows."""
     rows = list(rows)
-    pretty = _console().is_terminal
-    table = Table(box=box.SIMPLE_HEAD if pretty else None, pad_edge=pretty, padding=(0, 1 if pretty else 2, 0, 0))
-    for index, header in enumerate(headers):
-        number = any(row[index].lstrip("-")[:1].isdigit() for row in rows)
-        table.add_column(header, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    numbers = [any(row[index].lstrip("-")[:1].isdigit() for row in rows) for index in range(len(headers))]
+    table = _empty_table(zip(headers, numbers, strict=True))
     for row in rows:
         table.add_row(*map(escape, row))
     _print(table)
@@ -270,10 +262,7 @@ def _show_table(title: str, headers: Sequence[str], groups: Iterable[tuple[Any, 
     """Nothing without rows. A tuple in a row is a list: one line each on a terminal, else joined by commas."""
     console = _console()
     pretty = console.is_terminal
-    table = Table(box=box.SIMPLE_HEAD if pretty else None, pad_edge=pretty, padding=(0, 1 if pretty else 2, 0, 0))
-    for header in (*headers, "count"):
-        number = header in ("channels", "count")
-        table.add_column(header, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    table = _empty_table((header, header in ("channels", "count")) for header in (*headers, "count"))
     for names, rest, count in groups:
         cells = [
             ("\n" if pretty else ", ").join(cell) if isinstance(cell, tuple) else cell for cell in row(names, rest)
@@ -282,6 +271,15 @@ def _show_table(title: str, headers: Sequence[str], groups: Iterable[tuple[Any, 
     if table.row_count:
         console.print(f"\n[bold]{title}[/bold]" if pretty else f"\n{title}")
         _print(table)
+
+
+def _empty_table(columns: Iterable[tuple[str, bool]]) -> Table:
+    """Columns are given by their header, and whether they hold numbers."""
+    pretty = _console().is_terminal
+    table = Table(box=box.SIMPLE_HEAD if pretty else None, pad_edge=pretty, padding=(0, 1 if pretty else 2, 0, 0))
+    for header, number in columns:
+        table.add_column(header, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    return table
 
 
 def _console() -> Console:

@@ -19,7 +19,6 @@ DATA_FILE = "model.onnx.data"
 METADATA_FILE = "teq_graph.json"
 GENAI_FILE = "genai_config.json"
 GENERATION_FILE = "generation_config.json"
-REPORT_FILE = "report.json"
 
 LOGITS_FROM = "logits_from"
 """Input that the runtime adds to a decoder: the position from which on logits are computed; [-1] the last alone."""

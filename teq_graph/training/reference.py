@@ -79,8 +79,7 @@ class FloatReference:
                 for name, read in reads.items():
                     samples.setdefault(name, []).append(read)
                 outputs = [env[node] for node in output_nodes]
-                if not all(bool(torch.isfinite(output).all()) for output in outputs):
-                    raise NumericsError(f"calibration batch {number}: the float model gives NaN or infinity")
+                check_finite(outputs, number)
                 if not is_last:
                     targets.append(outputs)
                 values[number] = shared(keep_only(env, kept[index]), values[0])
@@ -96,14 +95,11 @@ class FloatReference:
         All else that it computes on the way is freed.
         """
         env = dict(values)
-        self._run(nodes, env, number)
+        with torch.no_grad(), batch_named(number):
+            run(nodes, env)
         linears = (n for n in nodes if is_call(n, aten.linear.default) and is_tensor_constant(n.args[1]))
         reads = {weight_name_of(node): self._some_rows(env[operand_of(node)]) for node in linears}
         return keep_only(env, needed), reads
-
-    def _run(self, nodes: Sequence[Node], values: Values, number: int) -> None:
-        with torch.no_grad(), batch_named(number):
-            run(nodes, values)
 
     def _some_rows(self, read: Tensor) -> Tensor:
         """So many that all batches together give `ROWS`."""
@@ -123,6 +119,12 @@ def batch_named(number: int) -> Iterator[None]:
         raise InputError(f"calibration batch {number}: {error}") from error
     except (RuntimeError, IndexError, TypeError, ValueError) as error:  # what torch's operators raise
         raise InputError(f"calibration batch {number}: the model cannot take it: {one_line(error)}") from error
+
+
+def check_finite(outputs: Sequence[Tensor], number: int) -> None:
+    """Raises NumericsError where what the float model gives for a batch is not finite."""
+    if not all(bool(torch.isfinite(output).all()) for output in outputs):
+        raise NumericsError(f"calibration batch {number}: the float model gives NaN or infinity")
 
 
 def _computed_again(

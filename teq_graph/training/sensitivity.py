@@ -15,13 +15,13 @@ from torch.fx import Node
 from teq_graph.analysis.blocks import find_blocks
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import BITS, WeightSpec
-from teq_graph.errors import ConfigError, NumericsError
+from teq_graph.errors import ConfigError
 from teq_graph.graph.execution import Values, run
 from teq_graph.graph.nodes import linear_nodes, operand_of, weight_name_of
 from teq_graph.graph.tensors import get_tensor, node_tensor
 from teq_graph.quantization import Grid, dequantize, find_clipped_grid, quantize
 from teq_graph.system.progress import Task, task
-from teq_graph.training.reference import batch_named
+from teq_graph.training.reference import batch_named, check_finite
 
 BATCHES = 4
 """Calibration batches that the loss is measured on."""
@@ -122,8 +122,7 @@ def loss_increases(
             with torch.enable_grad():
                 values = _run(captured, nodes, specs, batch, number, add_in_backward_pass)
                 outputs = [values[node] for node in blocks[-1].outputs] or _ends(nodes, values)
-                if not all(bool(torch.isfinite(output).all()) for output in outputs):
-                    raise NumericsError(f"calibration batch {number}: the float model gives NaN or infinity")
+                check_finite(outputs, number)
                 if captured.decoder is not None:
                     loss, count = loss_of_drawn_tokens(outputs[0], batch, generator)
                 else:

@@ -67,8 +67,8 @@ class Probe:
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         cached = [
             zero.expand(step.batch, heads, step.past, dim)
-            for c in self.decoder.layers
-            for heads, dim in ((c.key_heads, c.key_dim), (c.value_heads, c.value_dim))
+            for layer in self.decoder.layers
+            for heads, dim in layer.sizes
         ]
         values = dict(zip(self.placeholders, [tokens, mask.to(self.device), *cached], strict=True))
         values |= {node: value.to(self.device, self.dtype) for node, value in (given or {}).items()}

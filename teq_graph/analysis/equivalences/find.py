@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -37,6 +38,11 @@ class Findings:
 
     equivalences: tuple[Equivalence, ...]
     refusals: tuple[Refusal, ...]
+
+    @functools.cached_property
+    def scaled(self) -> frozenset[str]:
+        """The weights of linears whose columns some equivalence scales."""
+        return frozenset(name for equivalence in self.equivalences for name in equivalence.linears)
 
 
 def find_equivalences(captured: CapturedGraph) -> Findings:

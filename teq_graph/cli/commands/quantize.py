@@ -187,8 +187,8 @@ def quantize(
 def _describe_decoder(output: Path, decoder: DecoderShape) -> list[tuple[str, str]]:
     """What became of attentions, and what onnxruntime-genai makes of the directory."""
     from teq_graph.analysis.attention import AttentionRefusal
-    from teq_graph.onnx.directory import REPORT_FILE
     from teq_graph.onnx.export.genai import describe_limits
+    from teq_graph.report import REPORT_FILE
 
     attention = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))["attention"]
     refusals = [AttentionRefusal(**refusal) for refusal in attention["refusals"]]

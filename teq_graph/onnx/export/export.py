@@ -11,12 +11,12 @@ from typing import Any
 import onnx_ir as ir
 
 from teq_graph.capture import CapturedGraph
-from teq_graph.onnx.directory import GENAI_FILE, REPORT_FILE, Metadata
+from teq_graph.onnx.directory import GENAI_FILE, Metadata
 from teq_graph.onnx.export.genai import genai_config
 from teq_graph.onnx.export.lower import check_options, lower
 from teq_graph.onnx.export.model_file import save_model
 from teq_graph.onnx.export.translations import CODES_OF
-from teq_graph.report import Report
+from teq_graph.report import REPORT_FILE, Report
 from teq_graph.system.files import new_directory, write_json
 
 

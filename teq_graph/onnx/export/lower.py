@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,9 +26,13 @@ from teq_graph.onnx.export.fusions import fuse
 from teq_graph.onnx.export.names import name_values
 from teq_graph.onnx.export.translations import foreign_operators, translation_table
 from teq_graph.passes.fuse_attention import FuseAttention, FusedAttentions
+from teq_graph.system.quiet import quiet
 
 # The first with Attention, RMSNormalization and RotaryEmbedding.
 OPSETS = (23, 24)
+
+TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+"""Loggers that tell of their own internals."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def lower(
     wide.graph_module = graph_module = clone_graph(captured.graph_module)
     attention = pipeline.run(pipeline.for_onnxruntime(wide, target), graph_module).of(FuseAttention)
     example = _with_example_dtype(captured, target)
-    with torch.no_grad(), _quiet(), without_dispatch_cache():
+    with torch.no_grad(), quiet(*TALKATIVE), without_dispatch_cache():
         program = _trace(captured, graph_module, example.example_args, example.example_kwargs)
         model = _translate(program, opset, accuracy_level)
     _simplify(model)
@@ -147,22 +149,6 @@ def _without_decompositions(program: ExportedProgram) -> Iterator[None]:
         yield
     finally:
         del program.run_decompositions
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what torch, onnxscript and onnx_ir say about their own internals."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _simplify(model: ir.Model) -> None:

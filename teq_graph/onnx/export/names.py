@@ -44,8 +44,8 @@ def _name_decoder(graph: ir.Graph, captured: CapturedGraph) -> None:
         ("attention_mask", (batch, total)),
     ]
     outputs: list[tuple[str, tuple[str | int, ...]]] = [("logits", (batch, sequence, captured.decoder.vocab_size))]
-    for index, c in enumerate(captured.decoder.layers):
-        for kind, heads, dim in (("key", c.key_heads, c.key_dim), ("value", c.value_heads, c.value_dim)):
+    for index, layer in enumerate(captured.decoder.layers):
+        for kind, (heads, dim) in zip(("key", "value"), layer.sizes, strict=True):
             inputs.append((f"past_key_values.{index}.{kind}", (batch, heads, past, dim)))
             outputs.append((f"present.{index}.{kind}", (batch, heads, total, dim)))
     for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):

@@ -169,8 +169,8 @@ class DecoderSession:
     def _new_cache(self, batch: int, positions: int) -> Cache:
         """A cache of `positions` where past and present share buffers, otherwise a past of no tokens."""
         values, length = [], positions if self.metadata.shared_buffers else 0
-        for c in self.shape.layers:
-            for heads, dim in ((c.key_heads, c.key_dim), (c.value_heads, c.value_dim)):
+        for layer in self.shape.layers:
+            for heads, dim in layer.sizes:
                 zeros = np.zeros((batch, heads, length, dim), tensors.array_type(self._dtype))
                 values.append(tensors.as_value(zeros, self._dtype, self._device, self._device_id))
         cache = Cache(values, self.session.io_binding(), np.empty((0, 0)))
