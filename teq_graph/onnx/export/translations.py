@@ -86,10 +86,11 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         interleaved: bool,
     ) -> Any:
         # The bias is as long as past and present together, whatever the size of the buffers that hold the cache.
-        total = op.Cast(op.Shape(bias, start=3, end=4), to=ir.DataType.INT32)
-        last = op.Expand(
-            op.Sub(total, op.Cast(op.Constant(value_ints=[1]), to=ir.DataType.INT32)), op.Shape(bias, start=0, end=1)
-        )
+        total = op.Squeeze(op.Cast(op.Shape(bias, start=3, end=4), to=ir.DataType.INT32))
+        one = op.Cast(op.Constant(value_int=1), to=ir.DataType.INT32)
+        # On a GPU a shape is in the host's memory, and Range the one operator that makes of it a number on the device
+        # without a copy, which a CUDA graph cannot have.
+        last = op.Expand(op.Range(op.Sub(total, one), total, one), op.Shape(bias, start=0, end=1))
         return GROUP_QUERY_ATTENTION(
             query,
             key,
@@ -97,7 +98,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
             past_key,
             past_value,
             last,
-            op.Squeeze(total),
+            total,
             cos,
             sin,
             None,

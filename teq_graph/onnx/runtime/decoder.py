@@ -16,8 +16,9 @@ import onnxruntime
 
 from teq_graph.errors import InputError, ModelFileError, one_line
 from teq_graph.onnx.directory import GENERATION_FILE, Metadata
-from teq_graph.onnx.runtime import arguments
+from teq_graph.onnx.runtime import arguments, on_device
 from teq_graph.onnx.runtime.generation.decoding import Continuation, DecoderSession
+from teq_graph.onnx.runtime.generation.device_decoding import DeviceSession
 from teq_graph.onnx.runtime.generation.options import GenerationOptions
 from teq_graph.onnx.runtime.generation.sampling import Sampler
 from teq_graph.onnx.runtime.generation.text import StoppedText, TextStream
@@ -211,7 +212,8 @@ class OnnxDecoder:
 
     @functools.cached_property
     def _decoding(self) -> DecoderSession:
-        return DecoderSession(self.session, self.metadata)
+        kind = DeviceSession if on_device.takes_lengths(self.session) else DecoderSession
+        return kind(self.session, self.metadata)
 
     def _options(self, max_new_tokens: int | None, config: Any, options: dict[str, Any]) -> GenerationOptions:
         chosen = self.generation_options

@@ -18,6 +18,11 @@ def array_type(dtype: str) -> np.dtype[Any]:
     return np.dtype(_ARRAYS[dtype])
 
 
+def element_type(dtype: str) -> Any:
+    """`dtype` as onnxruntime's bindings name it."""
+    return _BFLOAT16 if dtype == "bfloat16" else _ARRAYS[dtype]
+
+
 def as_value(array: npt.NDArray[Any], dtype: str, device: str = "cpu", device_id: int = 0) -> OrtValue:
     """A value of `dtype`: on the CPU over the array's own memory, elsewhere a copy."""
     if dtype == "bfloat16":

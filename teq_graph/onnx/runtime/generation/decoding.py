@@ -61,6 +61,8 @@ class Cache:
     binding: onnxruntime.IOBinding
     logits: npt.NDArray[Any]
     logits_from: OrtValue | None = None
+    best_only: bool = False
+    """Whether of a step's logits the largest is all that is asked for."""
 
 
 class DecoderSession:
@@ -79,7 +81,8 @@ class DecoderSession:
 
     def logits(self, ids: IntArray, mask: IntArray) -> npt.NDArray[np.float32]:
         """Logits float32 [b, s, vocab] of whole sequences."""
-        return self._step(ids, mask, self._new_cache(*ids.shape), ids.shape[1])
+        logits: npt.NDArray[np.float32] = self._step(ids, mask, self._new_cache(*ids.shape), ids.shape[1])
+        return logits
 
     def decode(
         self, rows: Sequence[Continuation], count: int, sampler: Sampler, lookup: int = 0
@@ -96,6 +99,7 @@ class DecoderSession:
         for index, row in enumerate(rows):
             fresh[index, padding[index] :] = row.prompt
         cache = self._new_cache(len(rows), length + count)
+        cache.best_only = sampler.takes_best
         # The operator that shares buffers takes several new tokens after a past for one sequence only.
         prefill = length if self.metadata.shared_buffers and len(rows) > 1 else PREFILL_TOKENS[self._device]
         # The newest token and its guesses are one part, whose logits are all needed.
@@ -108,8 +112,8 @@ class DecoderSession:
                 mask = np.arange(seen + start + part.shape[1]) >= padding[:, None]
                 logits = self._step(part, mask.astype(np.int64), cache, 1 + len(guessed))
             for accepted, ahead in enumerate([*guessed, None]):
-                newest = logits[:, accepted - 1 - len(guessed)]
-                tokens = sampler(newest, [(row.prompt, row.tokens) for row in rows])
+                before = [(row.prompt, row.tokens) for row in rows]
+                tokens = self._choose(sampler, logits, accepted - 1 - len(guessed), before)
                 left -= 1
                 for index, row in enumerate(rows):
                     if row.finish_reason is not None:
@@ -128,7 +132,13 @@ class DecoderSession:
             guessed = guess([*rows[0].prompt, *rows[0].tokens], min(lookup, left - 1)) if lookup else []
             fresh = np.array([[tokens[0], *guessed]]) if guessed else tokens[:, None]
 
-    def _step(self, ids: IntArray, mask: IntArray, cache: Cache, last: int) -> npt.NDArray[np.float32]:
+    def _choose(
+        self, sampler: Sampler, logits: Any, position: int, before: Sequence[tuple[list[int], list[int]]]
+    ) -> IntArray:
+        """The tokens [b] after `position` of what a step gave."""
+        return sampler(logits[:, position], before)
+
+    def _step(self, ids: IntArray, mask: IntArray, cache: Cache, last: int) -> Any:
         """Logits [b, s, vocab], until the next step; the cache, which stays on the session's device, holds the new
         tokens afterwards.
 
@@ -168,11 +178,7 @@ class DecoderSession:
 
     def _new_cache(self, batch: int, positions: int) -> Cache:
         """A cache of `positions` where past and present share buffers, otherwise a past of no tokens."""
-        values, length = [], positions if self.metadata.shared_buffers else 0
-        for layer in self.shape.layers:
-            for heads, dim in layer.sizes:
-                zeros = np.zeros((batch, heads, length, dim), tensors.array_type(self._dtype))
-                values.append(tensors.as_value(zeros, self._dtype, self._device, self._device_id))
+        values = self._new_values(batch, positions if self.metadata.shared_buffers else 0)
         cache = Cache(values, self.session.io_binding(), np.empty((0, 0)))
         if self.metadata.shared_buffers:
             # Once for all steps: binding a hundred names anew takes a fifth of a small model's step.
@@ -183,3 +189,12 @@ class DecoderSession:
                 for name, value in zip(self._cache_names(prefix), values, strict=True):
                     bind(name, value)
         return cache
+
+    def _new_values(self, batch: int, length: int) -> list[OrtValue]:
+        """Keys and values of each layer, in turn, all zero."""
+        values = []
+        for layer in self.shape.layers:
+            for heads, dim in layer.sizes:
+                zeros = np.zeros((batch, heads, length, dim), tensors.array_type(self._dtype))
+                values.append(tensors.as_value(zeros, self._dtype, self._device, self._device_id))
+        return values

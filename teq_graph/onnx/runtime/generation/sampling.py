@@ -42,10 +42,8 @@ class Sampler:
         Raises NumericsError for NaN, infinity, and where every token is masked.
         """
         best: npt.NDArray[np.int64] = logits.argmax(axis=-1)
-        # The largest logit is NaN or infinite where any is.
-        if not np.isfinite(logits[np.arange(len(best)), best]).all():
-            raise NumericsError("the model's logits have NaN or infinite values: accepted are finite ones")
-        if not self._changes_logits and not self.options.samples:
+        self.check(logits[np.arange(len(best)), best])
+        if self.takes_best:
             return best
         rows = [row.astype(np.float64) for row in logits]
         if self._changes_logits:
@@ -53,6 +51,16 @@ class Sampler:
                 self._change(row, prompt, new)
         choose = self._sample if self.options.samples else lambda row: int(row.argmax())
         return np.array([choose(row) for row in rows], dtype=np.int64)
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether the tokens are those of the largest logits."""
+        return not self._changes_logits and not self.options.samples
+
+    def check(self, largest: npt.NDArray[np.floating]) -> None:
+        """Raises NumericsError where the largest logit of a row is NaN or infinite, as it is where any is."""
+        if not np.isfinite(largest).all():
+            raise NumericsError("the model's logits have NaN or infinite values: accepted are finite ones")
 
     def _change(self, row: Row, prompt: Sequence[int], new: Sequence[int]) -> None:
         options, sequence = self.options, [*prompt, *new]
