@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from support.onnx import export_language_model
 
 from teq_graph.errors import NumericsError
 from teq_graph.loading import load_model
-from teq_graph.onnx.directory import MODEL_FILE
+from teq_graph.onnx.directory import GENAI_FILE, GENAI_MODEL_FILE, MODEL_FILE
 from teq_graph.onnx.padding import LAST_POSITIONS, TOTAL_LENGTH, count_lengths, take_lengths
 from teq_graph.onnx.runtime import OnnxDecoder, on_device
 from teq_graph.onnx.runtime.generation import decoding
@@ -189,3 +190,25 @@ def test_what_the_provider_cannot_replay_runs_without(
     chosen = [(on_device.CUDA, {on_device.CAPTURE: "0"})]
     assert on_device.open_on_device(path, masked.metadata, options, chosen) is None
     assert asked == [(True, "0"), (False, "0")]
+
+
+def test_genai_gives_each_row_of_a_batch_what_it_has_alone(directory: Path, masked: OnnxDecoder) -> None:
+    """It pads after the tokens, and goes on after the padding."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    content = json.loads((directory / GENAI_FILE).read_text())
+    assert content["model"]["decoder"]["filename"] == GENAI_MODEL_FILE
+    # No weight is in two files.
+    assert (directory / GENAI_MODEL_FILE).stat().st_size < 2 * (directory / MODEL_FILE).stat().st_size < 2**20
+    rows = [masked.encode(prompt) for prompt in PROMPTS]
+    length = max(map(len, rows))
+    model = genai.Model(str(directory))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=length + 12, batch_size=len(rows))
+    generator = genai.Generator(model, params)
+    pad = content["model"]["pad_token_id"]
+    generator.append_tokens(np.array([row + [pad] * (length - len(row)) for row in rows], dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    for index, row in enumerate(rows):
+        found = generator.get_sequence(index)[length:].tolist()
+        assert found == masked.generate(row, 12, eos_token_id=[])

@@ -18,6 +18,8 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 METADATA_FILE = "teq_graph.json"
 GENAI_FILE = "genai_config.json"
+GENAI_MODEL_FILE = "model.genai.onnx"
+"""The graph of `MODEL_FILE` over the same data, for padding after the tokens, which is onnxruntime-genai's."""
 GENERATION_FILE = "generation_config.json"
 
 LOGITS_FROM = "logits_from"

@@ -11,8 +11,8 @@ from typing import Any
 import onnx_ir as ir
 
 from teq_graph.capture import CapturedGraph
-from teq_graph.onnx.directory import GENAI_FILE, Metadata
-from teq_graph.onnx.export.genai import genai_config
+from teq_graph.onnx.directory import Metadata
+from teq_graph.onnx.export.genai import write_genai_files
 from teq_graph.onnx.export.lower import check_options, lower
 from teq_graph.onnx.export.model_file import save_model
 from teq_graph.onnx.export.translations import CODES_OF
@@ -64,9 +64,8 @@ def export_onnx(
         attention = dataclasses.asdict(lowered.attention)
         write_json(staging / REPORT_FILE, {**(report.to_dict() if report else {}), "attention": attention})
         if captured.decoder is not None:
-            content = genai_config(metadata, _first_of("bos_token_id", generation_config, config, tokenizer))
-            if content is not None:
-                write_json(staging / GENAI_FILE, content)
+            bos_token_id = _first_of("bos_token_id", generation_config, config, tokenizer)
+            write_genai_files(staging, metadata, bos_token_id)
     return Path(directory)
 
 

@@ -5,11 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from teq_graph.capture import DecoderShape
-from teq_graph.onnx.directory import GENAI_FILE, MODEL_FILE, Metadata
+from teq_graph.onnx.directory import GENAI_FILE, GENAI_MODEL_FILE, MODEL_FILE, Metadata
+from teq_graph.onnx.padding import count_lengths
+from teq_graph.system.files import write_json
 
 DEFAULT_CONTEXT = 2048
 """Tokens of a sequence where the model names no limit (as with ALiBi): the format asks for one."""
+
+
+def write_genai_files(directory: Path, metadata: Metadata, bos_token_id: int | None) -> None:
+    """Write `genai_config.json` beside the model in `directory`, and where it can be had the graph that suits it."""
+    content = genai_config(metadata, bos_token_id)
+    if content is None:
+        return
+    model = ir.load(directory / MODEL_FILE)
+    if metadata.shared_buffers and count_lengths(model):
+        ir.save(model, directory / GENAI_MODEL_FILE)
+        content["model"]["decoder"]["filename"] = GENAI_MODEL_FILE
+    write_json(directory / GENAI_FILE, content)
 
 
 def genai_config(metadata: Metadata, bos_token_id: int | None) -> dict[str, Any] | None:
