@@ -22,7 +22,7 @@ from teq_graph.onnx.directory import GENAI_FILE, GENAI_MODEL_FILE, MODEL_FILE
 from teq_graph.onnx.padding import LAST_POSITIONS, TOTAL_LENGTH, count_lengths, take_lengths
 from teq_graph.onnx.runtime import OnnxDecoder, on_device
 from teq_graph.onnx.runtime.generation import decoding
-from teq_graph.onnx.runtime.generation.device_decoding import MIN_CAPACITY, Best, DeviceSession
+from teq_graph.onnx.runtime.generation.device_decoding import MIN_CAPACITY, Best, DeviceSession, try_step
 from teq_graph.onnx.runtime.session import open_directory
 
 PROMPT = "Once upon a time"
@@ -184,12 +184,34 @@ def test_what_the_provider_cannot_replay_runs_without(
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
     path, options = directory / MODEL_FILE, onnxruntime.SessionOptions()
-    assert on_device.open_on_device(path, masked.metadata, options, [on_device.CUDA]) is None
+    assert on_device.open_on_device(path, masked.metadata, options, [on_device.CUDA], try_step) is None
     assert asked == [(True, "1"), (False, "1"), (True, None), (False, None)]
     asked.clear()
     chosen = [(on_device.CUDA, {on_device.CAPTURE: "0"})]
-    assert on_device.open_on_device(path, masked.metadata, options, chosen) is None
+    assert on_device.open_on_device(path, masked.metadata, options, chosen, try_step) is None
     assert asked == [(True, "0"), (False, "0")]
+
+
+def test_a_session_is_taken_only_if_a_step_runs(
+    directory: Path, masked: OnnxDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here on the CPU: a capture that fails, fails in the first step."""
+    steps = []
+
+    def fails_twice(session: onnxruntime.InferenceSession, metadata: Any) -> None:
+        try_step(session, metadata)
+        steps.append(len(session.get_outputs()))
+        if len(steps) <= 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(on_device, "CUDA", "CPUExecutionProvider")
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    arguments = (directory / MODEL_FILE, masked.metadata, options, ["CPUExecutionProvider"])
+    session = on_device.open_on_device(*arguments, fails_twice)
+    assert session is not None and steps == [13, 11, 13] and len(session.get_outputs()) == 13
+    decoder = OnnxDecoder(session, masked.metadata, directory)
+    assert decoder.generate(PROMPT, 20) == masked.generate(PROMPT, 20)
 
 
 def test_genai_gives_each_row_of_a_batch_what_it_has_alone(directory: Path, masked: OnnxDecoder) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,16 @@ BEST_TOKEN, BEST_LOGIT = "best_token", "best_logit"
 
 
 def open_on_device(
-    path: Path, metadata: Metadata, options: onnxruntime.SessionOptions, providers: Sequence[Any]
+    path: Path,
+    metadata: Metadata,
+    options: onnxruntime.SessionOptions,
+    providers: Sequence[Any],
+    try_step: Callable[[onnxruntime.InferenceSession, Metadata], object],
 ) -> onnxruntime.InferenceSession | None:
     """A session over the model in `path` with lengths in the place of the mask; None where it is to run as it is.
 
     That is where the provider is another than CUDA's, or the decoder needs the mask itself. Its logits are float32.
+    `try_step` runs one step: what a provider cannot capture, it says only then.
     """
     name, given = providers[0] if isinstance(providers[0], tuple) else (providers[0], {})
     if name != CUDA or not metadata.shared_buffers:
@@ -39,7 +44,9 @@ def open_on_device(
         first = (name, {**given, **chosen})
         try:
             content = ir.to_proto(model).SerializeToString()
-            return onnxruntime.InferenceSession(content, sess_options=options, providers=[first, *providers[1:]])
+            session = onnxruntime.InferenceSession(content, sess_options=options, providers=[first, *providers[1:]])
+            try_step(session, metadata)
+            return session
         except Exception:  # refused for a node that the provider lacks, or cannot replay
             continue
     return None

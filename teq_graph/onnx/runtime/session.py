@@ -12,6 +12,7 @@ import onnxruntime
 from teq_graph.errors import InputError, ModelFileError, one_line
 from teq_graph.onnx.directory import MODEL_FILE, WRITTEN, Metadata
 from teq_graph.onnx.runtime import arguments
+from teq_graph.onnx.runtime.generation.device_decoding import try_step
 from teq_graph.onnx.runtime.last_logits import with_chosen_logits
 from teq_graph.onnx.runtime.on_device import open_on_device
 
@@ -59,7 +60,7 @@ def open_directory(
         if metadata.decoder is not None and (changed := with_chosen_logits(model)) is not None:
             source = changed
         options.add_session_config_entry(_EXTERNAL_TENSORS, str(path))
-        session = open_on_device(model, metadata, options, providers) or onnxruntime.InferenceSession(
+        session = open_on_device(model, metadata, options, providers, try_step) or onnxruntime.InferenceSession(
             source, sess_options=options, providers=list(providers)
         )
     except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own

@@ -25,6 +25,9 @@ FloatArray = npt.NDArray[np.float32]
 MIN_CAPACITY = 256
 """Positions of the smallest cache that is kept; larger ones double, so that most of a process's share few graphs."""
 
+_GRAPHS = itertools.count(1)
+"""Names of graphs; no two of a process are the same, whichever object asks the session for them."""
+
 
 @dataclasses.dataclass
 class Best:
@@ -70,7 +73,6 @@ class DeviceSession(DecoderSession):
         super().__init__(session, metadata)
         self._captures = on_device.captures(session)
         self._finds_best = any(item.name == on_device.BEST_TOKEN for item in session.get_outputs())
-        self._graphs = itertools.count(1)
         self._free: dict[tuple[int, int], Buffers] = {}
 
     def _new_cache(self, batch: int, positions: int) -> Cache:
@@ -176,7 +178,7 @@ class DeviceSession(DecoderSession):
             best = self._empty([rows, 1], np.int64), self._empty([rows, 1], np.float32)
             for name, value in zip((on_device.BEST_TOKEN, on_device.BEST_LOGIT), best, strict=True):
                 binding.bind_ortvalue_output(name, value)
-        options = on_device.run_options(next(self._graphs)) if self._captures else None
+        options = on_device.run_options(next(_GRAPHS)) if self._captures else None
         return Step(binding, tokens, last_positions, logits, best, tuple(held), options)
 
     def _bind(self, values: Sequence[OrtValue], row: int | None = None) -> onnxruntime.IOBinding:
@@ -201,3 +203,9 @@ class DeviceSession(DecoderSession):
         capacity = max(MIN_CAPACITY, 1 << (positions - 1).bit_length())
         longest = self.shape.max_positions
         return capacity if longest is None else max(positions, min(capacity, longest))
+
+
+def try_step(session: onnxruntime.InferenceSession, metadata: Metadata) -> None:
+    """Run a step as decoding does; raises InputError where onnxruntime refuses it."""
+    decoding = DeviceSession(session, metadata)
+    decoding._step(np.array([[0]]), np.ones((1, 2), np.int64), decoding._new_cache(1, 2), 1)
