@@ -11,13 +11,14 @@ from typing import Any
 import onnx_ir as ir
 
 from teq_graph.capture import CapturedGraph
-from teq_graph.onnx.directory import GENAI_FILE, Metadata
+from teq_graph.onnx.directory import GENAI_FILE, METADATA_FILE, Metadata
 from teq_graph.onnx.export.genai import genai_config
 from teq_graph.onnx.export.lower import check_options, lower
 from teq_graph.onnx.export.model_file import save_model
 from teq_graph.onnx.export.translations import CODES_OF
 from teq_graph.report import REPORT_FILE, Report
-from teq_graph.system.files import new_directory, write_json
+from teq_graph.system.directories import new_directory
+from teq_graph.system.files import write_json
 
 
 def export_onnx(
@@ -43,7 +44,7 @@ def export_onnx(
     nothing is left behind.
     """
     check_options(dtype, accuracy_level, opset)
-    with new_directory(Path(directory), overwrite) as staging:
+    with new_directory(Path(directory), overwrite, METADATA_FILE) as staging:
         lowered = lower(captured, dtype=dtype, accuracy_level=accuracy_level, opset=opset)
         model = lowered.model
         save_model(model, staging)
