@@ -22,6 +22,7 @@ from teq_graph.errors import ModelFileError, one_line
 from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.graph.tensors import clone_graph, node_tensor, set_tensor
 from teq_graph.graph.tracing import without_dispatch_cache
+from teq_graph.provenance import provenance
 from teq_graph.report import REPORT_FILE, Report
 from teq_graph.system.directories import new_directory
 from teq_graph.system.files import torch_file, write_json
@@ -131,6 +132,7 @@ class CompiledModel:
             "decoder": captured.decoder and dataclasses.asdict(captured.decoder),
             "lm_head": captured.lm_head,
             "modules": _needed_modules(captured.graph_module),
+            "provenance": provenance(self.report, self.config),
         }
         equivalences = [
             {

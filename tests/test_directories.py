@@ -155,9 +155,14 @@ def test_names_that_lead_out_of_the_directory(name: str, tmp_path: Path) -> None
 def test_what_appears_in_the_meantime_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the block runs, and between the check and the renaming."""
     out = write(tmp_path / "out", "old")
-    with pytest.raises(ExportError, match="'precious'"), new_directory(out, True, EXPORTED) as staging:
-        write_json(staging / EXPORTED, {"format_version": 1})
-        (out / "precious").write_text("mine")
+
+    def meanwhile() -> None:
+        with new_directory(out, True, EXPORTED) as staging:
+            shutil.copytree(out, staging, dirs_exist_ok=True)
+            (out / "precious").write_text("mine")
+
+    with pytest.raises(ExportError, match="'precious'"):
+        meanwhile()
     assert names(tmp_path) == sorted([*WHOLE, "out/precious"])
     (out / "precious").unlink()
     rename = Path.rename
@@ -220,7 +225,7 @@ def test_nothing_that_exists_is_replaced_by_way_of_a_missing_folder(content: str
         target.mkdir()
         (target / "file").write_text("precious")
     way = tmp_path / "missing" / ".." / "target"
-    with pytest.raises(ExportError, match="target (exists|is a file)"), new_directory(way, False, EXPORTED):
+    with pytest.raises(ExportError, match=r"target (exists|is a file)"), new_directory(way, False, EXPORTED):
         raise AssertionError("not reached")
     assert (target if target.is_file() else target / "file").read_text() == "precious"
     assert not (tmp_path / "missing").exists()
