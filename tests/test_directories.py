@@ -326,6 +326,8 @@ def test_ctrl_c_while_a_directory_is_replaced(moment: int, tmp_path: Path, monke
 
 KILLED = """
 import os, signal
+from teq_graph.system.directories import amend
+from teq_graph.system.files import read_json
 left = int(sys.argv[2])
 def kills(name):
     function = getattr(Path, name)
@@ -338,7 +340,12 @@ def kills(name):
     setattr(Path, name, counted)
 for name in ("rename", "replace", "unlink", "mkdir", "rmdir", "open", "write_text"):
     kills(name)
-write(Path(sys.argv[1]), "new", overwrite=True)
+"""
+WRITES = 'write(Path(sys.argv[1]), "new", overwrite=True)'
+AMENDS = """
+out = Path(sys.argv[1])
+content = read_json(out / EXPORTED)
+amend(out, EXPORTED, {**content, "figure": 1}, {"content": "the figure is 1"})
 """
 
 
@@ -353,7 +360,7 @@ def test_sigkill_at_every_step(there: bool, tmp_path: Path) -> None:
         folder.mkdir()
         if there:
             write(out, "old")
-        done = child(KILLED, out, step)
+        done = child(KILLED + WRITES, out, step)
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.stderr
@@ -374,6 +381,27 @@ def test_sigkill_at_every_step(there: bool, tmp_path: Path) -> None:
     assert step > 10
     assert seen == ({"old", "new", "missing"} if there else {"new", "missing"})
     assert names(folder) == WHOLE
+
+
+def test_sigkill_while_figures_are_added(tmp_path: Path) -> None:
+    """The description is the old one or the new one, and so is the text."""
+    figures = set()
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        out = write(folder / "out")
+        done = child(KILLED + AMENDS, out, step)
+        content = read_json(out / EXPORTED)
+        figures.add(content.get("figure"))
+        verify_files(out, EXPORTED, ["folder/inner"])
+        assert (out / "content").read_text() in ("new", "the figure is 1")
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        with reserved(out, True):
+            pass
+        assert [path.name for path in folder.iterdir()] == ["out"]
+    assert step > 3 and figures == {None, 1}
 
 
 # -------------------------------------------------------------------------------------------- checks when reading
@@ -409,12 +437,14 @@ def test_what_is_amended_is_listed_as_it_is(tmp_path: Path) -> None:
     out = write(tmp_path / "out")
     content = read_json(out / EXPORTED)
     (out / "precious").write_text("what lies there meanwhile is no reason to lose figures")
-    amend(out, EXPORTED, {**content, "more": 1}, {"content": "other", "README.md": "é\udcff"})
+    amend(out, EXPORTED, {**content, "more": 1}, {"content": "é\udcff"})
     amended = read_json(out / EXPORTED)
-    assert amended["more"] == 1 and set(amended["files"]) == {"content", "README.md", "folder/inner"}
+    assert amended["more"] == 1 and set(amended["files"]) == {"content", "folder/inner"}
     verify_files(out, EXPORTED, list(amended["files"]))
-    assert amended["files"]["content"]["bytes"] == 5 == FileEntry.of(out / "content").bytes
-    assert names(tmp_path) == sorted([*WHOLE, "out/README.md", "out/precious"])
+    assert amended["files"]["content"]["bytes"] == 8 == FileEntry.of(out / "content").bytes
+    assert names(tmp_path) == sorted([*WHOLE, "out/precious"])
+    with pytest.raises(ValueError, match="accepted are files that teq_graph.json lists"):
+        amend(out, EXPORTED, amended, {"precious": "not mine"})
 
 
 # ---------------------------------------------------------------------------------------------------------- pieces

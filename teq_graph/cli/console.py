@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from teq_graph.errors import InputError
+from teq_graph.system.files import shown
 
 if TYPE_CHECKING:
     from teq_graph.analysis.attention import AttentionRefusal, Attentions
@@ -239,6 +240,12 @@ def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
         table.add_row("" if label == previous else label, escape(value))
         previous = label
     _print(table)
+
+
+def path(name: object) -> str:
+    """A path as standard output can say it: what it cannot is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return shown(name).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def print_json(content: Any) -> None:

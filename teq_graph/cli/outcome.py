@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teq_graph.cli import console
-from teq_graph.system.files import shown
 from teq_graph.system.manifest import walk
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ class Quantized:
     perplexity: dict[str, Any] | str | None = None
     saved: Path | None = None
 
-    def __post_init__(self) -> None:
-        self._size = self.size()
-
     def show(self, as_json: bool) -> None:
         """Print it."""
         if as_json:
@@ -44,9 +41,10 @@ class Quantized:
         else:
             console.show_pairs(self._lines())
 
-    def size(self) -> int:
-        """Bytes of what was exported."""
-        return sum((self.output / name).stat().st_size for name in walk(self.output))
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of each exported file; the compiled model beside them is not counted."""
+        names = (name for name in walk(self.output) if "/" not in name)
+        return {name: (self.output / name).stat().st_size for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; sizes in bytes, times in seconds."""
@@ -56,11 +54,11 @@ class Quantized:
             "output": str(self.output),
             "compiled": None if self.saved is None else str(self.saved),
             "bytes_before": report.bytes_before,
-            "bytes_on_disk": self._size,
-            "files": {name: (self.output / name).stat().st_size for name in walk(self.output)},
+            "bytes_on_disk": sum(self._sizes().values()),
+            "files": self._sizes(),
             "linears": len(report.linears),
             "quantized": len(report.quantized),
-            "specs": [str(linear.spec) for linear in report.quantized],
+            "specs": collections.Counter(str(linear.spec) for linear in report.quantized),
             "equivalences": len(report.sites),
             "block_errors": [{"before": block.before, "after": block.after} for block in report.blocks],
             "in_float": {weight.name: weight.reason for weight in report.in_float},
@@ -73,9 +71,9 @@ class Quantized:
 
     def _lines(self) -> list[tuple[str, str]]:
         report = self.compiled.report
-        lines = [("model", f"{self.model} → {shown(self.output)}"), *console.describe_report(report)]
+        lines = [("model", f"{self.model} → {console.path(self.output)}"), *console.describe_report(report)]
         lines.append(("calibration", console.describe_calibration(self.training, self.calibration)))
-        lines.append(("size", console.describe_sizes(report.bytes_before, self._size, self.dtype)))
+        lines.append(("size", console.describe_sizes(report.bytes_before, sum(self._sizes().values()), self.dtype)))
         if (attention := self._attention()) is not None:
             from teq_graph.analysis.attention import AttentionRefusal
 
@@ -89,7 +87,7 @@ class Quantized:
             where = f"on {self.perplexity['tokens']:,} tokens of {self.perplexity['text']}, not calibrated on"
             lines += [("perplexity", values), ("", f"{where}; context {self.perplexity['context']}")]
         if self.saved is not None:
-            lines.append(("compiled", f"{shown(self.saved)}, for teq_graph.load"))
+            lines.append(("compiled", f"{console.path(self.saved)}, for teq_graph.load"))
         return [*lines, ("time", str(self.watch))]
 
     def _attention(self) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import errno
 import fcntl
 import os
 import shutil
@@ -97,10 +98,13 @@ def check_target(target: Path, overwrite: bool, option: str = "overwrite=True") 
 
 
 def amend(directory: Path, description: str, content: Mapping[str, Any], texts: Mapping[str, str]) -> None:
-    """Write `texts`, by name, into a directory that was written, and its description, each of them in one step.
+    """Write `texts`, by name, over files of a directory that was written, and its description, each in one step.
 
-    `content` is that of the description; its entries of `texts` are brought up to date.
+    `content` is that of the description; its entries of `texts` are brought up to date. A kill between the steps leaves
+    a text whose checksum is out of date: accepted are files that are not verified.
     """
+    if not set(texts) <= set(content[FILES]):
+        raise ValueError(f"texts {sorted(texts)}: accepted are files that {description} lists")
     directory = _absolute(directory)
     with _workshop_of(directory, lambda: None) as workshop, _writing(directory):
         files, staging = dict(content[FILES]), workshop / _NEW
@@ -172,7 +176,10 @@ def _workshop_of(target: Path, check: Callable[[], None]) -> Iterator[Path]:
 def _locked(target: Path) -> Iterator[Path]:
     """The workshop of `target`, which no other process has."""
     workshop = target.parent / f".{target.name}.teq_graph"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target.parent)) from None
     lock = None
     while lock is None:  # its last owner may remove it at any moment
         with contextlib.suppress(FileExistsError):

@@ -167,7 +167,7 @@ def quantize(
             estimate.show(output, as_json)
             return
         watch.lap("quantize")
-        known = {"command": shlex.join(["teq-graph", *context.obj]), "preset": preset}
+        known = {"command": shlex.join(["teq-graph", *context.obj]), "preset": None if training is None else preset}
         _export(compiled, output, loaded, model, known, dtype, accuracy_level, overwrite)
         watch.lap("export")
         result = Quantized(loaded.name, str(loaded.model.dtype), output, compiled, training, calibration, watch)

@@ -11,7 +11,7 @@ from typing import Any
 from teq_graph.onnx.directory import CARD_FILE, GENAI_FILE, METADATA_FILE, MODEL_FILE
 from teq_graph.report import REPORT_FILE, Report
 from teq_graph.system.directories import amend
-from teq_graph.system.files import read_json
+from teq_graph.system.files import read_json, shown
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -30,13 +30,13 @@ def model_card(directory: Path, content: Mapping[str, Any]) -> str:
     is_decoder = content["decoder"] is not None
     paragraphs = [
         f"---\n{_front_matter(provenance, is_decoder)}\n---",
-        f"# {provenance['source']['name']}, quantized",
+        f"# {shown(provenance['source']['name'])}, quantized",
         "An ONNX model for onnxruntime with weights in low bits, written by teq_graph.",
         *([f"```\n{report}\n```"] if report is not None else []),
         _size(directory, report),
         *_perplexities(provenance.get("perplexity")),
         "## How it was made",
-        *([f"```\n{provenance['command']}\n```"] if "command" in provenance else []),
+        *([f"```\n{shown(provenance['command'])}\n```"] if "command" in provenance else []),
         "\n".join(_facts(provenance)),
         f"All of it, with checksums, stands in `{METADATA_FILE}`, and layer by layer in `{REPORT_FILE}`.",
         "## How to run it",
