@@ -27,7 +27,7 @@ Embedding = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Verify = Annotated[
-    bool, typer.Option("--verify/--no-verify", help="Compare the weights with their checksums; a second for 1.5 GB.")
+    bool, typer.Option("--verify/--no-verify", help="Compare the weights with their checksums, about a second a GB.")
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", help="CPU threads of onnxruntime.  [default: its own choice]")

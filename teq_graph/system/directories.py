@@ -16,12 +16,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from teq_graph.errors import ExportError, one_line
 from teq_graph.system.files import read_json, shown, write_json
@@ -191,40 +192,32 @@ def _locked(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             if not (workshop / _OLD).exists():
-                # Before it is unlocked, so that nobody takes it for a lock that holds.
+                # Before it is unlocked: who waits for it then sees that it is gone, and makes a new one.
                 (workshop / _LOCK).unlink()
-        os.close(lock)
+        lock.release()
         with contextlib.suppress(OSError):  # somebody else has it already
             workshop.rmdir()
 
 
-def _lock(path: Path, target: Path) -> int | None:
-    """A descriptor that holds the lock as long as it is open; None where the file was removed meanwhile."""
-    created = not path.exists()
+def _lock(path: Path, target: Path) -> BaseFileLock | None:
+    """The lock, held; None where its folder is gone. A process that has just ended may still have it for a moment."""
+    there = path.exists()
+    lock = FileLock(path, timeout=0.2, poll_interval=0.05)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return descriptor
-    except FileNotFoundError:
-        pass
-    except BlockingIOError:
-        os.close(descriptor)
+        lock.acquire()
+    except Timeout:
         raise ExportError(
             f"{shown(target)} is being written by another process or thread: accepted is another directory"
         ) from None
-    except OSError as error:
-        os.close(descriptor)
-        if created:
+    except FileNotFoundError:
+        return None
+    except (OSError, NotImplementedError) as error:
+        if not there:
             path.unlink(missing_ok=True)
             path.parent.rmdir()
         reason = f"{one_line(error)}; accepted is a place on a file system with locks"
         raise ExportError(f"{shown(target)} cannot be locked: {reason}") from error
-    os.close(descriptor)
-    return None
+    return lock
 
 
 def _check_workshop(workshop: Path) -> None:

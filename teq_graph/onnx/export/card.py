@@ -79,7 +79,7 @@ def _facts(provenance: Mapping[str, Any]) -> list[str]:
     lines = []
     for name in ("created", "source", "preset", "quantization", "stages", "training", "calibration", "seed"):
         value = provenance.get(name)
-        if value is not None:
+        if value not in (None, []):
             lines.append(
                 f"- {name}: {value if isinstance(value, str) else f'`{json.dumps(value, ensure_ascii=False)}`'}"
             )

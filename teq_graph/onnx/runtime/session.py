@@ -38,8 +38,8 @@ def open_directory(
 
     `providers` are onnxruntime's, most wanted first, each a name or (name, options). `threads` is the number of
     CPU threads of one operator, None leaves it to onnxruntime. `session_options` None: its defaults, without log
-    lines, since what goes wrong is an exception. `verify`: compare the checksums of model and weights, which takes a
-    second for about 1.5 GB. Raises InputError for a provider that this onnxruntime does not have, ModelFileError for a
+    lines, since what goes wrong is an exception. `verify`: compare the checksums of model and weights, which takes
+    about a second a GB. Raises InputError for a provider that this onnxruntime does not have, ModelFileError for a
     directory that is none or damaged, or whose description is of another model.
     """
     path = Path(directory)
