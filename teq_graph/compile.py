@@ -23,6 +23,7 @@ from teq_graph.estimate import Estimate, Estimator
 from teq_graph.graph.tensors import get_tensor, tensor_bytes
 from teq_graph.passes.quantize_linears import QuantizeLinears
 from teq_graph.passes.untie_weights import UntieWeights
+from teq_graph.provenance import settings
 from teq_graph.quantization import QuantizedWeight, find_clipped_grid, find_grid, quantize
 from teq_graph.report import Report, report_sites, report_weights
 from teq_graph.training import Trainer, TrainingResult
@@ -120,10 +121,12 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     floats = {weight.name: get_tensor(captured.graph_module, weight.name) for weight in analysis.weights}
     phase = pipeline.quantize(analysis.specs, result.weights, tables)
     stored = pipeline.run(phase, captured.graph_module).of(QuantizeLinears) | tables
+    asked = settings(quantization, training, stages, calibration)
+    report = make_report(analysis, result, floats, stored)
     return CompiledModel(
         captured=captured,
         equivalences=result.equivalences,
-        report=dataclasses.replace(make_report(analysis, result, floats, stored), seconds=time.monotonic() - started),
+        report=dataclasses.replace(report, seconds=time.monotonic() - started, settings=asked),
         tokenizer=tokenizer,
         config=copy.deepcopy(getattr(model, "config", None)),
         generation_config=copy.deepcopy(getattr(model, "generation_config", None)),

@@ -22,8 +22,11 @@ from teq_graph.errors import ModelFileError, one_line
 from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.graph.tensors import clone_graph, node_tensor, set_tensor
 from teq_graph.graph.tracing import without_dispatch_cache
+from teq_graph.provenance import provenance
 from teq_graph.report import REPORT_FILE, Report
-from teq_graph.system.files import new_directory, torch_file, write_json
+from teq_graph.system.directories import new_directory
+from teq_graph.system.files import torch_file, write_json
+from teq_graph.system.manifest import verify_files
 from teq_graph.system.quiet import quiet
 
 if TYPE_CHECKING:
@@ -129,6 +132,7 @@ class CompiledModel:
             "decoder": captured.decoder and dataclasses.asdict(captured.decoder),
             "lm_head": captured.lm_head,
             "modules": _needed_modules(captured.graph_module),
+            "provenance": provenance(self.report, self.config),
         }
         equivalences = [
             {
@@ -138,7 +142,7 @@ class CompiledModel:
             }
             for e in self.equivalences
         ]
-        with new_directory(target, overwrite) as staging:
+        with new_directory(target, overwrite, DESCRIPTION_FILE) as staging:
             with torch_file(staging / GRAPH_FILE) as file:
                 torch.export.save(program, file)
             with torch_file(staging / EQUIVALENCES_FILE) as file:
@@ -151,8 +155,8 @@ class CompiledModel:
         return target
 
 
-def load(directory: str | PathLike[str]) -> CompiledModel:
-    """Read what `CompiledModel.save` wrote.
+def load(directory: str | PathLike[str], verify: bool = True) -> CompiledModel:
+    """Read what `CompiledModel.save` wrote; `verify`: compare the checksums of graph and weights.
 
     Raises ModelFileError where files are missing or damaged, or a module outside transformers that defines types
     or operators of the graph is not imported.
@@ -163,6 +167,8 @@ def load(directory: str | PathLike[str]) -> CompiledModel:
         version = description.get("format_version")
         if version != FORMAT_VERSION:
             raise ModelFileError(f"{source}: format_version={version!r}, accepted is {FORMAT_VERSION}")
+        if verify:
+            verify_files(source, DESCRIPTION_FILE, (GRAPH_FILE, EQUIVALENCES_FILE))
         for module in description.get("modules", ()):
             _import(module, source)
         # Of what it cannot read the exception tells; the warnings are about torch's own buffers.

@@ -81,6 +81,23 @@ def load_model(source: str | Path, dtype: str = "float32") -> LoadedModel:
     return _load(source, source, source.rpartition("/")[2], dtype, tokenizer_expected=None)
 
 
+def source_files(source: str | Path, config: Any) -> list[Path]:
+    """The files of config and weights that `load_model` reads for `source`; `config` is that of the loaded model."""
+    path = _default_model_file() if str(source) == DEFAULT_MODEL else Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        import huggingface_hub
+
+        revision = getattr(config, "_commit_hash", None)
+        cached = huggingface_hub.try_to_load_from_cache(str(source), "config.json", revision=revision)
+        if not isinstance(cached, str):
+            return []
+        path = Path(cached).parent
+    weights = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    return [path / "config.json", *weights]
+
+
 def load_tokenizer(source: str, directory: str, **where: Any) -> PreTrainedTokenizerBase:
     """The tokenizer in `directory`; `source` is what the user calls it. Raises ModelFileError where there is none."""
     from transformers import AutoTokenizer

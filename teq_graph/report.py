@@ -78,7 +78,8 @@ class Report:
     """The whole compilation. `bytes_before` and `bytes_after` count every tensor of the graph, each once.
 
     `sites` are the equivalences found, `refusals` the producers that have none; `weights` all weights of products and
-    lookups; `distillation` the whole model's loss where it was distilled; `notes` say what else a user should know.
+    lookups; `distillation` the whole model's loss where it was distilled; `notes` say what else a user should know;
+    `settings` are what was asked for, as plain data.
     """
 
     weights: tuple[WeightReport, ...]
@@ -90,6 +91,7 @@ class Report:
     bytes_after: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def linears(self) -> tuple[WeightReport, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import onnxruntime
 import pytest
 import torch
 from support.graphs import relative_error
+from support.onnx import export_language_model
 from torch import nn
 
 from teq_graph.capture import capture
+from teq_graph.cli import run
 from teq_graph.errors import InputError, ModelFileError
+from teq_graph.loading import LoadedModel
 from teq_graph.onnx.export import export_onnx
 from teq_graph.onnx.runtime import OnnxDecoder, OnnxModel, load
 from teq_graph.onnx.runtime.session import MAX_THREADS
@@ -71,7 +75,7 @@ def scramble_description(path: Path) -> None:
 
 
 def empty_description(path: Path) -> None:
-    (path / "teq_graph.json").write_text('{"format_version": 1}')
+    (path / "teq_graph.json").write_text('{"format_version": 2}')
 
 
 def list_description(path: Path) -> None:
@@ -95,23 +99,32 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         ({"dtype": 5}, "dtype=5"),
         ({"dtype": ["float32"]}, "dtype="),
         ({"opset": "23"}, "opset='23'"),
+        ({"opset": 10**18}, "opset=1000000000000000000"),
         ({"accuracy_level": 4.0}, "accuracy_level=4.0"),
-        ({"eos_token_ids": [2.5]}, "eos_token_ids=2.5"),
-        ({"eos_token_ids": "ab"}, "eos_token_ids='a'"),
-        ({"eos_token_ids": 2}, "int"),
+        ({"eos_token_ids": [2.5]}, r"eos_token_ids\[0\]=2.5"),
+        ({"eos_token_ids": "ab"}, "eos_token_ids='ab'"),
+        ({"eos_token_ids": 2}, "eos_token_ids=2"),
         ({"pad_token_id": "x"}, "pad_token_id='x'"),
-        ({"weights": []}, ""),
-        ({"unknown": 1}, "unknown"),
-        ({"decoder": "x"}, ""),
+        ({"weights": []}, r"weights=\[\]"),
+        ({"weights": {"3/128": True}}, "weights.3/128=True"),
+        ({"shared_buffers": 1}, "shared_buffers=1"),
+        ({"unknown": 1}, "unknown=1"),
+        ({"provenance": []}, "provenance"),
+        ({"decoder": "x"}, "decoder='x'"),
         ({"decoder": {"vocab_size": "x"}}, "vocab_size='x'"),
         ({"decoder": {"vocab_size": True}}, "vocab_size=True"),
         ({"decoder": {"vocab_size": 0}}, "vocab_size=0"),
         ({"decoder": {"max_positions": "many"}}, "max_positions='many'"),
-        ({"decoder": {"layers": 5}}, ""),
-        ({"decoder": {"layers": [{"key_heads": 1}]}}, "key_dim"),
+        ({"decoder": {"max_positions": 10**30}}, "max_positions=1000000000000000000000000000000"),
+        ({"decoder": {"layers": 5}}, "layers=5"),
+        ({"decoder": {"layers": [{"key_heads": 1}]}}, r"layers\[0\].key_dim is missing"),
         (
             {"decoder": {"layers": [dict.fromkeys(("key_heads", "key_dim", "value_heads", "value_dim"), -1)]}},
-            "key_heads",
+            "key_heads=-1",
+        ),
+        (
+            {"decoder": {"layers": [dict.fromkeys(("key_heads", "key_dim", "value_heads", "value_dim"), 1e12)]}},
+            "key_heads=1000000000000.0",
         ),
     ],
     ids=repr,
@@ -129,13 +142,99 @@ def test_a_damaged_description(stories_dir: Path, changes: dict[str, Any], named
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", ["float16", None])
-def test_a_description_of_another_model(dtype: str | None, stories_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": ' * 50_000,
+        "[" * 500_000,
+        '{"format_version": 2, "opset": 23, "opset": 24}',
+        '{"format_version": 2, "opset": NaN}',
+        '{"format_version": 2, "opset": -Infinity}',
+        '{"format_version": ' + "9" * 100_000 + "}",
+        '{"format_version": 1e999}',
+        '{"format_version": true}',
+        "\ufeff{}",
+    ],
+    ids=["deep", "deeper", "twice", "NaN", "infinite", "huge", "overflowing", "bool", "BOM"],
+)
+def test_json_that_no_reader_should_take(text: str, stories_dir: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(stories_dir, tmp_path / "out")
-    edit(directory, lambda content: content.update(dtype=dtype) if dtype else content["decoder"]["layers"].pop())
-    with pytest.raises(InputError, match="onnxruntime refuses input_ids") as caught:
-        OnnxDecoder.load(directory, threads=1).generate([1, 2], 2)
+    (directory / "teq_graph.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ModelFileError, match=r"teq_graph.json( cannot be read|: format_version)") as caught:
+        load(directory)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_description_that_never_ends(stories_dir: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(stories_dir, tmp_path / "out")
+    with (directory / "teq_graph.json").open("wb") as file:
+        file.truncate(2**40)  # a hole, which takes no place on the disk
+    with pytest.raises(ModelFileError, match="1099511627776 bytes, accepted are up to"):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda content: content.update(dtype="float16"), "dtype float16, while the model takes past_key_values.0.key"),
+        (lambda content: content["decoder"]["layers"].pop(), "4 layers, while the model has 10 inputs"),
+        (lambda content: content["decoder"]["layers"].append(content["decoder"]["layers"][0]), "6 layers, while"),
+        (lambda content: content["decoder"].update(layers=content["decoder"]["layers"] * 20_000), "100000 layers"),
+        (lambda content: content["decoder"]["layers"][2].update(key_dim=2**31 - 1), r"of 2147483647 for .*\.2\.key"),
+        (lambda content: content["decoder"]["layers"][1].update(value_heads=3), r"3 heads of 8 for .*\.1\.value"),
+        (lambda content: content["decoder"].update(vocab_size=2**31 - 1), "logits of 2147483647 tokens, while"),
+    ],
+    ids=["dtype", "a layer less", "a layer more", "many layers", "wide keys", "other heads", "vocabulary"],
+)
+def test_a_description_of_another_model(change: Any, named: str, stories_dir: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(stories_dir, tmp_path / "out")
+    edit(directory, change)
+    started = time.monotonic()
+    with pytest.raises(
+        ModelFileError, match=f"teq_graph.json is of another model than model.onnx: .*{named}"
+    ) as caught:
+        OnnxDecoder.load(directory, threads=1)
     assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 10
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_seen_unless_told_not_to_look(
+    stories260k: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teq_graph.onnx.export.model_file._EXTERNAL_FROM_BYTES", 0)
+    export_language_model(stories260k, tmp_path / "out")
+    for name in ("model.onnx", "model.onnx.data"):
+        directory = shutil.copytree(tmp_path / "out", tmp_path / name)
+        flip(directory / name)
+        message = f"{directory / name} is not what was written: SHA-256 "
+        for open_directory in (OnnxDecoder.load, OnnxModel.load, load):
+            with pytest.raises(ModelFileError, match=message):
+                open_directory(directory, threads=1)
+        command = ["generate", str(directory), "-p", "x", "--max-new-tokens", "1"]
+        assert run(command) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert isinstance(load(directory, threads=1, verify=False), OnnxDecoder)
+    assert run([*command, "--no-verify"]) == 0
+
+
+def test_what_people_edit_is_not_verified(stories_dir: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(stories_dir, tmp_path / "out")
+    (directory / "generation_config.json").write_text('{"max_new_tokens": 3}')
+    (directory / "README.md").unlink(missing_ok=True)
+    decoder = load(directory, threads=1)
+    assert isinstance(decoder, OnnxDecoder)
+    assert len(decoder.generate([1, 2])) <= 3
+
+
+def test_no_verify_without_anything_to_verify(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", str(data_dir / "models" / "stories260K"), "--no-verify"]) == 2
+    assert "--no-verify: no effect in PyTorch" in capsys.readouterr().err
 
 
 def drop_model(path: Path) -> None:
@@ -225,7 +324,7 @@ def test_what_onnxruntime_raises_it_does_not_log_as_well(
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, directory / "model.onnx")
     with pytest.raises(ModelFileError, match=r"cannot be loaded: .*MatMulNBits"):
-        load(directory)
+        load(directory, verify=False)
     assert capfd.readouterr() == ("", "")
 
 

@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"analysis"},
     {"weight_plan", "passes", "evaluation"},
     {"report", "pipeline", "write_back"},
-    {"calibration"},
+    {"calibration", "provenance"},
     {"training"},
     {"compiled", "estimate", "onnx"},
     {"compile", "serving"},

@@ -32,6 +32,8 @@ from teq_graph.passes.normalize_linears import NormalizeLinears
 from teq_graph.passes.quantize_linears import QuantizeLinears
 from teq_graph.passes.remove_no_ops import RemoveNoOps
 from teq_graph.passes.untie_weights import UntieWeights
+from teq_graph.system.directories import EXPORTED, new_directory
+from teq_graph.system.files import write_json
 
 DYNAMIC = torch.export.Dim.DYNAMIC
 VOCAB = 97
@@ -293,7 +295,7 @@ def test_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
 
 def test_small_models_are_one_file(tmp_path: Path) -> None:
     out = export_onnx(prepare(mlp(), WeightSpec(4, 32)), tmp_path / "out")
-    assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "report.json", "teq_graph.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.onnx", "report.json", "teq_graph.json"]
 
 
 def test_files_of_a_language_model(stories260k: LoadedModel, tmp_path: Path) -> None:
@@ -347,9 +349,13 @@ def test_an_existing_directory_is_kept_unless_overwritten(tmp_path: Path) -> Non
     (out / "precious").write_text("mine")
     with pytest.raises(ExportError, match="exists"):
         export_onnx(captured, out)
+    with pytest.raises(ExportError, match="out holds other files"):
+        export_onnx(captured, out, overwrite=True)
     assert [path.name for path in out.iterdir()] == ["precious"]
-    export_onnx(captured, out, overwrite=True)
-    assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "report.json", "teq_graph.json"]
+    (out / "precious").unlink()
+    for _ in range(2):
+        export_onnx(captured, out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.onnx", "report.json", "teq_graph.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -368,9 +374,9 @@ def test_a_full_disk_leaves_nothing_behind(overwrite: bool, tmp_path: Path, monk
 
     monkeypatch.setattr(ir, "save", save)
     if overwrite:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "precious").write_text("mine")
+        with new_directory(tmp_path / "out", False, EXPORTED) as staging:
+            write_json(staging / EXPORTED, {"format_version": 1})
     with pytest.raises(ExportError, match="No space left on device") as caught:
         export_onnx(prepare(mlp()), tmp_path / "out", overwrite=overwrite)
     assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == (["out", "precious"] if overwrite else [])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == (["out", EXPORTED] if overwrite else [])

@@ -14,6 +14,8 @@ import pytest
 from support.command_line import QUICK, ROOT, save_tiny_llama, start
 
 from teq_graph.cli import run
+from teq_graph.system.directories import EXPORTED, new_directory
+from teq_graph.system.files import write_json
 
 # a shell starts background jobs with SIGINT ignored, nohup with SIGHUP, which children inherit
 MAIN = """
@@ -46,8 +48,8 @@ def test_interrupted_export_leaves_things_as_they_were(
 
     monkeypatch.setattr("teq_graph.onnx.export.export.save_model", interrupt)
     old = tmp_path / "old"
-    old.mkdir()
-    (old / "teq_graph.json").touch()
+    with new_directory(old, False, EXPORTED) as staging:
+        write_json(staging / EXPORTED, {"format_version": 1})
 
     def state() -> dict[Path, tuple[int, int]]:
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")}

@@ -41,7 +41,7 @@ def invoke(arguments: Sequence[str]) -> int:
     """Runs one command, and lets every exception through: `Typer.__call__` has its own ideas about some."""
     command = typer.main.get_command(app)
     try:
-        with command.make_context("teq-graph", list(arguments) or ["--help"]) as context:
+        with command.make_context("teq-graph", list(arguments) or ["--help"], obj=list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as error:
         return error.exit_code

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from teq_graph.errors import InputError
+from teq_graph.system.files import shown
 
 if TYPE_CHECKING:
     from teq_graph.analysis.attention import AttentionRefusal, Attentions
@@ -142,6 +143,10 @@ class Stopwatch:
         self._laps.append((name, now - self._last))
         self._last = now
 
+    def to_dict(self) -> dict[str, float]:
+        """Seconds by stage."""
+        return {name: round(seconds, 3) for name, seconds in self._laps}
+
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in self._laps)
         return f"{sum(seconds for _, seconds in self._laps):.0f} s ({parts})"
@@ -237,9 +242,18 @@ def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
     _print(table)
 
 
+def path(name: object) -> str:
+    """A path as standard output can say it: what it cannot is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return shown(name).encode(encoding, "backslashreplace").decode(encoding)
+
+
 def print_json(content: Any) -> None:
     """Print `content` as indented JSON."""
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    # Where standard output cannot say every character, JSON's own escapes can.
+    takes_all = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    text = json.dumps(content, indent=2, ensure_ascii=not takes_all)
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def describe_sizes(before: int, after: int, dtype: object) -> str:

@@ -27,7 +27,7 @@ class LanguageModel:
     max_positions: int | None
 
 
-def open_decoder(directory: Path, threads: int | None, provider: str | None) -> OnnxDecoder:
+def open_decoder(directory: Path, threads: int | None, provider: str | None, verify: bool = True) -> OnnxDecoder:
     """A directory that quantize wrote, in onnxruntime; `provider` may go without its ending."""
     provider = provider or "cpu"
     if not provider.endswith(_SUFFIX):
@@ -36,18 +36,18 @@ def open_decoder(directory: Path, threads: int | None, provider: str | None) -> 
     with progress.task(f"Loading {directory}"):
         from teq_graph.onnx.runtime import OnnxDecoder
 
-        return OnnxDecoder.load(directory, providers, threads)
+        return OnnxDecoder.load(directory, providers, threads, verify=verify)
 
 
-def open_language_model(source: str, threads: int | None, provider: str | None) -> LanguageModel:
-    """A float model or what quantize wrote; the other two arguments are for the latter only."""
+def open_language_model(source: str, threads: int | None, provider: str | None, verify: bool = True) -> LanguageModel:
+    """A float model or what quantize wrote; the other arguments are for the latter only."""
     from teq_graph.onnx.directory import METADATA_FILE, MODEL_FILE
 
     directory = Path(source).expanduser()
     if any((directory / name).exists() for name in (METADATA_FILE, MODEL_FILE)):
-        decoder = open_decoder(directory, threads, provider)
+        decoder = open_decoder(directory, threads, provider, verify)
         return LanguageModel("onnxruntime", onnx_logits(decoder), decoder.tokenizer, decoder.shape.max_positions)
-    for name, value in (("threads", threads), ("provider", provider)):
+    for name, value in (("threads", threads), ("provider", provider), ("no-verify", None if verify else True)):
         if value is not None:
             raise ConfigError(f"--{name}: no effect in PyTorch; accepted for a directory that quantize wrote")
     from teq_graph.loading import load_model

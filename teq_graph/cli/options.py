@@ -6,13 +6,13 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teq_graph.config import PRESETS, STAGES, TrainingConfig
-from teq_graph.errors import ConfigError, ExportError, InputError, one_line
+from teq_graph.errors import ConfigError, InputError, one_line
+from teq_graph.system.directories import check_target
 
 if TYPE_CHECKING:
     from teq_graph.cli.opening import LanguageModel
@@ -22,7 +22,6 @@ CONTEXT = 512
 TOKENS = 8192
 RTN = "rtn"
 PAPER_TASKS = ("lambada_openai", "hellaswag", "winogrande", "piqa")
-METADATA_FILE = "teq_graph.json"  # as teq_graph.onnx has it, which takes seconds to import
 
 
 _MOST = 2**31 - 1  # of anything that is counted
@@ -103,23 +102,10 @@ def training(preset: str, method: str | None, options: dict[str, Any]) -> Traini
 def output_directory(target: Path, overwrite: bool) -> Path:
     """Where to write, without links and `..`, which mean something else once missing folders are made.
 
-    Refuses now what writing would refuse after minutes of work, and to delete what is not ours.
+    Refuses now what writing would refuse after minutes of work.
     """
-    given = Path(os.path.abspath(target))
-    resolved = Path(os.path.realpath(target))
-    try:
-        if given.is_symlink() and not given.exists():
-            raise ExportError(f"{target} is a link to nothing: accepted is a directory")
-        if resolved.exists() and not resolved.is_dir():
-            raise ExportError(f"{target} is a file: accepted is a directory")
-        if resolved.exists() and not overwrite:
-            raise ExportError(f"{target} exists: accepted is a new directory, or --overwrite")
-        if resolved.exists() and any(resolved.iterdir()) and not (resolved / METADATA_FILE).is_file():
-            raise ExportError(f"{target} holds other files: --overwrite accepts a directory that quantize wrote")
-        parent = next(folder for folder in resolved.parents if folder.exists())
-        os.rmdir(tempfile.mkdtemp(prefix=f".{resolved.name}.", dir=parent))
-    except OSError as error:
-        raise ExportError(f"{target} cannot be written: {one_line(error)}") from error
+    given, resolved = Path(os.path.abspath(target)), Path(os.path.realpath(target))
+    check_target(given if given.is_symlink() and not given.exists() else resolved, overwrite, "--overwrite")
     return resolved
 
 

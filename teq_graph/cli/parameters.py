@@ -26,6 +26,9 @@ Embedding = Annotated[
     typer.Option("--embedding", help="Quantize the token embedding, too; with --lm-head, a tied one is stored once."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Compare the weights with their checksums, about a second a GB.")
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", help="CPU threads of onnxruntime.  [default: its own choice]")
 ]

@@ -1,57 +1,16 @@
-"""Directories that appear whole or not at all, and JSON in them."""
+"""Reading and writing single files: JSON that is read with care, what torch writes, and how paths are shown."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from teq_graph.errors import ExportError, one_line
-
-
-@contextlib.contextmanager
-def new_directory(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place once the block ends without an exception.
-
-    Raises ExportError where `target` exists (unless `overwrite`), its parent cannot be written, or writing
-    fails (OSError). After an exception nothing is left behind, and an old `target` is as it was.
-    """
-    # Not `absolute`, which keeps `..`: of a path through folders that do not exist yet, nothing would exist.
-    target = Path(os.path.abspath(target))
-    _check_target(target, overwrite)
-    created = [folder for folder in target.parents if not folder.exists()]
-    staging = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        # mkdtemp lets nobody else in; the result gets the permissions of any new directory beside it.
-        staging.chmod(0o777 & ~_umask())
-        yield staging
-        _check_target(target, overwrite)  # again: minutes have passed
-        _replace(staging, target)
-    except OSError as error:
-        raise ExportError(f"{target} cannot be written: {one_line(error)}") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        for folder in created:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.is_symlink() and not target.exists():
-        raise ExportError(f"{target} is a link to nothing: accepted is a new directory")
-    if target.exists() and not overwrite:
-        raise ExportError(f"{target} exists: accepted is a new directory, or overwrite=True")
-    if target.exists() and not target.is_dir():
-        raise ExportError(f"{target} is a file: accepted is a directory")
+_LARGEST_JSON = 2**26
+"""Bytes. The descriptions that are read take some kilobytes, a report of a large model some megabytes."""
 
 
 class _PatientFile(io.RawIOBase):
@@ -94,26 +53,44 @@ def torch_file(path: Path) -> Iterator[Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # A name that is not UTF-8 holds lone surrogates; what takes their place is JSON's own escape.
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def _replace(staging: Path, target: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    old = aside / target.name
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that anybody may have written.
+
+    Raises OSError, or ValueError where it is no object, is too large or nested too deeply, says a name twice, or holds
+    NaN or an infinity, which are no JSON.
+    """
+    if not path.is_file():
+        # A pipe by that name would be waited for.
+        raise FileNotFoundError(f"{path} is missing" if not path.exists() else f"{path} is no file")
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path.stat().st_size} bytes, accepted are up to {_LARGEST_JSON}")
     try:
-        target.rename(old)
-        staging.rename(target)
-    finally:
-        # After any exception, Ctrl-C included. The old content goes only where `target` is there, new or old.
-        if not target.exists():
-            old.rename(target)
-        shutil.rmtree(aside, ignore_errors=True)
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, accepted is an object")
+    return content
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def shown(path: object) -> str:
+    """A path as every terminal can print it in one line: what it cannot print is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return content
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")

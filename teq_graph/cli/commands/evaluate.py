@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from teq_graph.cli import console, opening, options
-from teq_graph.cli.parameters import Json, Provider, TextFile, Threads, Tokens
+from teq_graph.cli.parameters import Json, Provider, TextFile, Threads, Tokens, Verify
 from teq_graph.errors import ConfigError
 
 
@@ -53,6 +53,7 @@ def evaluate(
     ] = None,
     threads: Threads = None,
     provider: Provider = None,
+    verify: Verify = True,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text, or the scores of tasks.
@@ -64,10 +65,10 @@ def evaluate(
     names = options.tasks(tasks, task_options, text_options)
     if names:
         options.check_range("context", context, 2)
-        _evaluate_tasks(model, names, task_options, context, threads, provider, as_json)
+        _evaluate_tasks(model, names, task_options, context, threads, provider, verify, as_json)
         return
     measured = options.text(text, tokens)
-    opened = opening.open_language_model(model, threads, provider)
+    opened = opening.open_language_model(model, threads, provider, verify)
     other = None if reference is None else opening.open_language_model(reference, None, None)
     from teq_graph.evaluation import divergence, perplexity
 
@@ -118,6 +119,7 @@ def _evaluate_tasks(
     context: int | None,
     threads: int | None,
     provider: str | None,
+    verify: bool,
     as_json: bool,
 ) -> None:
     try:
@@ -127,7 +129,7 @@ def _evaluate_tasks(
 
     started = time.perf_counter()
     loaded = load_tasks(names, task_options["task-dir"])
-    opened = opening.open_language_model(model, threads, provider)
+    opened = opening.open_language_model(model, threads, provider, verify)
     # None: all the model's positions
     context = opened.max_positions if context is None else options.context_of(context, opened.max_positions)
     adapter = HarnessModel(opened.logits_fn, opened.tokenizer, context, task_options["batch-size"] or 8)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from teq_graph.cli import console, opening, options
-from teq_graph.cli.parameters import Provider, Threads
+from teq_graph.cli.parameters import Provider, Threads, Verify
 
 
 def generate(
@@ -46,6 +46,7 @@ def generate(
     ] = None,
     threads: Threads = None,
     provider: Provider = None,
+    verify: Verify = True,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the chat template.  [default: where there is one]")
     ] = None,
@@ -68,7 +69,7 @@ def generate(
         "seed": seed,
         "prompt_lookup_num_tokens": prompt_lookup,
     }
-    decoder = opening.open_decoder(directory, threads, provider)
+    decoder = opening.open_decoder(directory, threads, provider, verify)
     from teq_graph.onnx.runtime.generation.conversation import Conversation
 
     chat = bool(decoder.tokenizer.chat_template) if chat is None else chat

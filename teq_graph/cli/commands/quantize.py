@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import hashlib
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import teq_graph
 from teq_graph.cli import console, opening, options
-from teq_graph.cli.parameters import Embedding, LmHead, Model, Skip, TextFile, Tokens
+from teq_graph.cli.outcome import Quantized
+from teq_graph.cli.parameters import Embedding, Json, LmHead, Model, Skip, TextFile, Tokens
 from teq_graph.config import ACCURACY_LEVELS, BITS, DTYPES, GROUP_SIZES, STAGES, QuantizationConfig, TrainingConfig
 from teq_graph.errors import ConfigError, ExportError
 from teq_graph.system import progress
+from teq_graph.system.directories import reserved
 
 # torch, transformers and onnxruntime take seconds to import: only inside the command.
 if TYPE_CHECKING:
-    from teq_graph.capture import DecoderShape
     from teq_graph.estimate import Estimate
+    from teq_graph.loading import LoadedModel
 
 COMPILED_DIRECTORY = "compiled"
 
@@ -29,6 +33,7 @@ def _default(name: str) -> str:
 
 
 def quantize(
+    context: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write.")],
     bits: Annotated[int, typer.Option(metavar="N", help=f"Bits of a weight: {BITS}.")] = QuantizationConfig.bits,
@@ -105,6 +110,7 @@ def quantize(
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after.")] = True,
     text: TextFile = None,
     tokens: Tokens = None,
+    as_json: Json = False,
 ) -> None:
     """Quantize a model and write it as ONNX.
 
@@ -136,64 +142,77 @@ def quantize(
         options.check_no_text(text, tokens)
     measured = options.text(text, tokens) if evaluate else None
     watch = console.Stopwatch()
-    from teq_graph.loading import load_model
+    with reserved(output, overwrite):
+        from teq_graph.loading import load_model
 
-    loaded = load_model(model)
-    if training is not None:
-        options.check_trainable(loaded, calibration)
-    token_ids = None if measured is None or loaded.tokenizer is None else options.tokenize(loaded.tokenizer, measured)
-    watch.lap("load")
-    estimate = _EstimateOf(loaded.name, training, dry_run)
-    try:
-        with progress.task("Quantizing"):
-            compiled = teq_graph.compile(
-                loaded.model,
-                calibration=calibration,
-                quantization=quantization,
-                training=training,
-                tokenizer=loaded.tokenizer,
-                on_estimate=estimate,
-            )
-    except _Stop:
-        pass
-    if dry_run:
-        console.show_pairs(estimate.lines)
-        return
-    watch.lap("quantize")
+        loaded = load_model(model)
+        if training is not None:
+            options.check_trainable(loaded, calibration)
+        ids = None if measured is None or loaded.tokenizer is None else options.tokenize(loaded.tokenizer, measured)
+        watch.lap("load")
+        estimate = _EstimateOf(loaded.name, training, dry_run)
+        try:
+            with progress.task("Quantizing"):
+                compiled = teq_graph.compile(
+                    loaded.model,
+                    calibration=calibration,
+                    quantization=quantization,
+                    training=training,
+                    tokenizer=loaded.tokenizer,
+                    on_estimate=estimate,
+                )
+        except _Stop:
+            pass
+        if dry_run:
+            estimate.show(output, as_json)
+            return
+        watch.lap("quantize")
+        known = {"command": shlex.join(["teq-graph", *context.obj]), "preset": None if training is None else preset}
+        _export(compiled, output, loaded, model, known, dtype, accuracy_level, overwrite)
+        watch.lap("export")
+        result = Quantized(loaded.name, str(loaded.model.dtype), output, compiled, training, calibration, watch)
+        try:
+            if measured is not None and ids is not None and compiled.captured.decoder is not None:
+                level = None if dtype == "bfloat16" else accuracy_level  # onnxruntime has it on GPUs only
+                result.perplexity = _perplexities(loaded.model, compiled, output, measured, ids, level)
+                watch.lap("evaluate")
+            elif measured is not None:
+                result.perplexity = "not measured: it needs a causal language model with a tokenizer"
+            if save_compiled:
+                result.saved = _save(compiled, output)
+                watch.lap("save")
+        finally:
+            # OUT is complete from the export on, whatever becomes of the rest.
+            result.show(as_json)
+
+
+def _export(
+    compiled: teq_graph.CompiledModel,
+    output: Path,
+    loaded: LoadedModel,
+    model: str,
+    known: dict[str, Any],
+    dtype: str,
+    accuracy_level: int,
+    overwrite: bool,
+) -> None:
+    """Write OUT, with all that is known of where it comes from."""
     with progress.task("Exporting to ONNX"):
-        compiled.export_onnx(output, dtype=cast(Any, dtype), accuracy_level=accuracy_level, overwrite=overwrite)
-    size = sum(file.stat().st_size for file in output.iterdir())
-    watch.lap("export")
-    lines = [("model", f"{loaded.name} → {output}"), *console.describe_report(compiled.report)]
-    lines.append(("calibration", console.describe_calibration(training, calibration)))
-    lines.append(("size", console.describe_sizes(compiled.report.bytes_before, size, loaded.model.dtype)))
-    if compiled.captured.decoder is not None:
-        lines += _describe_decoder(output, compiled.captured.decoder)
-    try:
-        if measured is not None and token_ids is not None and compiled.captured.decoder is not None:
-            level = None if dtype == "bfloat16" else accuracy_level  # onnxruntime has it on GPUs only
-            lines += _perplexities(loaded.model, compiled, output, measured, token_ids, level)
-            watch.lap("evaluate")
-        elif measured is not None:
-            lines.append(("perplexity", "not measured: it needs a causal language model with a tokenizer"))
-        if save_compiled:
-            lines.append(_save(compiled, output))
-            watch.lap("save")
-    finally:
-        # OUT is complete from the export on, whatever becomes of the rest.
-        console.show_pairs([*lines, ("time", str(watch))])
+        from teq_graph.onnx.export import export_onnx
+        from teq_graph.provenance import describe_source
 
-
-def _describe_decoder(output: Path, decoder: DecoderShape) -> list[tuple[str, str]]:
-    """What became of attentions, and what onnxruntime-genai makes of the directory."""
-    from teq_graph.analysis.attention import AttentionRefusal
-    from teq_graph.onnx.export.genai import describe_limits
-    from teq_graph.report import REPORT_FILE
-
-    attention = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))["attention"]
-    refusals = [AttentionRefusal(**refusal) for refusal in attention["refusals"]]
-    lines = console.describe_attention(f"{attention['fused']} fused", refusals)
-    return [*lines, *(("note", note) for note in describe_limits(output, decoder))]
+        export_onnx(
+            compiled.captured,
+            output,
+            dtype=dtype,
+            accuracy_level=accuracy_level,
+            tokenizer=compiled.tokenizer,
+            config=compiled.config,
+            generation_config=compiled.generation_config,
+            report=compiled.report,
+            provenance={"source": describe_source(loaded, model), **known},
+            overwrite=overwrite,
+        )
 
 
 def _perplexities(
@@ -203,9 +222,13 @@ def _perplexities(
     text: options.Text,
     token_ids: list[int],
     accuracy_level: int | None,
-) -> list[tuple[str, str]]:
-    """Of the float model, the quantized graph, and what was exported with `accuracy_level`, where that can be run."""
+) -> dict[str, Any]:
+    """Of the float model, the quantized graph, and what was exported with `accuracy_level`, where that can be run.
+
+    OUT's description and card tell of it, too.
+    """
     from teq_graph.evaluation import perplexity
+    from teq_graph.onnx.export.card import record
     from teq_graph.onnx.runtime import OnnxDecoder
 
     assert compiled.captured.decoder is not None
@@ -217,23 +240,25 @@ def _perplexities(
     if accuracy_level is not None:
         # What level 4 costs beside level 1: the graph in PyTorch does not round activations.
         where = f"in onnxruntime at accuracy level {accuracy_level}"
-        functions[where] = opening.onnx_logits(OnnxDecoder.load(output))
+        functions[where] = opening.onnx_logits(OnnxDecoder.load(output, verify=False))  # written a moment ago
     results = {name: perplexity(logits, token_ids, context=context) for name, logits in functions.items()}
-    values = " → ".join(f"{result.value:.2f} {name}" for name, result in results.items())
-    count = results["float"].tokens
-    return [
-        ("perplexity", values),
-        ("", f"on {count:,} tokens of {text.name}, not calibrated on; context {context}"),
-    ]
+    measured = {
+        "values": {name: result.value for name, result in results.items()},
+        "text": text.name,
+        "text_sha256": hashlib.sha256(text.content.encode("utf-8", "backslashreplace")).hexdigest(),
+        "tokens": results["float"].tokens,
+        "context": context,
+    }
+    record(output, perplexity=measured)
+    return measured
 
 
-def _save(compiled: teq_graph.CompiledModel, output: Path) -> tuple[str, str]:
+def _save(compiled: teq_graph.CompiledModel, output: Path) -> Path:
     try:
         with progress.task("Saving the compiled model"):
-            compiled.save(output / COMPILED_DIRECTORY)
+            return compiled.save(output / COMPILED_DIRECTORY)
     except ExportError as error:
         raise ExportError(f"{output} is complete, but without {COMPILED_DIRECTORY}: {error}") from error
-    return "compiled", f"{output / COMPILED_DIRECTORY}, for teq_graph.load"
 
 
 class _Stop(Exception):  # noqa: N818  nothing went wrong
@@ -244,16 +269,26 @@ class _EstimateOf:
     """Shows on standard error what the run will take as soon as that is known; ends a dry run then."""
 
     def __init__(self, model: str, training: TrainingConfig | None, dry_run: bool) -> None:
-        self.lines: list[tuple[str, str]] = [("model", model)]
+        self._model = model
+        self._lines: list[tuple[str, str]] = []
+        self._estimate: Estimate | None = None
         self._training = training
         self._dry_run = dry_run
 
     def __call__(self, estimate: Estimate) -> None:
         described = console.describe_estimate(estimate, self._training)
-        new = described[len(self.lines) - 1 :]
-        self.lines += new
+        new = described[len(self._lines) :]
+        self._lines, self._estimate = described, estimate
         if not self._dry_run:
             for label, value in new:
                 progress.say(f"{label}: {value}")
         elif estimate.seconds is not None or self._training is None or not self._training.learns_by_block:
             raise _Stop
+
+    def show(self, output: Path, as_json: bool) -> None:
+        """Print what is known at the end of a dry run."""
+        if as_json:
+            found = None if self._estimate is None else dataclasses.asdict(self._estimate)
+            console.print_json({"model": self._model, "output": str(output), "estimate": found})
+        else:
+            console.show_pairs([("model", self._model), *self._lines])

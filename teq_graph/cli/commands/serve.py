@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from teq_graph.cli import opening, options
-from teq_graph.cli.parameters import Provider, Threads
+from teq_graph.cli.parameters import Provider, Threads, Verify
 from teq_graph.errors import ConfigError
 
 
@@ -26,6 +26,7 @@ def serve(
     ] = 30,
     threads: Threads = None,
     provider: Provider = None,
+    verify: Verify = True,
 ) -> None:
     """Serve OpenAI's API over onnxruntime.
 
@@ -40,7 +41,7 @@ def serve(
     options.check_range("queue", queue, 1)
     options.check_range("grace", grace, 0)
     options.check_range("port", port, 0, 65535)
-    decoder = opening.open_decoder(directory, threads, provider)
+    decoder = opening.open_decoder(directory, threads, provider, verify)
     name = name or directory.resolve().name
     listening = server.listen(host, port)
     address, port = listening.getsockname()[:2]

@@ -5,19 +5,23 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from teq_graph.capture import CapturedGraph
-from teq_graph.onnx.directory import Metadata
+from teq_graph.onnx.directory import CARD_FILE, METADATA_FILE, Metadata
+from teq_graph.onnx.export.card import model_card
 from teq_graph.onnx.export.genai import write_genai_files
 from teq_graph.onnx.export.lower import check_options, lower
 from teq_graph.onnx.export.model_file import save_model
 from teq_graph.onnx.export.translations import CODES_OF
+from teq_graph.provenance import provenance as known
 from teq_graph.report import REPORT_FILE, Report
-from teq_graph.system.files import new_directory, write_json
+from teq_graph.system.directories import new_directory
+from teq_graph.system.files import write_json
 
 
 def export_onnx(
@@ -31,6 +35,7 @@ def export_onnx(
     generation_config: Any = None,
     opset: int = 23,
     report: Report | None = None,
+    provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write `captured` as `directory`/model.onnx with its neighbours; returns the directory.
@@ -38,12 +43,13 @@ def export_onnx(
     `dtype` is that of weights, activations and KV cache: "float32", "float16" or "bfloat16" (which onnxruntime has on
     GPUs only). `accuracy_level` is MatMulNBits': 4 computes in int8 (fast), 1 in float32. `tokenizer`, `config` and
     `generation_config` are Hugging Face objects, saved beside the model where given. `report.json` has the
-    compilation's `report`, and what became of attentions. `captured` is left as it is. Raises ConfigError for options
-    outside what is accepted, ExportError where the model has no ONNX form or the directory cannot be written; then
-    nothing is left behind.
+    compilation's `report`, and what became of attentions. `provenance`, plain data, goes into the description and the
+    model card before what is known without it. `captured` is left as it is. Raises ConfigError for options outside what
+    is accepted, ExportError where the model has no ONNX form or the directory cannot be written; then nothing is left
+    behind.
     """
     check_options(dtype, accuracy_level, opset)
-    with new_directory(Path(directory), overwrite) as staging:
+    with new_directory(Path(directory), overwrite, METADATA_FILE) as staging:
         lowered = lower(captured, dtype=dtype, accuracy_level=accuracy_level, opset=opset)
         model = lowered.model
         save_model(model, staging)
@@ -59,6 +65,7 @@ def export_onnx(
             eos_token_ids=_eos_token_ids(generation_config, config, tokenizer),
             pad_token_id=_first_of("pad_token_id", generation_config, config, tokenizer),
             shared_buffers=_shares_buffers(model),
+            provenance={**known(report, config), **(provenance or {})},
         )
         metadata.write(staging)
         attention = dataclasses.asdict(lowered.attention)
@@ -66,6 +73,8 @@ def export_onnx(
         if captured.decoder is not None:
             bos_token_id = _first_of("bos_token_id", generation_config, config, tokenizer)
             write_genai_files(staging, metadata, bos_token_id)
+        card = model_card(staging, dataclasses.asdict(metadata))
+        (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
     return Path(directory)
 
 

@@ -34,9 +34,10 @@ def load(
     providers: Sequence[Provider] = CPU,
     threads: int | None = None,
     session_options: onnxruntime.SessionOptions | None = None,
+    verify: bool = True,
 ) -> OnnxDecoder | OnnxModel:
     """Open an exported directory as what it holds; arguments and errors as for `OnnxDecoder.load`."""
-    session, metadata = open_directory(directory, providers, threads, session_options)
+    session, metadata = open_directory(directory, providers, threads, session_options, verify)
     if metadata.decoder is None:
         return OnnxModel(session, metadata)
     return OnnxDecoder(session, metadata, Path(directory))
@@ -83,14 +84,16 @@ class OnnxDecoder:
         providers: Sequence[Provider] = CPU,
         threads: int | None = None,
         session_options: onnxruntime.SessionOptions | None = None,
+        verify: bool = True,
     ) -> Self:
         """Open an exported directory.
 
         `providers` are onnxruntime's, most wanted first, each a name or (name, options). `threads` is the number
-        of CPU threads of one operator, None leaves it to onnxruntime. Raises InputError for a provider that this
-        onnxruntime does not have, ModelFileError for a directory that is none or damaged.
+        of CPU threads of one operator, None leaves it to onnxruntime. `verify`: compare the checksums of model and
+        weights. Raises InputError for a provider that this onnxruntime does not have, ModelFileError for a directory
+        that is none or damaged.
         """
-        session, metadata = open_directory(directory, providers, threads, session_options)
+        session, metadata = open_directory(directory, providers, threads, session_options, verify)
         return cls(session, metadata, Path(directory))
 
     @functools.cached_property

@@ -41,9 +41,10 @@ class OnnxModel:
         providers: Sequence[Provider] = CPU,
         threads: int | None = None,
         session_options: onnxruntime.SessionOptions | None = None,
+        verify: bool = True,
     ) -> Self:
         """Open an exported directory; arguments and errors as for `OnnxDecoder.load`."""
-        return cls(*open_directory(directory, providers, threads, session_options))
+        return cls(*open_directory(directory, providers, threads, session_options, verify))
 
     def run(self, **inputs: Any) -> dict[str, npt.NDArray[Any]]:
         """The model's outputs by name. Inputs are arrays or what numpy makes arrays of, cast to the model's types.

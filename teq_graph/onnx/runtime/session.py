@@ -10,11 +10,12 @@ from typing import Any
 import onnxruntime
 
 from teq_graph.errors import InputError, ModelFileError, one_line
-from teq_graph.onnx.directory import MODEL_FILE, WRITTEN, Metadata
+from teq_graph.onnx.directory import METADATA_FILE, MODEL_FILE, VERIFIED, WRITTEN, Metadata
 from teq_graph.onnx.runtime import arguments
 from teq_graph.onnx.runtime.generation.device_decoding import try_step
 from teq_graph.onnx.runtime.last_logits import with_chosen_logits
 from teq_graph.onnx.runtime.on_device import open_on_device
+from teq_graph.system.manifest import verify_files
 
 Provider = str | tuple[str, dict[str, Any]]
 CPU: tuple[Provider, ...] = ("CPUExecutionProvider",)
@@ -23,6 +24,7 @@ CPU: tuple[Provider, ...] = ("CPUExecutionProvider",)
 # them look like a hang. Some more are let through, for a script that was written for a larger machine.
 MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
 
+_ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 _ONLY_FATAL = 4
 _EXTERNAL_TENSORS = "session.model_external_initializers_file_folder_path"
 
@@ -32,13 +34,15 @@ def open_directory(
     providers: Sequence[Provider] = CPU,
     threads: int | None = None,
     session_options: onnxruntime.SessionOptions | None = None,
+    verify: bool = True,
 ) -> tuple[onnxruntime.InferenceSession, Metadata]:
     """Session and metadata of an exported directory.
 
     `providers` are onnxruntime's, most wanted first, each a name or (name, options). `threads` is the number of
     CPU threads of one operator, None leaves it to onnxruntime. `session_options` None: its defaults, without log
-    lines, since what goes wrong is an exception. Raises InputError for a provider that this
-    onnxruntime does not have, ModelFileError for a directory that is none or damaged.
+    lines, since what goes wrong is an exception. `verify`: compare the checksums of model and weights, which takes
+    about a second a GB. Raises InputError for a provider that this onnxruntime does not have, ModelFileError for a
+    directory that is none or damaged, or whose description is of another model.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -55,17 +59,54 @@ def open_directory(
     model = path / MODEL_FILE
     if not model.is_file():
         raise ModelFileError(f"{model} is missing: accepted is {WRITTEN}")
+    if verify:
+        verify_files(path, METADATA_FILE, VERIFIED)
     try:
         source: str | bytes = str(model)
         if metadata.decoder is not None and (changed := with_chosen_logits(model)) is not None:
             source = changed
         options.add_session_config_entry(_EXTERNAL_TENSORS, str(path))
-        session = open_on_device(model, metadata, options, providers, try_step) or onnxruntime.InferenceSession(
+        session = open_on_device(model, metadata, options, providers, _try) or onnxruntime.InferenceSession(
             source, sess_options=options, providers=list(providers)
         )
     except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
         raise ModelFileError(f"{model} cannot be loaded: {one_line(error)}") from error
+    if (difference := _difference(session, metadata)) is not None:
+        raise ModelFileError(f"{path / METADATA_FILE} is of another model than {MODEL_FILE}: {difference}")
     return session, metadata
+
+
+def _try(session: onnxruntime.InferenceSession, metadata: Metadata) -> None:
+    """One step, unless it is refused below."""
+    if _difference(session, metadata) is None:
+        try_step(session, metadata)
+
+
+def _difference(session: onnxruntime.InferenceSession, metadata: Metadata) -> str | None:
+    """What a decoder's description says otherwise than its model, before caches are made by it; None: nothing."""
+    if metadata.decoder is None:
+        return None
+    cached = {item.name: item for item in session.get_inputs() if item.name.startswith("past_key_values.")}
+    layers = metadata.decoder.layers
+    if len(cached) != 2 * len(layers):
+        return f"{len(layers)} layers, while the model has {len(cached)} inputs past_key_values"
+    for index, layer in enumerate(layers):
+        for kind, size in zip(("key", "value"), layer.sizes, strict=True):
+            item = cached.get(name := f"past_key_values.{index}.{kind}")
+            if item is None:
+                return f"an input {name}, which the model does not have"
+            if len(item.shape) != 4 or not _fits(item.shape[1], size[0]) or not _fits(item.shape[3], size[1]):
+                return f"{size[0]} heads of {size[1]} for {name}, while the model takes {item.shape}"
+            if item.type != _ONNX_TYPES[metadata.dtype]:
+                return f"dtype {metadata.dtype}, while the model takes {name} as {item.type}"
+    logits = next((item.shape for item in session.get_outputs() if item.name == "logits"), None)
+    if logits is None or len(logits) != 3 or not _fits(logits[2], metadata.decoder.vocab_size):
+        return f"logits of {metadata.decoder.vocab_size} tokens, while the model gives {logits}"
+    return None
+
+
+def _fits(size: int | str | None, said: int) -> bool:
+    return size == said if isinstance(size, int) else True
 
 
 def _check_providers(providers: Sequence[Provider]) -> None:
