@@ -27,12 +27,12 @@ from torch import nn
 
 import teq_graph
 from teq_graph import QuantizationConfig
-from teq_graph.compiled import FORMAT_VERSION
 from teq_graph.errors import (
     ExportError,
     ModelFileError,
 )
 from teq_graph.loading import load_model
+from teq_graph.saving import FORMAT_VERSION
 from teq_graph.system.files import new_directory
 
 
