@@ -205,10 +205,11 @@ def test_save_into_a_protected_directory(tmp_path: Path) -> None:
     in_one_line(caught)
 
 
-@pytest.mark.parametrize("function", ["torch.export.save", "torch.save"])
+@pytest.mark.parametrize("function", ["safetensors.torch.save_file", "pathlib.Path.write_text"])
 def test_a_full_disk_leaves_nothing_behind(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-        file.write(b"half")
+    def fail(*args: Any, **kwargs: Any) -> None:
+        path = next(arg for arg in args if isinstance(arg, Path))
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     compiled = compile_mlp()
@@ -219,13 +220,20 @@ def test_a_full_disk_leaves_nothing_behind(function: str, tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_up_inside_torch_leaves_nothing_behind(tmp_path: Path) -> None:
-    """A file-size limit of the process stands for the full disk: torch's own writer meets the real error."""
+@pytest.mark.parametrize("file", ["graph.json", "tensors.safetensors"])
+def test_a_disk_that_fills_up_leaves_nothing_behind(
+    file: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A file-size limit of the process stands for the full disk: the writers themselves meet the real error."""
     resource, signal = pytest.importorskip("resource"), pytest.importorskip("signal")
-    compiled = compile_mlp()
+    model = randomize(nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, 8)))
+    compiled = compile_mlp(model, training=None)
+    sizes = {path.name: path.stat().st_size for path in compiled.save(tmp_path_factory.mktemp("whole") / "s").iterdir()}
+    assert sizes["graph.json"] < sizes["tensors.safetensors"]
+    limit = sizes[file] - 1
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         with pytest.raises(ExportError, match=r"cannot be written: .*too large") as caught:
             compiled.save(tmp_path / "saved")
     finally:
@@ -236,53 +244,66 @@ def test_a_disk_that_fills_up_inside_torch_leaves_nothing_behind(tmp_path: Path)
 
 
 def damaged(directory: Path, kind: str) -> None:
-    graph, equivalences, description = (
-        directory / "graph.pt2",
-        directory / "equivalences.pt",
-        directory / "compiled.json",
-    )
-    if kind == "truncated graph":
-        graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
-    elif kind == "other graph":
-        graph.write_bytes(b"not a zip file")
-    elif kind == "no graph":
-        graph.unlink()
-    elif kind == "no equivalences":
-        equivalences.unlink()
-    elif kind == "truncated equivalences":
-        equivalences.write_bytes(equivalences.read_bytes()[:100])
-    elif kind == "no description":
-        description.unlink()
-    elif kind == "broken description":
-        description.write_text(description.read_text()[:-20])
-    elif kind == "incomplete description":
-        description.write_text(json.dumps({"format_version": FORMAT_VERSION}))
-    elif kind == "newer format":
-        description.write_text(
-            description.read_text().replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99')
-        )
-    elif kind == "no report":
-        (directory / "report.json").unlink()
-    elif kind == "other report":
-        (directory / "report.json").write_text('{"weights": 3}')
-    elif kind == "flipped bytes":
-        content = bytearray(graph.read_bytes())
-        middle = content.find(b"codes") if b"codes" in content else len(content) // 2
-        content[middle : middle + 64] = os.urandom(64)
-        graph.write_bytes(bytes(content))
+    """Do to a saved directory what `kind` says."""
+    names = {"tensors": "tensors.safetensors", "graph": "graph.json", "description": "compiled.json"}
+    which, _, how = kind.partition(": ")
+    file = directory / names.get(which, "report.json")
+    old = file.read_bytes()
+    content = json.loads(old) if how.startswith("JSON ") else {}
+    if how == "truncated":
+        file.write_bytes(old[: len(old) // 2])
+    elif how == "flipped bytes":
+        file.write_bytes(old[: len(old) // 2] + os.urandom(64) + old[len(old) // 2 + 64 :])
+    elif how == "missing":
+        file.unlink()
+    elif how == "a folder":
+        file.unlink()
+        file.mkdir()
+    elif how.startswith("JSON without "):
+        del content[how.split()[-1]]
+        file.write_text(json.dumps(content))
+    elif how.startswith("JSON with "):
+        file.write_text(json.dumps({**content, **json.loads(how.removeprefix("JSON with "))}))
+    else:
+        file.write_text(OTHER_CONTENT[how])
+
+
+OTHER_CONTENT = {
+    "empty": "",
+    "text": "neither JSON nor safetensors",
+    "nested lists": "[" * 100_000 + "]" * 100_000,
+    "nested objects": '{"a":' * 100_000 + "0" + "}" * 100_000,
+    "a number": "3",
+    "a long number": "9" * 100_000,
+    "a list": "[]",
+    "an object": "{}",
+    "version alone": json.dumps({"format_version": FORMAT_VERSION}),
+}
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["truncated graph", "other graph", "no graph", "no equivalences", "truncated equivalences", "no description",
-     "broken description", "incomplete description", "newer format", "flipped bytes", "no report", "other report"],
-)  # fmt: skip
-def test_damaged_directories_are_refused(kind: str, tmp_path: Path) -> None:
-    compile_mlp().save(tmp_path / "saved")
+    [
+        *(f"{f}: {how}" for f in ("graph", "description", "report", "tensors") for how in OTHER_CONTENT),
+        *(f"{f}: {how}" for f in ("graph", "description", "report", "tensors") for how in ("truncated", "missing")),
+        *(f"{f}: a folder" for f in ("graph", "description", "report", "tensors")),
+        *(f"description: JSON without {key}" for key in ("format_version", "lm_head", "decoder", "modules", "device")),
+        *("graph: flipped bytes", "graph: JSON without outputs", 'graph: JSON with {"nodes": []}'),
+        *('description: JSON with {"format_version": 99}', 'description: JSON with {"more": 1}'),
+        *('description: JSON with {"lm_head": 3}', 'description: JSON with {"device": "cpu, not"}'),
+    ],
+)
+def test_damaged_directories_are_refused(kind: str, saved_mlp: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved_mlp, tmp_path / "saved")
     damaged(tmp_path / "saved", kind)
     with pytest.raises(ModelFileError, match="saved") as caught:
         teq_graph.load(tmp_path / "saved")
     in_one_line(caught)
+
+
+@pytest.fixture(scope="module")
+def saved_mlp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_mlp(training=None).save(tmp_path_factory.mktemp("mlp") / "saved")
 
 
 def test_loading_what_is_not_there(tmp_path: Path) -> None:

@@ -24,9 +24,12 @@ def tree_info(graph_module: GraphModule) -> Any:
 def describe_nodes(graph_module: GraphModule, store: TensorStore) -> list[Any]:
     """The nodes in order, their tensors in `store`. Raises ExportError for what a saved graph cannot hold."""
     described: list[Any] = []
+    varying: dict[str, str] = {}
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
-            described.append(schema.PlaceholderNode(name=node.name, sizes=declared_sizes(node)))
+            described.append(
+                schema.PlaceholderNode(name=node.name, target=node.target, sizes=declared_sizes(node, varying))
+            )
         elif node.op == "get_attr":
             try:
                 target = names.check_attribute(node.target)
@@ -62,7 +65,7 @@ def build_graph(described: schema.Graph, tensors: TensorFile, modules: Collectio
         kwargs: Mapping[str, Any] = {}
         target: Any = entry.op
         if isinstance(entry, schema.PlaceholderNode):
-            target = entry.name
+            target = entry.target
         elif isinstance(entry, schema.TensorNode):
             target = entry.target
             _store(root, target, tensors.in_order(entry.tensor, entry.order))

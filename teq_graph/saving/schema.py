@@ -26,11 +26,15 @@ class _Strict(BaseModel):
 
 
 class PlaceholderNode(_Strict):
-    """An input. `sizes` of a tensor's dimensions: a number, or any text where it may vary, equal texts for equal
-    sizes; None where it is no tensor."""
+    """An input, called `target` where the code takes it apart.
+
+    `sizes` of a tensor's dimensions: a number, or any text where it may vary, equal texts for equal sizes; None where
+    it is no tensor.
+    """
 
     op: Literal["placeholder"] = "placeholder"
     name: Identifier
+    target: Identifier
     sizes: list[Size | Text] | None
 
 

@@ -22,12 +22,14 @@ Sizes = Sequence[int | str] | None
 """Of a tensor's dimensions: a number, or a text where it may vary; equal texts are equal sizes."""
 
 
-def declared_sizes(node: Node) -> list[int | str] | None:
-    """The sizes of the tensor that an input is declared to be; None where it is no tensor."""
+def declared_sizes(node: Node, varying: dict[str, str]) -> list[int | str] | None:
+    """The sizes of the tensor that an input is declared to be; None where it is no tensor. `varying` collects the names
+    given to sizes that may vary, by how torch expresses them."""
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return None
-    return [size if isinstance(size, int) else str(size.node.expr) for size in value.shape]
+    expressions = [size if isinstance(size, int) else str(size.node.expr) for size in value.shape]
+    return [size if isinstance(size, int) else varying.setdefault(size, f"s{len(varying)}") for size in expressions]
 
 
 def give_values(graph_module: GraphModule, examples: Sequence[Any], sizes: Sequence[Sizes]) -> None:
@@ -36,21 +38,21 @@ def give_values(graph_module: GraphModule, examples: Sequence[Any], sizes: Seque
     Raises ValueError where an example is not of the size declared, and whatever ops raise on arguments that they cannot
     take.
     """
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    values: dict[Node, Any] = {}
-    inputs = [_without_data(mode, *pair) for pair in zip(examples, sizes, strict=True)]
-    _tie_sizes(inputs, sizes)
-    values.update(zip(placeholder_nodes(graph_module), inputs, strict=True))
-    with torch.no_grad(), without_dispatch_cache(), mode, enable_python_dispatcher():
-        for node in graph_module.graph.nodes:
-            if node.op == "get_attr":
-                node.meta["val"] = node_tensor(node)
-                values[node] = mode.from_tensor(node.meta["val"], static_shapes=True)
-            elif node.op == "call_function":
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                node.meta["val"] = values[node] = _call(node.target, args, kwargs)
-            elif node.op == "placeholder":
-                node.meta["val"] = values[node]
+    with torch.no_grad(), without_dispatch_cache():
+        mode = FakeTensorMode(shape_env=ShapeEnv())  # it asks for the cache when it is made
+        inputs = [_without_data(mode, *pair) for pair in zip(examples, sizes, strict=True)]
+        _tie_sizes(inputs, sizes)
+        values: dict[Node, Any] = dict(zip(placeholder_nodes(graph_module), inputs, strict=True))
+        with mode, enable_python_dispatcher():
+            for node in graph_module.graph.nodes:
+                if node.op == "get_attr":
+                    node.meta["val"] = node_tensor(node)
+                    values[node] = mode.from_tensor(node.meta["val"], static_shapes=True)
+                elif node.op == "call_function":
+                    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                    node.meta["val"] = values[node] = _call(node.target, args, kwargs)
+                elif node.op == "placeholder":
+                    node.meta["val"] = values[node]
 
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from teq_graph.errors import ExportError, one_line
 
@@ -52,44 +51,6 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ExportError(f"{target} exists: accepted is a new directory, or overwrite=True")
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file: accepted is a directory")
-
-
-class _PatientFile(io.RawIOBase):
-    """A binary file that keeps the first OSError of a write to itself and takes everything that follows."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self.file.seek(offset, whence)
-
-    def write(self, data: Any) -> int:
-        if self.error is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-
-@contextlib.contextmanager
-def torch_file(path: Path) -> Iterator[Any]:
-    """A new file for `torch.save` and `torch.export.save`; OSError is raised when the block ends.
-
-    Their zip writer answers a write that fails in a destructor, which ends the process.
-    """
-    with path.open("wb") as file:
-        patient = _PatientFile(file)
-        yield patient
-        if patient.error is not None:
-            raise patient.error
 
 
 def write_json(path: Path, content: Any) -> None:
