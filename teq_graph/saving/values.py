@@ -39,7 +39,8 @@ def give_values(graph_module: GraphModule, examples: Sequence[Any], sizes: Seque
     take.
     """
     with torch.no_grad(), without_dispatch_cache():
-        mode = FakeTensorMode(shape_env=ShapeEnv())  # it asks for the cache when it is made
+        # As torch.export makes it: passes call ops on these values and weights. It asks for the cache when it is made.
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         inputs = [_without_data(mode, *pair) for pair in zip(examples, sizes, strict=True)]
         _tie_sizes(inputs, sizes)
         values: dict[Node, Any] = dict(zip(placeholder_nodes(graph_module), inputs, strict=True))
