@@ -126,13 +126,19 @@ def load(directory: str | PathLike[str]) -> CompiledModel:
     Raises ModelFileError where files are missing or damaged, or a module outside transformers that defines types
     or operators of the graph is not imported.
     """
+    import pydantic
+
     from teq_graph.saving import directory as saved
-    from teq_graph.saving.schema import read_json
+    from teq_graph.saving.schema import damaged, read_json
 
     source = Path(directory)
     try:
         captured, equivalences = saved.read(source, saved.read_description(source))
-        report = Report.from_dict(read_json(source / REPORT_FILE))
+        report_data = read_json(source / REPORT_FILE)
+        try:
+            report = Report.from_dict(report_data)
+        except pydantic.ValidationError as error:
+            raise damaged(source / REPORT_FILE, error) from error
         return CompiledModel(captured, equivalences, report, *_pretrained_parts(source))
     except ModelFileError as error:
         if str(source) in str(error):
