@@ -19,6 +19,7 @@ from support.architectures import GQA, VOCAB
 from support.compiling import compile_llama, compile_with_kwargs, in_one_line
 
 import teq_graph
+from teq_graph import loading
 from teq_graph.errors import ModelFileError
 from teq_graph.loading import load_model
 
@@ -325,6 +326,15 @@ def test_custom_code_is_not_run_and_not_asked_for(stories260k: Any, tmp_path: Pa
         if message is not None:
             assert "\n" not in message and "trust_remote_code" not in message and "weights_only" not in message
             assert "is not run" in message
+
+
+def test_a_model_whose_tokenizer_is_code_is_not_loaded_without_it(stories260k: Any, tmp_path: Path) -> None:
+    """Where a tokenizer is optional, as on the hub, too."""
+    stories260k.model.save_pretrained(tmp_path)
+    plant(tmp_path, "tokenizer", tmp_path / "it ran")
+    with pytest.raises(ModelFileError, match="custom code, which is not run") as caught:
+        loading._load("an id", str(tmp_path), "id", "float32", tokenizer_expected=None)
+    in_one_line(caught)
 
 
 def test_attention_from_the_hub_is_refused(tmp_path: Path) -> None:
