@@ -206,7 +206,7 @@ def test_without_the_device_it_was_on_it_is_on_the_cpu(tmp_path: Path) -> None:
     assert not any("cuda" in str(node.args) + str(node.kwargs) for node in loaded.graph_module.graph.nodes)
 
 
-@pytest.mark.parametrize("kind", ["complex128", "sparse", "an operator of no module", "a local class"])
+@pytest.mark.parametrize("kind", ["complex128", "sparse", "an operator of no module", "a local class", "a long name"])
 def test_what_a_saved_directory_cannot_hold(kind: str, tmp_path: Path) -> None:
     library = torch.library.Library("test_saving", "FRAGMENT")
     if not hasattr(torch.ops.test_saving, "double"):
@@ -227,9 +227,11 @@ def test_what_a_saved_directory_cannot_hold(kind: str, tmp_path: Path) -> None:
                 return (result * self.complex).real
             if kind == "an operator of no module":
                 return torch.ops.test_saving.double(result)
-            return Local(result)
+            return result if kind == "a long name" else Local(result)
 
     compiled = compile_mlp(Model().eval(), training=None)
+    if kind == "a long name":
+        compiled.captured.lm_head = "x" * 1001
     if kind == "sparse":
         graph = compiled.graph_module
         graph.get_submodule("linear").bias = torch.eye(16)[0].to_sparse()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
@@ -56,6 +57,13 @@ class SavedGraph:
 
 def describe(captured: CapturedGraph, equivalences: Iterable[Equivalence]) -> SavedGraph:
     """`captured` and its `equivalences` as data. Raises ExportError for what a saved directory cannot hold."""
+    try:
+        return _describe(captured, equivalences)
+    except pydantic.ValidationError as error:
+        raise ExportError(f"the graph cannot be saved: {schema.first_fault(error)}") from error
+
+
+def _describe(captured: CapturedGraph, equivalences: Iterable[Equivalence]) -> SavedGraph:
     graph_module, store = captured.graph_module, TensorStore()
     info = tree_info(graph_module)
     # In the order in which the graph takes them, which is its own for those with names.

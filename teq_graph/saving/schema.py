@@ -171,7 +171,12 @@ def validated(kind: type[Content], data: Any, path: Path) -> Content:
 
 def damaged(path: Path, error: pydantic.ValidationError) -> ModelFileError:
     """A refusal of `path` that names the first place that is wrong, and what stands there."""
+    return ModelFileError(f"{path} is damaged: {first_fault(error)}")
+
+
+def first_fault(error: pydantic.ValidationError) -> str:
+    """The first place that is wrong, why, and what stands there."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"][:8])
     given = "" if first["type"] == "missing" else f", not {str(first['input'])[:60]!r}"
-    return ModelFileError(f"{path} is damaged: {repr(place)[1:-1][:100]}: {repr(first['msg'])[1:-1][:100]}{given}")
+    return f"{repr(place)[1:-1][:100]}: {repr(first['msg'])[1:-1][:100]}{given}"
