@@ -54,7 +54,7 @@ def name_of(target: Any) -> str:
         return _NAMES[target]
     else:
         reason = "accepted are operators of torch and functions of sizes"
-    raise ExportError(f"the graph calls {getattr(target, '__name__', target)}, which cannot be saved: {reason}")
+    raise ExportError(f"the graph calls {target}, which cannot be saved: {reason}")
 
 
 def target_of(name: str, modules: Collection[str]) -> Any:
