@@ -266,7 +266,7 @@ def test_own_samples() -> None:
         ([torch.zeros(1, 2, 3, dtype=torch.int64)], "integer tensors"),
         (["1 2", 3], "element 1 is int"),
         ([object()], "object"),
-        (7, "it is int"),
+        (7, "calibration=7"),
         ([{"attention_mask": torch.ones(1, 2)}], "input_ids is missing"),
         ([{"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 3)}], "equal shapes"),
         ("no-such-file.txt", "no such file"),
@@ -286,7 +286,7 @@ def test_text_without_a_tokenizer(tmp_path: Path) -> None:
 
 def test_binary_file(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(bytes(range(256)))
-    with pytest.raises(InputError, match="accepted is text in UTF-8"):
+    with pytest.raises(InputError, match="accepted is a text file in UTF-8"):
         batches_of(tmp_path / "binary")
 
 

@@ -217,3 +217,10 @@ def float_dtype(model: nn.Module) -> torch.dtype:
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.float32
+
+
+def magnitude(tensor: Tensor) -> float:
+    """The largest absolute value that is finite; 0 where there is none."""
+    finite = tensor.double().abs()
+    finite = finite[finite.isfinite()]
+    return float(finite.max()) if finite.numel() else 0.0
