@@ -40,7 +40,7 @@ class DecoderOutput(NamedTuple):
     past_key_values: list[tuple[Tensor, Tensor]]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class CompiledModel:
     """A quantized model.
 
@@ -54,6 +54,17 @@ class CompiledModel:
     tokenizer: Any = None
     config: Any = None
     generation_config: Any = None
+
+    def __repr__(self) -> str:
+        return f"CompiledModel({', '.join([*self._model_names(), self.report.summary()])})"
+
+    def _repr_html_(self) -> str:
+        return self.report.to_html(" ".join(["CompiledModel", *self._model_names()]))
+
+    def _model_names(self) -> list[str]:
+        """The Hugging Face model's class or else its type, where its config says which."""
+        names = getattr(self.config, "architectures", None) or [getattr(self.config, "model_type", None)]
+        return [str(name) for name in names[:1] if name]
 
     @property
     def graph_module(self) -> GraphModule:
