@@ -22,7 +22,7 @@ from teq_graph.calibration import TokenInputs, calibration_batches, decoding_ste
 from teq_graph.calibration.self_sampling import StepFn, sample_text
 from teq_graph.capture import capture
 from teq_graph.config import TrainingConfig
-from teq_graph.errors import InputError, NumericsError
+from teq_graph.errors import ConfigError, InputError, NumericsError
 from teq_graph.loading import LoadedModel
 from teq_graph.passes.grow_caches_in_place import append
 
@@ -482,3 +482,13 @@ def test_a_past_without_room_is_copied() -> None:
     expected = torch.cat([buffer[:, :, :4], new], 2)
     grown = append(buffer[:, :, :4], new)
     assert torch.equal(grown, expected) and grown.data_ptr() == buffer.data_ptr()
+
+
+@pytest.mark.parametrize(("option", "value"), [("samples", 2**31 - 1), ("length", 2**31 - 1)])
+def test_own_text_that_no_memory_holds(option: str, value: int) -> None:
+    """Refused before anything is allocated; BLOOM names no limit of positions."""
+    training = TrainingConfig(**{"samples": 4, "length": 2**20, option: value})
+    captured = capture(BY_NAME["BLOOM"].build())
+    with pytest.raises(ConfigError, match=rf"{option}={value}.* GB of memory; accepted is what fits") as caught:
+        calibration_batches(None, captured, training, None)
+    assert "\n" not in str(caught.value)

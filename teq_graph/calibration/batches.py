@@ -15,13 +15,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
 from teq_graph.calibration.decoding_step import decoding_step
-from teq_graph.calibration.self_sampling import sample_text
+from teq_graph.calibration.self_sampling import WRITTEN_AT_ONCE, sample_text
 from teq_graph.calibration.sources import WindowChooser, elements_of, join_texts, text_column, text_of, token_rows
 from teq_graph.capture import CapturedGraph
 from teq_graph.capture.captured import symbol
 from teq_graph.config import TrainingConfig
-from teq_graph.errors import InputError, NumericsError
+from teq_graph.errors import ConfigError, InputError, NumericsError
 from teq_graph.graph.nodes import placeholder_nodes
+from teq_graph.system.memory import available_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,6 +137,7 @@ def calibration_batches(
 
     def sample(samples: int, length: int, seed: int) -> Tensor:
         assert decoder is not None
+        _check_memory(captured, samples, length)
         return sample_text(
             decoding_step(captured, length),
             samples=samples,
@@ -160,12 +162,26 @@ def calibration_batches(
     )
 
 
+def _check_memory(captured: CapturedGraph, samples: int, length: int) -> None:
+    """Raises ConfigError where text of the model's own does not fit in memory, with the cache that writing it takes."""
+    assert captured.decoder is not None
+    elements = sum(heads * dim for layer in captured.decoder.layers for heads, dim in layer.sizes)
+    tokens = torch.empty(0, dtype=torch.int64).element_size() * samples * length
+    needed = tokens + min(samples, WRITTEN_AT_ONCE) * length * elements * captured.dtype.itemsize
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"samples={samples}, length={length}: text of the model's own takes {needed / 1e9:,.1f} GB of memory; "
+            f"accepted is what fits in the {available / 1e9:,.1f} GB that are free"
+        )
+
+
 def _leading_token(tokenizer: Any) -> int | None:
     """The token that the tokenizer puts before every text, if it does."""
     if tokenizer is None:
         return None
     ids = tokenizer("a")["input_ids"]
-    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+    return ids[0] if ids and ids[0] == getattr(tokenizer, "bos_token_id", None) else None
 
 
 def _batch_rows(rows: Iterable[Tensor], batch_size: int, masked: bool) -> list[Batch]:
