@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,13 +19,16 @@ from torch.fx import GraphModule
 from teq_graph import pipeline
 from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor
 from teq_graph.capture import CapturedGraph, DecoderShape, adopt
-from teq_graph.errors import ModelFileError, one_line
+from teq_graph.capture.captured import DECODER_INPUTS
+from teq_graph.config import check_type
+from teq_graph.errors import InputError, ModelFileError, brief, one_line
 from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.graph.tensors import clone_graph, node_tensor, set_tensor
 from teq_graph.graph.tracing import without_dispatch_cache
 from teq_graph.report import REPORT_FILE, Report
 from teq_graph.system.files import new_directory, torch_file, write_json
 from teq_graph.system.quiet import quiet
+from teq_graph.system.texts import path_of
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -78,12 +82,14 @@ class CompiledModel:
         A causal language model takes `input_ids` and, optionally, `attention_mask` (over past and present)
         and `past_key_values` (as returned), and returns a `DecoderOutput`.
         """
+        if len(args) > len(DECODER_INPUTS) and self.captured.decoder is not None:
+            raise InputError(f"{len(args)} positional inputs: accepted are {', '.join(DECODER_INPUTS)}")
         if args and kwargs and self.captured.decoder is None:
             return self.graph_module(*args, **kwargs)
         if len(args) == 1 and isinstance(args[0], dict):
             inputs: Any = args[0]
         elif self.captured.decoder is not None:
-            inputs = dict(zip(("input_ids", "attention_mask", "past_key_values"), args, strict=False)) | kwargs
+            inputs = dict(zip(DECODER_INPUTS, args, strict=False)) | kwargs
         else:
             inputs = args or kwargs
         bound_args, bound_kwargs = self.captured.bind(inputs)
@@ -94,7 +100,6 @@ class CompiledModel:
 
     def to(self, device: str | torch.device) -> CompiledModel:
         """Move every tensor, and the graph's own device arguments, to `device`; returns self."""
-        device = torch.device(device)
         self.captured.move_to(device)
         return self
 
@@ -110,6 +115,7 @@ class CompiledModel:
         accuracy_level: MatMulNBits' own: 0 unset, 1 float32, 4 int8 activations. Raises ExportError; nothing
         is left behind then.
         """
+        _check_target(directory, overwrite)
         from teq_graph.onnx.export import export_onnx
 
         return export_onnx(
@@ -126,6 +132,7 @@ class CompiledModel:
 
     def save(self, directory: str | PathLike[str], overwrite: bool = False) -> Path:
         """Write the compiled model to `directory`, for `teq_graph.load`; whole or not at all."""
+        _check_target(directory, overwrite)
         target = Path(directory)
         captured = self.captured
         with torch.no_grad(), without_dispatch_cache():
@@ -168,7 +175,14 @@ def load(directory: str | PathLike[str]) -> CompiledModel:
     Raises ModelFileError where files are missing or damaged, or a module outside transformers that defines types
     or operators of the graph is not imported.
     """
-    source = Path(directory)
+    if not isinstance(directory, (str, os.PathLike)):
+        raise ModelFileError(f"directory={brief(directory)}: accepted is the path of a directory written by save()")
+    try:
+        source = path_of(directory)
+    except ValueError as error:
+        raise ModelFileError(f"directory {brief(directory)}: {error}") from error
+    if not source.is_dir():
+        raise ModelFileError(f"directory {brief(str(source))} is missing: accepted is one written by save()")
     try:
         description = json.loads((source / DESCRIPTION_FILE).read_text(encoding="utf-8"))
         version = description.get("format_version")
@@ -210,6 +224,12 @@ def load(directory: str | PathLike[str]) -> CompiledModel:
         graph_module, args, kwargs, _dynamic_shapes(graph_module, args, kwargs), decoder, description["lm_head"]
     )
     return CompiledModel(captured, equivalences, report, tokenizer, config, generation_config)
+
+
+def _check_target(directory: object, overwrite: object) -> None:
+    check_type("directory", directory, (str, os.PathLike), "a path")
+    # A string such as "no" would count as true, and cost what is there.
+    check_type("overwrite", overwrite, bool, "True or False")
 
 
 def _compact(graph_module: GraphModule) -> GraphModule:

@@ -59,9 +59,9 @@ class WeightSpec:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        _set(self, "bits", _integer_of("bits", self.bits, BITS, f"{BITS}"))
+        _set(self, "bits", integer_of("bits", self.bits, BITS, f"{BITS}"))
         accepted = f"{GROUP_SIZES} (-1: one group per output channel)"
-        _set(self, "group_size", _integer_of("group_size", self.group_size, GROUP_SIZES, accepted))
+        _set(self, "group_size", integer_of("group_size", self.group_size, GROUP_SIZES, accepted))
         _check_flag("symmetric", self.symmetric)
 
     def __str__(self) -> str:
@@ -272,7 +272,8 @@ def _integer(name: str, value: object, least: int, most: int) -> int:
     return number
 
 
-def _integer_of(name: str, value: object, choices: Collection[int], accepted: str) -> int:
+def integer_of(name: str, value: object, choices: Collection[int], accepted: str) -> int:
+    """`value` as Python's own integer, which numpy's becomes; raises ConfigError where it is none of `choices`."""
     number = _as_int(value)
     if number is None or number not in choices:
         raise ConfigError(f"{name}={brief(value)}: accepted are {accepted}")

@@ -20,7 +20,7 @@ from teq_graph.calibration.sources import WindowChooser, elements_of, join_texts
 from teq_graph.capture import CapturedGraph
 from teq_graph.capture.captured import symbol
 from teq_graph.config import TrainingConfig
-from teq_graph.errors import ConfigError, InputError, NumericsError
+from teq_graph.errors import ConfigError, InputError, NumericsError, brief
 from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.system.memory import available_bytes
 
@@ -232,7 +232,19 @@ def _form_of_row(batch: Batch) -> tuple[object, ...] | None:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors or any(leaf.dim() == 0 or leaf.shape[0] != 1 for leaf in tensors):
         return None
-    return str(structure), *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    return str(structure), *(
+        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else _identity(leaf) for leaf in leaves
+    )
+
+
+def _identity(value: object) -> object:
+    """Equal for values that are alike, and for tensors of one kind."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    try:
+        return repr(value)
+    except Exception:  # of a class of the caller's own
+        return id(value)
 
 
 def _concatenated(*leaves: Any) -> Any:
@@ -247,7 +259,13 @@ def _check_tokens(batch: dict[str, Any], index: int, tokens: TokenInputs) -> Non
     ids = torch.stack(rows) if rows else torch.empty(0, 0, dtype=torch.int64)
     batch["input_ids"] = ids.to(tokens.ids)
     if tokens.mask is not None:
-        mask = torch.atleast_2d(torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids)))).to(tokens.mask)
+        given = batch.get("attention_mask", torch.ones_like(ids))
+        try:
+            mask = torch.atleast_2d(torch.as_tensor(given)).to(tokens.mask)
+        except (RuntimeError, TypeError, ValueError):
+            raise InputError(
+                f"calibration: attention_mask of batch {index} is {brief(given)}; accepted are tensors [b, s]"
+            ) from None
         batch["attention_mask"] = mask
         if mask.shape != ids.shape:
             shapes = f"attention_mask {list(mask.shape)} and input_ids {list(ids.shape)}"

@@ -45,11 +45,11 @@ def overrides(options: Sequence[str] | None) -> dict[str, dict[str, Any]]:
             name, _, value = setting.partition("=")
             try:
                 values[name] = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 pattern = ""
         if not pattern:
             accepted = "PATTERN:NAME=VALUE,… with bits, group_size and symmetric (true or false)"
-            raise ConfigError(f"--override {option!r}: accepted is {accepted}")
+            raise ConfigError(f"--override {brief(option)}: accepted is {accepted}")
         result[pattern] = values
     return result
 
