@@ -129,9 +129,7 @@ def _load(
             raise
         except Exception as error:  # transformers, safetensors, gguf and the hub raise whatever they like
             if "local_files_only" in where:
-                reason = (
-                    "no such directory; the Hugging Face hub does not answer, and its cache lacks files of the model"
-                )
+                reason = "no such directory; the Hugging Face hub does not answer, and its cache lacks files of it"
             elif Path(directory).is_dir():
                 reason = one_line(error)
             else:

@@ -248,7 +248,7 @@ def test_absurd_configurations(llama_dir: Path, name: str, value: Any) -> None:
         made = sum(parameter.numel() for parameter in load_model(llama_dir).model.parameters())
     except TeqGraphError as error:
         refusal = str(error)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10  # one second on a quiet machine; three minutes, and all memory, before
     assert "\n" not in refusal and "above" not in refusal and (str(llama_dir) in refusal or 0 < made < 10**6)
 
 
