@@ -49,7 +49,7 @@ def read_text(name: str, value: str | os.PathLike[str]) -> str:
             content = file.read(MOST_BYTES).decode("utf-8")
     except IsADirectoryError:
         raise InputError(f"{where}: it is a directory; accepted is a text file in UTF-8") from None
-    except (OSError, ValueError) as error:
+    except (MemoryError, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{where}: {one_line(error)}; accepted is a text file in UTF-8") from error
