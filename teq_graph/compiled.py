@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -12,14 +13,17 @@ from torch.fx import GraphModule
 
 from teq_graph.analysis.equivalences.equivalence import Equivalence
 from teq_graph.capture import CapturedGraph
-from teq_graph.errors import ModelFileError
-from teq_graph.loading import reason_of
+from teq_graph.capture.captured import DECODER_INPUTS
+from teq_graph.config import check_type
+from teq_graph.errors import InputError, ModelFileError, brief
+from teq_graph.loading import load_tokenizer, quiet_transformers, reason_of
 from teq_graph.provenance import provenance
 from teq_graph.report import REPORT_FILE, Report
 from teq_graph.saving import DESCRIPTION_FILE, GRAPH_FILE, TENSORS_FILE
 from teq_graph.system.directories import new_directory
 from teq_graph.system.files import write_json
 from teq_graph.system.manifest import verify_files
+from teq_graph.system.texts import path_of
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -32,7 +36,7 @@ class DecoderOutput(NamedTuple):
     past_key_values: list[tuple[Tensor, Tensor]]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class CompiledModel:
     """A quantized model.
 
@@ -47,6 +51,17 @@ class CompiledModel:
     config: Any = None
     generation_config: Any = None
 
+    def __repr__(self) -> str:
+        return f"CompiledModel({', '.join([*self._model_names(), self.report.summary()])})"
+
+    def _repr_html_(self) -> str:
+        return self.report.to_html(" ".join(["CompiledModel", *self._model_names()]))
+
+    def _model_names(self) -> list[str]:
+        """The Hugging Face model's class or else its type, where its config says which."""
+        names = getattr(self.config, "architectures", None) or [getattr(self.config, "model_type", None)]
+        return [str(name) for name in names[:1] if name]
+
     @property
     def graph_module(self) -> GraphModule:
         """The quantized graph: printable, exportable, compilable."""
@@ -59,12 +74,14 @@ class CompiledModel:
         A causal language model takes `input_ids` and, optionally, `attention_mask` (over past and present)
         and `past_key_values` (as returned), and returns a `DecoderOutput`.
         """
+        if len(args) > len(DECODER_INPUTS) and self.captured.decoder is not None:
+            raise InputError(f"{len(args)} positional inputs: accepted are {', '.join(DECODER_INPUTS)}")
         if args and kwargs and self.captured.decoder is None:
             return self.graph_module(*args, **kwargs)
         if len(args) == 1 and isinstance(args[0], dict):
             inputs: Any = args[0]
         elif self.captured.decoder is not None:
-            inputs = dict(zip(("input_ids", "attention_mask", "past_key_values"), args, strict=False)) | kwargs
+            inputs = dict(zip(DECODER_INPUTS, args, strict=False)) | kwargs
         else:
             inputs = args or kwargs
         bound_args, bound_kwargs = self.captured.bind(inputs)
@@ -75,7 +92,6 @@ class CompiledModel:
 
     def to(self, device: str | torch.device) -> CompiledModel:
         """Move every tensor, and the graph's own device arguments, to `device`; returns self."""
-        device = torch.device(device)
         self.captured.move_to(device)
         return self
 
@@ -91,6 +107,7 @@ class CompiledModel:
         accuracy_level: MatMulNBits' own: 0 unset, 1 float32, 4 int8 activations. Raises ExportError; nothing
         is left behind then.
         """
+        _check_target(directory, overwrite)
         from teq_graph.onnx.export import export_onnx
 
         return export_onnx(
@@ -109,6 +126,7 @@ class CompiledModel:
         """Write the compiled model to `directory`, for `teq_graph.load`; whole or not at all."""
         from teq_graph.saving.directory import describe
 
+        _check_target(directory, overwrite)
         target = Path(directory)
         saved = describe(self.captured, self.equivalences)
         with new_directory(target, overwrite, DESCRIPTION_FILE) as staging:
@@ -136,7 +154,14 @@ def load(directory: str | PathLike[str], verify: bool = True) -> CompiledModel:
     from teq_graph.saving import directory as saved
     from teq_graph.saving.schema import damaged, read_json
 
-    source = Path(directory)
+    if not isinstance(directory, (str, os.PathLike)):
+        raise ModelFileError(f"directory={brief(directory)}: accepted is the path of a directory written by save()")
+    try:
+        source = path_of(directory)
+    except ValueError as error:
+        raise ModelFileError(f"directory {brief(directory)}: {error}") from error
+    if not source.is_dir():
+        raise ModelFileError(f"directory {brief(str(source))} is missing: accepted is one written by save()")
     try:
         description = saved.read_description(source)
         if verify:
@@ -158,17 +183,24 @@ def load(directory: str | PathLike[str], verify: bool = True) -> CompiledModel:
         raise ModelFileError(f"{source} cannot be read as a compiled model: {reason_of(error)}") from error
 
 
+def _check_target(directory: object, overwrite: object) -> None:
+    check_type("directory", directory, (str, os.PathLike), "a path")
+    # A string such as "no" would count as true, and cost what is there.
+    check_type("overwrite", overwrite, bool, "True or False")
+
+
 def _pretrained_parts(directory: Path) -> tuple[Any, Any, Any]:
     """Tokenizer, config and generation config, where the directory has them."""
     if not (directory / "config.json").exists():
         return None, None, None
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    generation = None
-    if (directory / "generation_config.json").exists():
-        generation = GenerationConfig.from_pretrained(directory)
-    tokenizer = None
-    if (directory / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        generation = None
+        if (directory / "generation_config.json").exists():
+            generation = GenerationConfig.from_pretrained(directory)
+        tokenizer = None
+        if (directory / "tokenizer_config.json").exists():
+            tokenizer = load_tokenizer(str(directory), str(directory), local_files_only=True)
     return tokenizer, config, generation

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from teq_graph.config import DTYPES
-from teq_graph.errors import ConfigError, ModelFileError, one_line
+from teq_graph.config import DTYPES, check_choice
+from teq_graph.errors import ModelFileError, brief, one_line
+from teq_graph.plausibility import check_layers, hub_answers, no_more_weights_than_files
 from teq_graph.system import progress
+from teq_graph.system.texts import path_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,10 +65,14 @@ def load_model(source: str | Path, dtype: str = "float32") -> LoadedModel:
     Raises ModelFileError where there is no model, where it cannot be read, where weights are missing or already
     quantized; ConfigError for another dtype.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: accepted are {', '.join(DTYPES)}")
-    source = str(source)
-    path = _default_model_file() if source == DEFAULT_MODEL else Path(source).expanduser()
+    check_choice("dtype", dtype, DTYPES)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ModelFileError(f"model={brief(source)}: accepted are a hub id and the path of a directory or .gguf file")
+    source = os.fspath(source)
+    try:
+        path = _default_model_file() if source == DEFAULT_MODEL else path_of(source)
+    except ValueError as error:
+        raise ModelFileError(f"model {brief(source)}: {error}") from error
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelFileError(f"model directory {source!r}: it has no config.json")
@@ -79,8 +86,10 @@ def load_model(source: str | Path, dtype: str = "float32") -> LoadedModel:
     if path.exists():
         raise ModelFileError(f"model {source!r}: accepted files are .gguf; safetensors are given by their directory")
     if not _HUB_ID.fullmatch(source):
-        raise ModelFileError(f"model {source!r}: no such file or directory, and not the form of a hub id")
-    return _load(source, source, source.rpartition("/")[2], dtype, tokenizer_expected=None)
+        raise ModelFileError(f"model {brief(source)}: no such file or directory, and not the form of a hub id")
+    with quiet_transformers():
+        where = {} if hub_answers(source) else {"local_files_only": True}
+    return _load(source, source, source.rpartition("/")[2], dtype, tokenizer_expected=None, **where)
 
 
 def source_files(source: str | Path, config: Any) -> list[Path]:
@@ -135,11 +144,12 @@ def _has_tokenizer(directory: Path) -> bool:
 
 
 def _load(
-    source: str, directory: str, name: str, dtype: str, *, tokenizer_expected: bool | None, **where: str
+    source: str, directory: str, name: str, dtype: str, *, tokenizer_expected: bool | None, **where: Any
 ) -> LoadedModel:
     """Load what the user calls `source` from a directory or a hub id.
 
-    `where` holds `gguf_file`; `tokenizer_expected` None: take the tokenizer if there is one.
+    `where` holds `gguf_file`, or `local_files_only` where the hub does not answer; `tokenizer_expected` None: take the
+    tokenizer if there is one.
     """
     with progress.task(f"Loading {name}"), quiet_transformers():
         try:
@@ -148,7 +158,9 @@ def _load(
             raise
         except Exception as error:  # transformers, safetensors, gguf and the hub raise whatever they like
             reason = reason_of(error)
-            if not Path(directory).is_dir() and reason not in (_CUSTOM_CODE, _PICKLED):
+            if "local_files_only" in where and reason not in (_CUSTOM_CODE, _PICKLED):
+                reason = "no such directory; the Hugging Face hub does not answer, and its cache lacks files of it"
+            elif not Path(directory).is_dir() and reason not in (_CUSTOM_CODE, _PICKLED):
                 reason = f"no such directory, and the Hugging Face hub gives none: {reason}"
             raise ModelFileError(f"model {source!r} cannot be loaded: {reason}") from error
         tokenizer = None
@@ -161,14 +173,17 @@ def _load(
     return LoadedModel(model, tokenizer, name)
 
 
-def _load_weights(source: str, directory: str, dtype: str, where: dict[str, str]) -> PreTrainedModel:
+def _load_weights(source: str, directory: str, dtype: str, where: dict[str, Any]) -> PreTrainedModel:
     import transformers
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
+    if "gguf_file" not in where:
+        # As the file has it: the configuration's own class makes lists of so many layers.
+        check_layers(source, PreTrainedConfig.get_config_dict(directory, **where)[0])
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **where)
     _refuse_kernels(source, config)
     options: dict[str, Any] = {"config": config, "dtype": getattr(torch, dtype), "trust_remote_code": False, **where}
-    if where:
+    if "gguf_file" in where:
         # plain weights, whatever kernels are installed; the config then holds no trace of the file's own
         # quantization, which `save_pretrained` would refuse; older versions know nothing else
         if (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
@@ -176,7 +191,13 @@ def _load_weights(source: str, directory: str, dtype: str, where: dict[str, str]
     elif (quantization := getattr(config, "quantization_config", None)) is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ModelFileError(f"model {source!r}: already quantized ({method}); accepted are float weights")
-    model, info = _model_class(config).from_pretrained(directory, output_loading_info=True, **options)
+    # Weights of another shape are refused below, by name.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with no_more_weights_than_files(source, directory, where.get("gguf_file")):
+        model, info = _model_class(config).from_pretrained(directory, **options)
+    for name, shape, described in sorted(map(tuple, info["mismatched_keys"])):
+        shapes = f"is {list(shape)} in the files and {list(described)} in the configuration"
+        raise ModelFileError(f"model {source!r}: weight {name!r} {shapes}; accepted are equal shapes")
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelFileError(f"model {source!r}: weight {missing[0]!r}{more} missing from the files")
@@ -229,10 +250,12 @@ def _check_gguf(path: Path) -> None:
     import gguf
 
     try:
-        gguf.GGUFReader(str(path))  # read once: `_fast_gguf` keeps it
+        reader = gguf.GGUFReader(str(path))  # read once: `_fast_gguf` keeps it
+        counts = {name: field.contents() for name, field in reader.fields.items() if name.endswith("block_count")}
     except Exception as error:  # of numpy and struct, where a number in the file leads nowhere
         message = f"model file {str(path)!r} is cut short, damaged, or no GGUF file: {one_line(error)}"
         raise ModelFileError(message) from error
+    check_layers(str(path), {f"{name} (layers)": count for name, count in counts.items()})
 
 
 @contextlib.contextmanager

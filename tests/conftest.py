@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import teq_graph.onnx  # noqa: F401  before onnxruntime, which would report from every run of the tests otherwise
 from teq_graph import pipeline
 from teq_graph.loading import DEFAULT_MODEL, LoadedModel, load_model
 

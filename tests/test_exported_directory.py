@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from support.graphs import relative_error
+from support.names import stable
 from support.onnx import export_language_model
 from torch import nn
 
@@ -127,7 +128,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
             "key_heads=1000000000000.0",
         ),
     ],
-    ids=repr,
+    ids=stable,
 )
 def test_a_damaged_description(stories_dir: Path, changes: dict[str, Any], named: str, tmp_path: Path) -> None:
     directory = shutil.copytree(stories_dir, tmp_path / "out")

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"config"},
     {"kernels"},
-    {"system"},
+    {"system", "plausibility"},
     {"graph", "quantization"},
     {"capture", "ops", "loading"},
     {"analysis"},

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers.generation.logits_process as reference
+from support.names import stable
 from transformers import GenerationConfig
 
 from teq_graph.errors import InputError, NumericsError
@@ -111,7 +112,7 @@ def test_extreme_temperatures_and_logits() -> None:
     assert strict(np.array([[0.0, 0.1, -0.1]])).tolist() == [1]
 
 
-@pytest.mark.parametrize("row", [[0.0, np.nan], [0.0, np.inf], [np.inf, -np.inf], [-np.inf, -np.inf]], ids=repr)
+@pytest.mark.parametrize("row", [[0.0, np.nan], [0.0, np.inf], [np.inf, -np.inf], [-np.inf, -np.inf]], ids=stable)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite(row: list[float], temperature: float) -> None:
     for dtype in (np.float32, np.float64):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.compiling import in_one_line
+from support.names import stable
 from torch.utils import _pytree as pytree
 
 from teq_graph.errors import ExportError, ModelFileError
@@ -37,7 +38,7 @@ ARGUMENTS = (
 )
 
 
-@pytest.mark.parametrize("value", ARGUMENTS, ids=repr)
+@pytest.mark.parametrize("value", ARGUMENTS, ids=stable)
 def test_arguments_come_back(value: Any) -> None:
     back = through_json(value)
     assert back == value and type(back) is type(value) and repr(back) == repr(value)
@@ -82,7 +83,7 @@ def test_structures_come_back(value: Any) -> None:
     assert trees.build(data, {__name__}) == spec
 
 
-@pytest.mark.parametrize("value", [{(1, 2): 3}, collections.defaultdict(list, a=1), torch.Size([2, 3])], ids=repr)
+@pytest.mark.parametrize("value", [{(1, 2): 3}, collections.defaultdict(list, a=1), torch.Size([2, 3])], ids=stable)
 def test_other_structures_are_refused(value: Any) -> None:
     with pytest.raises(ExportError) as caught:
         trees.describe(pytree.tree_structure(value))

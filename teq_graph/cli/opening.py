@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teq_graph.errors import ConfigError, ModelFileError
+from teq_graph.errors import ConfigError, ModelFileError, brief
 from teq_graph.system import progress
+from teq_graph.system.texts import path_of
 
 # torch, transformers and onnxruntime take seconds to import: only inside the functions.
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ def open_language_model(source: str, threads: int | None, provider: str | None, 
     """A float model or what quantize wrote; the other arguments are for the latter only."""
     from teq_graph.onnx.directory import METADATA_FILE, MODEL_FILE
 
-    directory = Path(source).expanduser()
+    try:
+        directory = path_of(source)
+    except ValueError as error:
+        raise ModelFileError(f"model {brief(source)}: {error}") from error
     if any((directory / name).exists() for name in (METADATA_FILE, MODEL_FILE)):
         decoder = open_decoder(directory, threads, provider, verify)
         return LanguageModel("onnxruntime", onnx_logits(decoder), decoder.tokenizer, decoder.shape.max_positions)
