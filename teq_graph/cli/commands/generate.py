@@ -68,7 +68,7 @@ def generate(
         "seed": seed,
         "prompt_lookup_num_tokens": prompt_lookup,
     }
-    decoder = opening.open_decoder(directory, threads, provider)
+    decoder = opening.open_generator(directory, threads, provider)
     from teq_graph.onnx.runtime.generation.conversation import Conversation
 
     chat = bool(decoder.tokenizer.chat_template) if chat is None else chat
