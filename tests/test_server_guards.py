@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from support.serving import PROMPT, Served, body
@@ -106,8 +107,6 @@ def test_pages_of_other_sites(served: Served, open_to_some: Served, origin: str)
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization, content-type",
     }
-    import httpx
-
     preflight = httpx.options(f"{open_to_some.url}/v1/completions", headers={"Origin": origin, **asked_first})
     assert preflight.status_code == (200 if allowed else 403)
     assert ("authorization" in preflight.headers.get("access-control-allow-headers", "")) == allowed
@@ -125,7 +124,7 @@ def test_all_hosts_and_origins(decoder: OnnxDecoder) -> None:
 
 
 def test_the_key(open_to_some: Served) -> None:
-    for given in ("", "Bearer ", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY, "Bearer \xe9"):
+    for given in ("", "Bearer", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY, "Bearer \xe9"):
         for answer in (
             open_to_some.post(body(), Authorization=given.encode("latin-1")),  # type: ignore[arg-type]
             open_to_some.get("/v1/models", Authorization=given.encode("latin-1")),  # type: ignore[arg-type]

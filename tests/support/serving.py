@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ class Served:
         self.worker = Worker(queue)
         self.app = make_app(decoder, self.worker, "stories", limits, access)
         self._server = Server(self.app, self.worker, grace)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]})
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]}, daemon=True)
         self._thread.start()
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
@@ -61,6 +62,16 @@ class Served:
 
     def get(self, path: str, **headers: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", headers=headers, timeout=60)
+
+
+def send(server: Served, content: str) -> socket.socket:
+    """A request whose client decides when to leave."""
+    address = server.url.removeprefix("http://")
+    host, port = address.split(":")
+    client = socket.create_connection((host, int(port)), timeout=60)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
+    client.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+    return client
 
 
 class Slow:
