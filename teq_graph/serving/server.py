@@ -24,7 +24,11 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Any, worker: Worker, grace: int, log_level: str | None = None) -> None:
-        logging = None if log_level is None else copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+        logging = None
+        if log_level is not None:
+            logging = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+            # It warns of each client that leaves in the middle of an answer.
+            logging["loggers"]["asyncio"] = {"level": "ERROR"}
         super().__init__(uvicorn.Config(app, log_config=logging, log_level=log_level, ws="none", lifespan="off"))
         self.worker = worker
         self.grace = grace
