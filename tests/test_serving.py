@@ -19,7 +19,7 @@ from support.command_line import start
 from support.serving import JSON, PROMPT, Served, Slow, body, wait_until
 
 import teq_graph
-from teq_graph.cli import run
+from teq_graph.cli import opening, run
 from teq_graph.loading import load_model
 from teq_graph.onnx.runtime import OnnxDecoder
 from teq_graph.serving import app as serving_app
@@ -330,6 +330,28 @@ def test_the_command_serves_until_a_signal(directory: Path, number: signal.Signa
     assert (process.returncode, said) == (128 + number, [])
 
 
+def test_a_key_in_the_environment_and_an_open_address(directory: Path, tmp_path: Path) -> None:
+    """What the generation config asks for and is not implemented is said, too."""
+    shutil.copytree(directory, tmp_path / "beams")
+    (tmp_path / "beams" / "generation_config.json").write_text('{"num_beams": 4}', encoding="utf-8")
+    warned: list[str] = []
+    for environment in ({}, {"TEQ_GRAPH_API_KEY": "sk-x"}):
+        options = ("--port", "0", "--threads", "1", "--host", "0.0.0.0", "--log-level", "info")
+        process = start(SERVE, "serve", tmp_path / "beams", *options, **environment)
+        try:
+            assert process.stdout is not None
+            url = f"http://127.0.0.1:{process.stdout.readline().rpartition(':')[2].partition('/')[0]}"
+            assert httpx.get(f"{url}/v1/models").status_code == (401 if environment else 200)
+            process.terminate()
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        warned = [line for line in errors.splitlines() if line.startswith("warning")]
+        assert "generation_config.json: num_beams=4 is not implemented and has no effect" in warned[0]
+        assert len(warned) == (1 if environment else 2) and ("--api-key" in warned[-1]) != bool(environment)
+        assert '"GET /v1/models HTTP/1.1"' in output
+
+
 def test_what_the_command_refuses(
     directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,9 +361,14 @@ def test_what_the_command_refuses(
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"error: --host 127.0.0.1 --port {port}: Address already in use" in refused("--port", port)
+        with monkeypatch.context() as patch:  # before anything is loaded
+            patch.setattr(opening, "open_decoder", None)
+            assert f"error: --host 127.0.0.1 --port {port}: Address already in use" in refused("--port", port)
     assert "--port 70000: accepted are" in refused("--port", "70000")
-    assert "--queue 0: accepted are" in refused("--queue", "0")
+    for option, value in (("queue", "0"), ("max-tokens", "0"), ("timeout", "0"), ("log-level", "loud")):
+        assert f"--{option} {value}: accepted are" in refused(f"--{option}", value)
+    for option, value in (("allowed-host", "http://x"), ("allow-origin", "x"), ("api-key", " x")):
+        assert f"--{option}" in (told := refused("--port", "0", f"--{option}", value)) and "accepted are" in told
     assert "--host no.such.host.invalid --port 0: " in refused("--host", "no.such.host.invalid", "--port", "0")
     for name in [name for name in sys.modules if name.startswith(("fastapi", "teq_graph.serving"))]:
         monkeypatch.delitem(sys.modules, name)

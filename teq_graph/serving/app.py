@@ -35,7 +35,7 @@ def make_app(
     metrics = Metrics(worker)
     completions = Completions(decoder, worker, model, limits, metrics)
 
-    # None of these waits for a thread: requests that are being prepared can take all of them.
+    # None of these waits for a thread.
     @app.get("/health")
     async def health() -> dict[str, Any]:
         worker.check()

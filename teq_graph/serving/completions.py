@@ -10,10 +10,10 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from teq_graph.errors import InputError
@@ -80,8 +80,8 @@ class Completions:
         self.model = model
         self.limits = limits
         self.metrics = metrics
-        # Tokenizers are not made for several threads at once.
-        self._preparing = threading.Lock()
+        # One thread: tokenizers are not made for several at once, and memory that each of them frees stays its own.
+        self._preparing = ThreadPoolExecutor(1, "preparing")
 
     def check_model(self, name: str) -> None:
         """Raises ApiError 404 for another model than the one that is served."""
@@ -102,7 +102,7 @@ class Completions:
             )
         self.worker.check(len(prompts))  # before the work of tokenizing
         loop = asyncio.get_running_loop()
-        jobs = await run_in_threadpool(self._prepare, prompts, asked, loop)
+        jobs = await loop.run_in_executor(self._preparing, self._prepare, prompts, asked, loop)
         self.worker.submit(jobs)
         leaving = asyncio.create_task(self._cancel_without_client(request, jobs))
         time_left = self.limits.seconds - (time.monotonic() - arrived)
@@ -150,10 +150,9 @@ class Completions:
             tokens: list[int] = []
             ended = threading.Event()
             try:
-                with self._preparing:
-                    tokens = encode()
-                    new = min(default.new_tokens(len(tokens)), most) if count is None else count
-                    stream = self.decoder.stream(tokens, new, text=True, cancelled=ended.is_set, **options)
+                tokens = encode()
+                new = min(default.new_tokens(len(tokens)), most) if count is None else count
+                stream = self.decoder.stream(tokens, new, text=True, cancelled=ended.is_set, **options)
             except InputError as error:
                 message, name = asked.named(str(error))
                 limit = self.decoder.shape.max_positions
