@@ -21,6 +21,7 @@ from support.compiling import (
     mlp,
     tokens,
 )
+from support.names import stable
 from torch import Tensor, nn
 
 import teq_graph
@@ -91,7 +92,9 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), ARGUMENTS, ids=[f"{name}-{brief(value)}" for name, value in ARGUMENTS])
+@pytest.mark.parametrize(
+    ("name", "value"), ARGUMENTS, ids=[f"{name}-{stable(brief(value))}" for name, value in ARGUMENTS]
+)
 @pytest.mark.parametrize("function", [teq_graph.compile, teq_graph.transform])
 def test_arguments_of_another_type_before_any_work(function: Any, name: str, value: Any) -> None:
     if function is teq_graph.transform and name == "on_estimate":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from teq_graph.errors import ConfigError, ModelFileError, brief
 from teq_graph.system import progress
@@ -38,6 +41,22 @@ def open_decoder(directory: Path, threads: int | None, provider: str | None, ver
         from teq_graph.onnx.runtime import OnnxDecoder
 
         return OnnxDecoder.load(directory, providers, threads, verify=verify)
+
+
+def open_generator(directory: Path, threads: int | None, provider: str | None, verify: bool = True) -> OnnxDecoder:
+    """The same with what generating needs besides, so that the first text does not wait for it.
+
+    Says on stderr what its generation config asks for and is not implemented.
+    """
+    decoder = open_decoder(directory, threads, provider, verify)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        _ = decoder.generation_options
+    for warning in said:
+        typer.echo(f"warning: {warning.message}", err=True)
+    with progress.task(f"Loading the tokenizer of {directory}"):
+        _ = decoder.tokenizer
+    return decoder
 
 
 def open_language_model(source: str, threads: int | None, provider: str | None, verify: bool = True) -> LanguageModel:
