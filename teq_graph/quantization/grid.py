@@ -105,8 +105,8 @@ def find_grid(weight: Tensor, spec: WeightSpec, scale_dtype: torch.dtype = torch
     outermost = 2 ** (spec.bits - 1) if spec.symmetric else 2**spec.bits - 1
     if not bool((scales * outermost).isfinite().all()):
         raise NumericsError(
-            f"weight {tuple(weight.shape)}: NaN or infinity in the weight, its {scale_dtype} scales or what codes stand "
-            "for; accepted are finite numbers"
+            f"weight {tuple(weight.shape)}: NaN or infinity in the weight, its {scale_dtype} scales or the values "
+            "of its codes; accepted are finite numbers"
         )
     zero_points = None if spec.symmetric else torch.cat([fit.zero for fit in fits], dim=1).to(torch.uint8)
     return Grid(scales, zero_points, spec.bits, block)
