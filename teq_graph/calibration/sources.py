@@ -53,8 +53,8 @@ def text_of(source: str | Path, tokens: int) -> str:
     try:
         if path.is_file():
             return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"calibration file {str(source)!r}: {error}; accepted is text in UTF-8") from error
+    except (OSError, UnicodeDecodeError, MemoryError) as error:
+        raise InputError(f"calibration file {str(source)!r}: {one_line(error)}; accepted is text in UTF-8") from error
     name, *rest = str(source).split(":")
     if len(rest) not in (1, 2):
         raise InputError(f"calibration={str(source)!r}: no such file; data sets are NAME:SPLIT or NAME:CONFIG:SPLIT")

@@ -212,7 +212,7 @@ def tasks(names: str | None, task_options: dict[str, Any], text_options: dict[st
 def _read(path: Path, option: str) -> str:
     try:
         content = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, MemoryError) as error:
         raise InputError(f"--{option} {str(path)!r}: {one_line(error)}; accepted is a text file in UTF-8") from error
     if not content.strip():
         raise InputError(f"--{option} {str(path)!r}: it is empty; accepted is a text file in UTF-8")

@@ -152,9 +152,10 @@ def _places(content: Any) -> list[tuple[Any, Any]]:
 def replace_file(choose: random.Random, path: Path) -> str | None:
     others = [other for other in path.parent.iterdir() if other.is_file() and other != path]
     size = path.stat().st_size
-    how = choose.choice(
-        ["nothing", "directory", "dangling link", "link to itself", "FIFO", "swapped", "sparse", "/dev/zero"]
-    )
+    ways = ["nothing", "directory", "dangling link", "link to itself", "FIFO", "swapped", "sparse", "/dev/zero"]
+    if path.suffix == ".txt":
+        ways.remove("FIFO")  # a text may come from another process, and is waited for
+    how = choose.choice(ways)
     if how == "swapped" and others:
         other = choose.choice(others)
         mine = path.read_bytes()
@@ -208,14 +209,21 @@ def plant_payload(choose: random.Random, path: Path) -> str | None:
 def _plant_in_archive(choose: random.Random, path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    chosen = choose.choice(sorted(members))
     buffer = io.BytesIO()
     torch.save(Payload(), buffer)
-    members[chosen] = choose.choice([pickle.dumps(Payload()), buffer.getvalue()])
+    payload = choose.choice([pickle.dumps(Payload()), buffer.getvalue()])
+    # what torch.export and torch.save unpickle, or can be told to
+    part = choose.choice(["sample_inputs", "weights/", "data.pkl", ""])
+    chosen = sorted(name for name in members if part in name and not name.endswith(".json")) or sorted(members)
+    members |= dict.fromkeys(chosen, payload)
+    if choose.random() < 0.5:
+        members = {
+            name: content.replace(b'"use_pickle": false', b'"use_pickle": true') for name, content in members.items()
+        }
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    return f"a pickle as {chosen}"
+    return f"a pickle as {chosen[0]} and {len(chosen) - 1} more"
 
 
 def plant_template(choose: random.Random, path: Path) -> str | None:

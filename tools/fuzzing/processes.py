@@ -54,6 +54,10 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
+    def is_running(self) -> bool:
+        """Whether it has not ended by itself."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
     def poll(self) -> Outcome | None:
         """How it ended, None while it runs; it is killed when its time is over."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)

@@ -7,7 +7,7 @@ import io
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import teq_graph
 from teq_graph.cli import run as run_command
+from teq_graph.cli.opening import onnx_logits, torch_logits
 from teq_graph.errors import InputError
+from teq_graph.evaluation import perplexity
 from teq_graph.loading import load_model, load_tokenizer
 
+IDS = torch.arange(3, 10)
 PROMPT = "Once upon a time"
 TEXT = "Once upon a time, there was a little girl. She had a ball, and the ball was red.\n" * 8
 
@@ -29,9 +32,8 @@ TEXT = "Once upon a time, there was a little girl. She had a ball, and the ball 
 class Subject:
     """A kind of input.
 
-    `make(model, path)` writes a sound one from the Hugging Face directory `model`; `read(path)` opens and runs it, and
-    gives whether all numbers are finite. Of `files`, one is damaged, or any where there are none. `share` is the part
-    of the inputs that are of this kind.
+    `make(model, path)` writes a sound one from the Hugging Face directory `model`; `read(path)` opens and runs it as
+    the package does, and gives whether all numbers are finite. `share` is the part of the inputs that are of this kind.
     """
 
     share: float
@@ -60,7 +62,8 @@ def read_exported(path: Path) -> bool:
     decoder.generate(PROMPT, 6)
     if getattr(decoder.tokenizer, "chat_template", None):
         decoder.encode_chat([{"role": "user", "content": PROMPT}])
-    return bool(np.isfinite(decoder.logits([decoder.encode(PROMPT)])).all())
+    perplexity(onnx_logits(decoder), IDS, context=len(IDS))
+    return bool(np.isfinite(decoder.logits(IDS[None].numpy())).all())
 
 
 # ------------------------------------------------------------------------------------------------------------- saved
@@ -72,11 +75,11 @@ def make_saved(model: Path, path: Path) -> None:
 
 def read_saved(path: Path) -> bool:
     compiled = teq_graph.load(path)
-    ids = torch.arange(3, 10)[None]
     if compiled.tokenizer is not None:
         compiled.tokenizer(PROMPT)
     str(compiled.report)
-    return bool(compiled(input_ids=ids).logits.isfinite().all())
+    perplexity(lambda input_ids: compiled(input_ids=input_ids).logits, IDS, context=len(IDS))
+    return bool(compiled(input_ids=IDS[None]).logits.isfinite().all())
 
 
 # ------------------------------------------------------------------------------------------- Hugging Face's and GGUF
@@ -93,9 +96,9 @@ def read_model(path: Path) -> bool:
     loaded = load_model(path)
     if loaded.tokenizer is not None:
         loaded.tokenizer(PROMPT)
+    perplexity(torch_logits(loaded.model), IDS, context=len(IDS))
     with torch.no_grad():
-        logits = loaded.model(input_ids=torch.arange(3, 10)[None]).logits
-    return bool(logits.isfinite().all())
+        return bool(loaded.model(input_ids=IDS[None]).logits.isfinite().all())
 
 
 def make_gguf(_model: Path, path: Path) -> None:
@@ -152,7 +155,7 @@ def read_calibration(path: Path) -> bool:
 def read_evaluation(path: Path) -> bool:
     """As the text of `teq-graph evaluate`."""
     errors = io.StringIO()
-    with redirect_stderr(errors):
+    with redirect_stderr(errors), redirect_stdout(io.StringIO()):
         code = run_command(["evaluate", str(path.parent / "companion"), "--text", str(path), "--tokens", "40"])
     said = errors.getvalue()
     if code == 2 and said.startswith("error: "):
