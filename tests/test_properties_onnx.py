@@ -12,6 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.graphs import leaves, randomize, relative_error
 from support.onnx import OnnxModel
+from support.seeds import BASE
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import teq_graph
@@ -99,7 +100,7 @@ quantizations = st.builds(
 @FEW
 @given(decoder_configs(), quantizations, st.integers(1, 3), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_decoders(config: Any, quantization: QuantizationConfig, batch: int, length: int, seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + BASE)
     model = randomize(AutoModelForCausalLM.from_config(config))
     compiled = teq_graph.compile(model, quantization=quantization, training=None)
     tokens = torch.randint(0, config.vocab_size, (batch, length + 3))
@@ -132,7 +133,7 @@ def encoder_configs(draw: st.DrawFn) -> Any:
 @FEW
 @given(encoder_configs(), quantizations, st.integers(1, 3), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_encoders(config: Any, quantization: QuantizationConfig, batch: int, length: int, seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + BASE)
     compiled = teq_graph.compile(randomize(AutoModel.from_config(config)), quantization=quantization, training=None)
     inputs = {"input_ids": torch.randint(1, config.vocab_size, (batch, length))}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
