@@ -133,4 +133,4 @@ def test_onnxruntime_computes_the_same(network: RandomNetwork, bits: int) -> Non
     with tempfile.TemporaryDirectory() as directory:
         model = OnnxModel(export_onnx(captured, Path(directory) / "out", accuracy_level=1))
         for x in inputs:
-            assert relative_error(model.outputs(x), run(graph_module, x)) <= 1e-5
+            assert relative_error(model.outputs(x), run(graph_module, x)) <= 1e-4

@@ -110,7 +110,7 @@ class Kills:
         while_writing = self.choose.random() < 0.5
         process = self._start()
         if while_writing:
-            self._wait_for_a_change(process)
+            self._wait_for_a_file(process)
         self._sleep(process, self.choose.uniform(0, self.writing if while_writing else self.seconds))
         process.kill()
         process.wait()
@@ -131,7 +131,7 @@ class Kills:
     def _measure(self) -> tuple[float, float]:
         """Seconds of a run, and of the part of it that writes."""
         process = self._start(onto_old=False)
-        self._wait_for_a_change(process)
+        self._wait_for_a_file(process)
         before = time.monotonic() - process.started
         outcome = process.wait()
         if outcome.error or not self._is_whole(self.target):
@@ -142,9 +142,9 @@ class Kills:
         overwrite = self.old is not None if onto_old is None else onto_old
         return Process(lambda: self.operation.write(self.target, overwrite) and None, self.scratch, LIMIT, memory=None)
 
-    def _wait_for_a_change(self, process: Process) -> None:
-        before = self._listing()
-        while self._listing() == before and process.is_running():
+    def _wait_for_a_file(self, process: Process) -> None:
+        before = self._files()
+        while self._files() == before and process.is_running():
             time.sleep(0.0005)
 
     def _sleep(self, process: Process, seconds: float) -> None:
@@ -152,8 +152,12 @@ class Kills:
         while time.monotonic() < end and process.is_running():
             time.sleep(0.0005)
 
-    def _listing(self) -> list[str]:
-        return sorted(path.name for path in self.target.parent.iterdir())
+    def _files(self) -> set[Path] | None:
+        """Those in the output and beside it; None while a folder is being renamed."""
+        try:
+            return {path for path in self.target.parent.rglob("*") if path.is_file()}
+        except FileNotFoundError:
+            return None
 
     def _end(self) -> str:
         if not self.target.exists():
