@@ -120,11 +120,18 @@ def reason_of(error: Exception) -> str:
 
 
 def load_tokenizer(source: str, directory: str, **where: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory`; `source` is what the user calls it. Raises ModelFileError where there is none."""
+    """The tokenizer in `directory`; `source` is what the user calls it.
+
+    Raises ModelFileError where there is none, or none that tokenizes.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **where)
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=False, **where
+            )
+            tokenizer("a")  # what its files set wrongly shows when it is used
     except Exception as error:  # whatever the tokenizer's files lead to
         reason = reason_of(error) if "gguf_file" in where else _tokenizer_reason(Path(directory), error)
         raise ModelFileError(f"tokenizer of {source!r} cannot be loaded: {reason}") from error

@@ -516,6 +516,9 @@ def test_bad_texts(tmp_path: Path, tiny: Path, refused: Callable[..., str]) -> N
         assert f"{option} {str(empty)!r}: it is empty" in refused(*command, option, empty)
         assert "codec can't decode" in refused(*command, option, binary)
     assert "it is a directory" in refused(*command, "--text", tmp_path)
+    with (tmp_path / "huge.txt").open("wb") as huge:
+        huge.truncate(2**43)  # takes no space
+    assert "accepted" in refused(*command, "--text", huge.name)
     assert "it is the calibration file" in refused(*command, "--text", short, "--calibration", short)
     assert "it gives 1 tokens; accepted are two or more" in refused("evaluate", tiny, "--text", short)
     assert "it gives 1 tokens; accepted" in refused("quantize", tiny, "-o", tmp_path / "out", "--text", short)

@@ -199,6 +199,23 @@ def test_gguf_that_is_cut_short(tmp_path: Path) -> None:
     _refused(path, f"model {str(path)!r} cannot be loaded: ", "nonsense")
 
 
+def test_a_tokenizer_that_does_not_tokenize(llama_dir: Path, data_dir: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (llama_dir / name).write_bytes((data_dir / "models" / "stories260K" / name).read_bytes())
+    assert load_model(llama_dir).tokenizer is not None
+    config = json.loads((llama_dir / "tokenizer_config.json").read_text())
+    (llama_dir / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": [512]}))
+    _refused(llama_dir, f"tokenizer of {str(llama_dir)!r} cannot be loaded: ")
+
+
+def test_loading_a_tokenizer_is_quiet(llama_dir: Path, data_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (llama_dir / name).write_bytes((data_dir / "models" / "stories260K" / name).read_bytes())
+    _edit_config(llama_dir, rope_parameters={"rope_type": "unheard-of", "rope_theta": 1e4})
+    loading.load_tokenizer("tiny", str(llama_dir))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_missing_weight(llama_dir: Path) -> None:
     path = llama_dir / "model.safetensors"
     weights = load_file(path)
