@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from teq_graph import pipeline
 from teq_graph.analysis.equivalences import Findings, find_equivalences
-from teq_graph.calibration import calibration_batches
-from teq_graph.capture import CapturedGraph, capture
+from teq_graph.calibration import calibration_batches, check_source
+from teq_graph.capture import CapturedGraph, capture, check_model
 from teq_graph.capture.pretrained import is_pretrained
 from teq_graph.compiled import CompiledModel
-from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
+from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec, check_type
 from teq_graph.errors import ConfigError
 from teq_graph.estimate import Estimate, Estimator
 from teq_graph.graph.tensors import get_tensor, tensor_bytes
@@ -60,6 +60,7 @@ def analyze(
     quantization: QuantizationConfig = QuantizationConfig(),
 ) -> Analysis:
     """Capture, normalise and analyse `model`; neither trains nor quantizes anything."""
+    check_type("quantization", quantization, QuantizationConfig, "a QuantizationConfig")
     captured = capture(model, example_inputs, dynamic_shapes)
     graph_module = captured.graph_module
     before = tensor_bytes(graph_module)
@@ -96,7 +97,14 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     Raises ConfigError, CaptureError, InputError or NumericsError, each naming what is wrong.
     """
     started = time.monotonic()
-    _check_training(training, quantization)
+    check_type("training", training, (TrainingConfig, type(None)), "a TrainingConfig, or None to round to nearest")
+    check_type("on_estimate", on_estimate, (Callable, type(None)), "a function of an Estimate, or None")
+    _check_arguments(quantization, tokenizer, None if training is None else calibration)
+    if training is None and quantization.target_bits is not None:
+        raise ConfigError(
+            f"target_bits={quantization.target_bits}: bits are chosen on calibration data; accepted with it is a "
+            "TrainingConfig, with stages=() to round to nearest"
+        )
     analysis = analyze(model, example_inputs, dynamic_shapes, quantization)
     captured = analysis.captured
 
@@ -147,10 +155,9 @@ def transform(
     The scales are trained for `quantization` and folded into the copy's parameters; nothing is quantized.
     The arguments are those of `compile`. The copy is input for any other quantizer.
     """
-    if not isinstance(training, TrainingConfig):
-        raise ConfigError(
-            f"training={training!r}: accepted is a TrainingConfig, as trained scales are all that changes"
-        )
+    check_type("training", training, TrainingConfig, "a TrainingConfig, as trained scales are all that changes")
+    _check_arguments(quantization, tokenizer, calibration)
+    check_model(model)  # before it is copied
     result = copy.deepcopy(model)
     analysis = analyze(result, example_inputs, dynamic_shapes, quantization)
     captured = analysis.captured
@@ -200,14 +207,11 @@ def make_report(
     )
 
 
-def _check_training(training: object, quantization: QuantizationConfig) -> None:
-    if not (training is None or isinstance(training, TrainingConfig)):
-        raise ConfigError(f"training={training!r}: accepted are a TrainingConfig and None")
-    if training is None and quantization.target_bits is not None:
-        raise ConfigError(
-            f"target_bits={quantization.target_bits}: bits are chosen on calibration data; accepted with it is a "
-            "TrainingConfig, with stages=() to round to nearest"
-        )
+def _check_arguments(quantization: object, tokenizer: object, calibration: object) -> None:
+    """What can be refused before the model is looked at."""
+    check_type("quantization", quantization, QuantizationConfig, "a QuantizationConfig")
+    check_type("tokenizer", tokenizer, (Callable, type(None)), "a tokenizer of transformers, or None")
+    check_source(calibration, tokenizer)
 
 
 def _notes(model: Any, captured: CapturedGraph) -> Iterator[str]:

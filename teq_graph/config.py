@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+import math
+import numbers
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal, get_args
 
-from teq_graph.errors import ConfigError
+from teq_graph.errors import ConfigError, brief
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
@@ -37,9 +40,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """What `TrainingConfig.preset` sets."""
 
 
-def _require(condition: bool, name: str, value: object, accepted: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}={value!r}: accepted are {accepted}")
+MOST = 2**31 - 1
+"""Of anything that is counted."""
+LAST_SEED = 2**63 - 1
+"""torch's generators take no larger one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +59,10 @@ class WeightSpec:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.bits) and self.bits in BITS, "bits", self.bits, f"{BITS}")
-        _require(
-            _is_int(self.group_size) and self.group_size in GROUP_SIZES,
-            "group_size",
-            self.group_size,
-            f"{GROUP_SIZES} (-1: one group per output channel)",
-        )
-        _require(isinstance(self.symmetric, bool), "symmetric", self.symmetric, "True or False")
+        _set(self, "bits", integer_of("bits", self.bits, BITS, f"{BITS}"))
+        accepted = f"{GROUP_SIZES} (-1: one group per output channel)"
+        _set(self, "group_size", integer_of("group_size", self.group_size, GROUP_SIZES, accepted))
+        _check_flag("symmetric", self.symmetric)
 
     def __str__(self) -> str:
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
@@ -97,25 +97,34 @@ class QuantizationConfig:
     quantize_embedding: bool = False
 
     def __post_init__(self) -> None:
-        WeightSpec(self.bits, self.group_size, self.symmetric)
-        target = self.target_bits
-        is_number = isinstance(target, (int, float)) and not isinstance(target, bool)
-        _require(
-            target is None or (is_number and min(BITS) <= target <= max(BITS)),
-            "target_bits",
-            target,
-            f"None and numbers from {min(BITS)} to {max(BITS)}",
-        )
+        spec = WeightSpec(self.bits, self.group_size, self.symmetric)
+        _set(self, "bits", spec.bits)
+        _set(self, "group_size", spec.group_size)
+        least, most = min(BITS), max(BITS)
+        accepted = f"None and numbers from {least} to {most}"
+        if self.target_bits is not None:
+            _set(self, "target_bits", _real("target_bits", self.target_bits, accepted, least, most))
         for name in ("quantize_lm_head", "quantize_embedding"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        patterns: object = self.skip
-        if isinstance(patterns, str):
-            raise ConfigError(f"skip={patterns!r}: accepted is a sequence of patterns, not one string")
-        object.__setattr__(self, "skip", tuple(self.skip))
-        for pattern, override in self.overrides.items():
-            unknown = set(override) - {"bits", "group_size", "symmetric"}
-            _require(not unknown, f"overrides[{pattern!r}]", override, "bits, group_size and symmetric")
-            self._merge(override)
+            _check_flag(name, getattr(self, name))
+        _set(self, "skip", _strings("skip", self.skip, "a sequence of patterns, not one string"))
+        _set(self, "overrides", self._checked_overrides())
+
+    def _checked_overrides(self) -> dict[str, dict[str, Any]]:
+        overrides: object = self.overrides
+        accepted = "a mapping of patterns to mappings with any of bits, group_size and symmetric"
+        if not isinstance(overrides, Mapping):
+            raise ConfigError(f"overrides={brief(overrides)}: accepted is {accepted}")
+        fields = {field.name for field in dataclasses.fields(WeightSpec)}
+        checked = {}
+        for pattern, override in overrides.items():
+            if not isinstance(pattern, str) or not isinstance(override, Mapping) or not set(override) <= fields:
+                raise ConfigError(f"overrides={{{brief(pattern)}: {brief(override)}}}: accepted is {accepted}")
+            try:
+                spec = self._merge(override)
+            except ConfigError as error:
+                raise ConfigError(f"overrides[{pattern!r}]: {error}") from None
+            checked[pattern] = {name: getattr(spec, name) for name in override}
+        return checked
 
     def _merge(self, override: Mapping[str, Any]) -> WeightSpec:
         values = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
@@ -181,26 +190,27 @@ class TrainingConfig:
     tuned: tuple[str, ...] = TUNED
 
     def __post_init__(self) -> None:
-        for name, accepted in (("stages", STAGES), ("tuned", TUNED)):
-            value = getattr(self, name)
-            if value is not None:
-                _require(not isinstance(value, str) and set(value) <= set(accepted), name, value, f"some of {accepted}")
-                object.__setattr__(self, name, tuple(part for part in accepted if part in value))
-        _require(self.objective in ("block", "model"), "objective", self.objective, '"block" and "model"')
-        _require(self.init in ("ones", "weight", "activation"), "init", self.init, '"ones", "weight" and "activation"')
-        for name in ("steps", "scale_steps"):
-            value = getattr(self, name)
-            _require(
-                (_is_int(value) and value >= 0) or (name, value) == ("scale_steps", None), name, value, "integers >= 0"
-            )
-        for name in ("batch_size", "samples", "length"):
-            value = getattr(self, name)
-            _require(_is_int(value) and value >= 1, name, value, "integers >= 1")
+        if self.stages is not None:
+            _set(self, "stages", _some_of("stages", self.stages, STAGES))
+        _set(self, "tuned", _some_of("tuned", self.tuned, TUNED))
+        for name, choices in (("objective", get_args(Objective)), ("init", get_args(Init))):
+            check_choice(name, getattr(self, name), choices)
+        for name, least, most in (
+            ("steps", 0, MOST),
+            ("scale_steps", 0, MOST),
+            ("batch_size", 1, MOST),
+            ("samples", 1, MOST),
+            ("length", 1, MOST),
+            ("seed", 0, LAST_SEED),
+        ):
+            if (value := getattr(self, name)) is not None or name != "scale_steps":
+                _set(self, name, _integer(name, value, least, most))
         for name in ("learning_rate", "tuning_rate"):
-            rate = getattr(self, name)
-            _require(rate is None or 0.0 < rate < 1.0, name, rate, "None or numbers between 0 and 1")
-        _require(0.0 <= self.warmup < 1.0, "warmup", self.warmup, "numbers from 0 up to, not including, 1")
-        _require(_is_int(self.seed), "seed", self.seed, "integers")
+            if (rate := getattr(self, name)) is not None:
+                accepted = "None and numbers between 0 and 1"
+                _set(self, name, _real(name, rate, accepted, math.ulp(0), math.nextafter(1, 0)))
+        accepted = "numbers from 0 up to, not including, 1"
+        _set(self, "warmup", _real("warmup", self.warmup, accepted, 0, math.nextafter(1, 0)))
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> TrainingConfig:
@@ -211,7 +221,10 @@ class TrainingConfig:
         then the whole model, which has to fit in memory with its gradients: tens of times the time of `"default"`, and
         5 GB for a model of 135 million parameters on 4 rows of 256 tokens at a time.
         """
-        _require(name in PRESETS, "preset", name, f"{tuple(PRESETS)}")
+        check_choice("preset", name, tuple(PRESETS))
+        accepted = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(options.keys() - set(accepted)):
+            raise ConfigError(f"option {unknown[0]!r} of a preset: accepted are {', '.join(accepted)}")
         return cls(**{**PRESETS[name], **options})
 
     @property
@@ -232,5 +245,71 @@ class TrainingConfig:
         return ("clip", "gptq", "tune") if any(spec.bits <= 4 for spec in specs) else ("clip", "gptq")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_type(name: str, value: object, kind: Any, accepted: str) -> None:
+    """Raises ConfigError where an argument is of no class of `kind`; `accepted` says what is, as in `a number`."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name}={brief(value)}: accepted is {accepted}")
+
+
+def check_choice(name: str, value: object, accepted: Collection[str]) -> None:
+    """Raises ConfigError where `value` is none of the accepted names."""
+    if not isinstance(value, str) or value not in accepted:
+        raise ConfigError(f"{name}={brief(value)}: accepted are {', '.join(accepted)}")
+
+
+def _set(config: object, name: str, value: object) -> None:
+    object.__setattr__(config, name, value)
+
+
+def _integer(name: str, value: object, least: int, most: int) -> int:
+    """`value` as Python's own integer, which numpy's becomes."""
+    number = _as_int(value)
+    if number is None or not least <= number <= most:
+        raise ConfigError(f"{name}={brief(value)}: accepted are integers from {least} to {most}")
+    return number
+
+
+def integer_of(name: str, value: object, choices: Collection[int], accepted: str) -> int:
+    """`value` as Python's own integer, which numpy's becomes; raises ConfigError where it is none of `choices`."""
+    number = _as_int(value)
+    if number is None or number not in choices:
+        raise ConfigError(f"{name}={brief(value)}: accepted are {accepted}")
+    return number
+
+
+def _as_int(value: object) -> int | None:
+    return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
+
+
+def _real(name: str, value: object, accepted: str, least: float, most: float) -> float:
+    """`value` as Python's own number, which numpy's becomes; NaN is none."""
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
+        with contextlib.suppress(OverflowError):  # of an integer that no float holds
+            if least <= (number := float(value)) <= most:
+                return number
+    raise ConfigError(f"{name}={brief(value)}: accepted are {accepted}")
+
+
+def _check_flag(name: str, value: object) -> None:
+    check_type(name, value, bool, "True or False")
+
+
+def _strings(name: str, value: object, accepted: str) -> tuple[str, ...]:
+    """The strings of any iterable but a string, whose letters are none."""
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        with contextlib.suppress(TypeError):  # of an array without dimensions
+            strings = tuple(value)
+            if all(isinstance(string, str) for string in strings):
+                return strings
+    raise ConfigError(f"{name}={brief(value)}: accepted is {accepted}")
+
+
+def _some_of(name: str, value: object, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `choices` that `value` names, in their order."""
+    given = _strings(name, value, f"a sequence of {choices}")
+    if not set(given) <= set(choices):
+        raise ConfigError(f"{name}={brief(given)}: accepted are some of {choices}")
+    return tuple(choice for choice in choices if choice in given)

@@ -14,6 +14,7 @@ TeqGraphError
 └── KernelError        no kernel for this device, dtype or shape
 """
 
+import reprlib
 import textwrap
 
 
@@ -60,6 +61,9 @@ class KernelError(TeqGraphError):
 _LONGEST = 300
 """Characters of another library's message that are worth a line."""
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
 
 def one_line(error: BaseException) -> str:
     """What an exception of another library says, for the end of a refusal: the first paragraph in one line.
@@ -72,3 +76,12 @@ def one_line(error: BaseException) -> str:
         return f"{error} is missing"
     paragraph = str(error).strip().partition("\n\n")[0]
     return textwrap.shorten(paragraph, _LONGEST, placeholder=" …", break_on_hyphens=False) or type(error).__name__
+
+
+def brief(value: object) -> str:
+    """A value that was given, for a refusal: its repr in one short line, also where it has none."""
+    try:
+        shown = " ".join(_SHORT.repr(value).split())
+    except Exception:  # of a very long integer, or of a class of the caller's own
+        return f"<{type(value).__name__}>"
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 2]} …"

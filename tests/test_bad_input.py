@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from support.architectures import VOCAB
 from support.compiling import (
     LLAMA,
+    SMALL,
     TRAINING,
     compile_llama,
     compile_mlp,
@@ -18,6 +21,7 @@ from support.compiling import (
     mlp,
     tokens,
 )
+from support.names import stable
 from torch import Tensor, nn
 
 import teq_graph
@@ -27,6 +31,7 @@ from teq_graph.errors import (
     ConfigError,
     InputError,
     NumericsError,
+    brief,
 )
 
 
@@ -77,6 +82,73 @@ def test_other_training(function: Any, value: Any) -> None:
     assert repr(value) in in_one_line(caught)
 
 
+NOT_A_FUNCTION = [3, "x", [], {}, object()]
+ARGUMENTS = [
+    *[("quantization", value) for value in ({"bits": 4}, None, 4, "W4g128", TrainingConfig(), QuantizationConfig)],
+    *[("training", value) for value in ({"steps": 5}, 0, "block", SMALL, TrainingConfig)],
+    *[("tokenizer", value) for value in NOT_A_FUNCTION],
+    *[("on_estimate", value) for value in NOT_A_FUNCTION],
+    *[("calibration", value) for value in (3, 1.5, True, object(), b"text", torch.nn.Linear, len)],
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), ARGUMENTS, ids=[f"{name}-{stable(brief(value))}" for name, value in ARGUMENTS]
+)
+@pytest.mark.parametrize("function", [teq_graph.compile, teq_graph.transform])
+def test_arguments_of_another_type_before_any_work(function: Any, name: str, value: Any) -> None:
+    if function is teq_graph.transform and name == "on_estimate":
+        return
+    model = mlp().train()  # what is found in the model comes later
+    with pytest.raises((ConfigError, InputError), match=f"^{name}=.*: accepted") as caught:
+        function(model, (torch.randn(5, 20),), **{name: value})
+    in_one_line(caught)
+
+
+def test_calibration_is_looked_at_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "huge.txt").touch()
+    os.truncate(tmp_path / "huge.txt", 2**40)
+    os.mkfifo(tmp_path / "pipe")
+    reasons = {
+        tmp_path / "empty.txt": "it is empty",
+        str(tmp_path / "empty.txt"): "it is empty",
+        tmp_path / "binary.txt": "can't decode",
+        tmp_path / "huge.txt": "1,099.5 GB",
+        tmp_path / "pipe": "no regular file",
+        tmp_path: "it is a directory",
+        "/dev/zero": "no regular file",
+        "~nobody-of-that-name/x": "home",
+        "a\0b": "null byte",
+        "\ud800": "characters that no file name has",
+        "x" * 5000: "too long",
+        "nothing.txt": "no such file",
+        ":": "no such file",
+    }
+    started = time.monotonic()
+    for calibration, reason in reasons.items():
+        with pytest.raises(InputError, match=reason) as caught:
+            teq_graph.compile(mlp().train(), (torch.randn(5, 20),), calibration=calibration, tokenizer=len)
+        assert len(in_one_line(caught)) < 700
+    for calibration in (["some text"], tmp_path / "text.txt"):
+        (tmp_path / "text.txt").write_text("some text")
+        with pytest.raises(InputError, match="no tokenizer"):
+            teq_graph.compile(mlp().train(), (torch.randn(5, 20),), calibration=calibration)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [len, lambda text, **_: {}, lambda text, **_: {"input_ids": ["a"]}, lambda text, **_: None],
+    ids=["other function", "no ids", "letters", "nothing"],
+)
+def test_a_tokenizer_that_is_none(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="the tokenizer refuses") as caught:
+        compile_llama(calibration=["some text"], training=TRAINING, tokenizer=tokenizer)
+    in_one_line(caught)
+
+
 def test_train_mode() -> None:
     model = mlp()
     model[2].train()
@@ -119,6 +191,54 @@ class Undecided(nn.Module):
         if x.sum() > 0:  # the line that the error names
             return self.linear(x)
         return self.linear(-x)
+
+
+class Chooses(Undecided):
+    """Sizes that depend on data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        positive = x[x.sum(-1) > 0]
+        return self.linear(positive * 2 if positive.shape[0] > 2 else positive)
+
+
+class Counts(Undecided):
+    """Numbers that depend on data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[: int(x.sum().item())])
+
+
+class Mismatched(Undecided):
+    """Fails by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[:, :7])
+
+
+class Fixed(Undecided):
+    """Takes one size only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.view(5, 20))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Undecided, "depend on tensors' values"),
+        (Chooses, "depend on tensors' values"),
+        (Counts, "depend on tensors' values"),
+        (Mismatched, "same reduction dim"),
+        (Fixed, r"the model takes .* = 5 only, which dynamic_shapes says can be any size"),
+    ],
+)
+def test_a_refused_export_says_one_line_and_prints_nothing(
+    kind: type[nn.Module], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CaptureError, match=rf"torch\.export refuses {kind.__name__}.*{reason}") as caught:
+        compile_mlp(kind().eval())
+    in_one_line(caught)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_export_that_torch_refuses_names_module_and_line() -> None:
@@ -169,6 +289,27 @@ def test_weights_that_are_not_finite(value: float) -> None:
     with pytest.raises(NumericsError, match=r"2\.weight") as caught:
         compile_mlp(model)
     in_one_line(caught)
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e19])
+@pytest.mark.parametrize("name", ["mlp.up_proj", "input_layernorm"])
+def test_weights_that_are_too_large(name: str, value: float) -> None:
+    """Found at once, not after the hours that lead to the first sum of their squares."""
+    model = LLAMA.build()
+    with torch.no_grad():
+        model.get_submodule(f"model.layers.1.{name}").weight.view(-1)[7] = value
+    accepted = r"squares overflow in sums: accepted are up to 1e\+18"
+    with pytest.raises(NumericsError, match=rf"layers\.1\.{name}\.weight has values up to .*{accepted}") as caught:
+        compile_llama(model)
+    in_one_line(caught)
+
+
+@pytest.mark.parametrize("value", [1e18, -1e18])
+def test_the_largest_weights_compile(value: float) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[3, 1] = value
+    assert all(torch.tensor(weight.error or 0).isfinite() for weight in compile_mlp(model).report.weights)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -22,7 +22,7 @@ from teq_graph.calibration import TokenInputs, calibration_batches, decoding_ste
 from teq_graph.calibration.self_sampling import StepFn, sample_text
 from teq_graph.capture import capture
 from teq_graph.config import TrainingConfig
-from teq_graph.errors import InputError, NumericsError
+from teq_graph.errors import ConfigError, InputError, NumericsError
 from teq_graph.loading import LoadedModel
 from teq_graph.passes.grow_caches_in_place import append
 
@@ -266,7 +266,7 @@ def test_own_samples() -> None:
         ([torch.zeros(1, 2, 3, dtype=torch.int64)], "integer tensors"),
         (["1 2", 3], "element 1 is int"),
         ([object()], "object"),
-        (7, "it is int"),
+        (7, "calibration=7"),
         ([{"attention_mask": torch.ones(1, 2)}], "input_ids is missing"),
         ([{"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.ones(1, 3)}], "equal shapes"),
         ("no-such-file.txt", "no such file"),
@@ -286,7 +286,7 @@ def test_text_without_a_tokenizer(tmp_path: Path) -> None:
 
 def test_binary_file(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(bytes(range(256)))
-    with pytest.raises(InputError, match="accepted is text in UTF-8"):
+    with pytest.raises(InputError, match="accepted is a text file in UTF-8"):
         batches_of(tmp_path / "binary")
 
 
@@ -482,3 +482,13 @@ def test_a_past_without_room_is_copied() -> None:
     expected = torch.cat([buffer[:, :, :4], new], 2)
     grown = append(buffer[:, :, :4], new)
     assert torch.equal(grown, expected) and grown.data_ptr() == buffer.data_ptr()
+
+
+@pytest.mark.parametrize(("option", "value"), [("samples", 2**31 - 1), ("length", 2**31 - 1)])
+def test_own_text_that_no_memory_holds(option: str, value: int) -> None:
+    """Refused before anything is allocated; BLOOM names no limit of positions."""
+    training = TrainingConfig(**{"samples": 4, "length": 2**20, option: value})
+    captured = capture(BY_NAME["BLOOM"].build())
+    with pytest.raises(ConfigError, match=rf"{option}={value}.* GB of memory; accepted is what fits") as caught:
+        calibration_batches(None, captured, training, None)
+    assert "\n" not in str(caught.value)

@@ -14,7 +14,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from support.command_line import start
 from support.graphs import relative_error
+from support.names import stable
 from support.onnx import export_language_model
 from torch import nn
 
@@ -127,7 +129,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
             "key_heads=1000000000000.0",
         ),
     ],
-    ids=repr,
+    ids=stable,
 )
 def test_a_damaged_description(stories_dir: Path, changes: dict[str, Any], named: str, tmp_path: Path) -> None:
     directory = shutil.copytree(stories_dir, tmp_path / "out")
@@ -330,3 +332,21 @@ def test_what_onnxruntime_raises_it_does_not_log_as_well(
 
 def test_load_tells_decoders_from_others(stories_dir: Path) -> None:
     assert isinstance(load(stories_dir), OnnxDecoder)
+
+
+def test_a_damaged_graph_is_refused_without_noise(stories_dir: Path, tmp_path: Path) -> None:
+    """onnx_ir, which reads it first, tells on standard error what it makes up for a name that is nowhere."""
+    directory = shutil.copytree(stories_dir, tmp_path / "out")
+    model = (directory / "model.onnx").read_bytes()
+    (directory / "model.onnx").write_bytes(model.replace(b"attention_mask", b"attention_mesk", 1))
+    code = """
+import sys
+from teq_graph.errors import ModelFileError
+from teq_graph.onnx.runtime import load
+try:
+    load(sys.argv[1])
+except ModelFileError:
+    print("refused")
+"""
+    process = start(code, directory)
+    assert process.communicate(timeout=120) == ("refused\n", "")

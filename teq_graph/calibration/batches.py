@@ -15,13 +15,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
 from teq_graph.calibration.decoding_step import decoding_step
-from teq_graph.calibration.self_sampling import sample_text
+from teq_graph.calibration.self_sampling import WRITTEN_AT_ONCE, sample_text
 from teq_graph.calibration.sources import WindowChooser, elements_of, join_texts, text_column, text_of, token_rows
 from teq_graph.capture import CapturedGraph
 from teq_graph.capture.captured import symbol
 from teq_graph.config import TrainingConfig
-from teq_graph.errors import InputError, NumericsError
+from teq_graph.errors import ConfigError, InputError, NumericsError, brief
 from teq_graph.graph.nodes import placeholder_nodes
+from teq_graph.system.memory import available_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,6 +137,7 @@ def calibration_batches(
 
     def sample(samples: int, length: int, seed: int) -> Tensor:
         assert decoder is not None
+        _check_memory(captured, samples, length)
         return sample_text(
             decoding_step(captured, length),
             samples=samples,
@@ -160,12 +162,26 @@ def calibration_batches(
     )
 
 
+def _check_memory(captured: CapturedGraph, samples: int, length: int) -> None:
+    """Raises ConfigError where text of the model's own does not fit in memory, with the cache that writing it takes."""
+    assert captured.decoder is not None
+    elements = sum(heads * dim for layer in captured.decoder.layers for heads, dim in layer.sizes)
+    tokens = torch.empty(0, dtype=torch.int64).element_size() * samples * length
+    needed = tokens + min(samples, WRITTEN_AT_ONCE) * length * elements * captured.dtype.itemsize
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"samples={samples}, length={length}: text of the model's own takes {needed / 1e9:,.1f} GB of memory; "
+            f"accepted is what fits in the {available / 1e9:,.1f} GB that are free"
+        )
+
+
 def _leading_token(tokenizer: Any) -> int | None:
     """The token that the tokenizer puts before every text, if it does."""
     if tokenizer is None:
         return None
     ids = tokenizer("a")["input_ids"]
-    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+    return ids[0] if ids and ids[0] == getattr(tokenizer, "bos_token_id", None) else None
 
 
 def _batch_rows(rows: Iterable[Tensor], batch_size: int, masked: bool) -> list[Batch]:
@@ -216,7 +232,19 @@ def _form_of_row(batch: Batch) -> tuple[object, ...] | None:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors or any(leaf.dim() == 0 or leaf.shape[0] != 1 for leaf in tensors):
         return None
-    return str(structure), *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    return str(structure), *(
+        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else _identity(leaf) for leaf in leaves
+    )
+
+
+def _identity(value: object) -> object:
+    """Equal for values that are alike, and for tensors of one kind."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    try:
+        return repr(value)
+    except Exception:  # of a class of the caller's own
+        return id(value)
 
 
 def _concatenated(*leaves: Any) -> Any:
@@ -231,7 +259,13 @@ def _check_tokens(batch: dict[str, Any], index: int, tokens: TokenInputs) -> Non
     ids = torch.stack(rows) if rows else torch.empty(0, 0, dtype=torch.int64)
     batch["input_ids"] = ids.to(tokens.ids)
     if tokens.mask is not None:
-        mask = torch.atleast_2d(torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids)))).to(tokens.mask)
+        given = batch.get("attention_mask", torch.ones_like(ids))
+        try:
+            mask = torch.atleast_2d(torch.as_tensor(given)).to(tokens.mask)
+        except (RuntimeError, TypeError, ValueError):
+            raise InputError(
+                f"calibration: attention_mask of batch {index} is {brief(given)}; accepted are tensors [b, s]"
+            ) from None
         batch["attention_mask"] = mask
         if mask.shape != ids.shape:
             shapes = f"attention_mask {list(mask.shape)} and input_ids {list(ids.shape)}"

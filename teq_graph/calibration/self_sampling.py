@@ -11,6 +11,9 @@ from teq_graph.calibration.decoding_step import StepFn
 from teq_graph.errors import NumericsError
 from teq_graph.system import progress
 
+WRITTEN_AT_ONCE = 32
+"""Samples that are written side by side, each with a KV cache of its own."""
+
 
 def sample_text(
     step: StepFn,
@@ -21,7 +24,7 @@ def sample_text(
     vocab_size: int,
     bos_token_id: int | None = None,
     special_ids: Iterable[int] = (),
-    batch_size: int = 32,
+    batch_size: int = WRITTEN_AT_ONCE,
 ) -> Tensor:
     """Text [samples, length] int64 written by a causal language model, for calibration without data.
 

@@ -11,12 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teq_graph.errors import InputError, one_line
+from teq_graph.errors import InputError, brief, one_line
+from teq_graph.system.texts import path_of, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROW_SEPARATOR = "\n\n"  # joins the rows of a data set; gives the standard string for WikiText
+_ACCEPTED = "text, tensors, or an iterable of the model's inputs"
+_EMPTY = "calibration: it is empty; accepted is at least one input"
+_NO_TOKENIZER = "calibration: it is text, but the model has no tokenizer; accepted are tensors of tokens"
 _CHARS_PER_TOKEN = 32  # rows are read up to this many characters per wanted token: some eight times what is used
 
 
@@ -32,13 +36,12 @@ class WindowChooser:
     def from_texts(self, texts: Iterable[str]) -> list[Tensor]:
         """`samples` windows [length], or shorter where a text is shorter."""
         if self._tokenizer is None:
-            raise InputError("calibration: it is text, but the model has no tokenizer; accepted are tensors of tokens")
+            raise InputError(_NO_TOKENIZER)
         windows = []
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"calibration: element {index} is {type(text).__name__}, the first is a string")
-            ids = self._tokenizer(text, verbose=False, return_attention_mask=False)["input_ids"]
-            windows += self._cut(torch.tensor(ids, dtype=torch.int64))
+            windows += self._cut(_tokens_of(self._tokenizer, text, index))
         chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self._seed))
         return [windows[index] for index in chosen[: self._samples]]
 
@@ -47,28 +50,61 @@ class WindowChooser:
         return list(ids[: full * self._length].split(self._length)) if full else [ids] * bool(len(ids))
 
 
+def _tokens_of(tokenizer: Any, text: str, index: int) -> Tensor:
+    """Token ids [n] int64 of a text that is `index` among others."""
+    try:
+        return torch.tensor(tokenizer(text, verbose=False, return_attention_mask=False)["input_ids"], dtype=torch.int64)
+    except Exception as error:  # of a string that is no Unicode text, or of whatever the tokenizer is
+        raise InputError(f"calibration: the tokenizer refuses text {index}: {one_line(error)}") from error
+
+
 def text_of(source: str | Path, tokens: int) -> str:
     """The text of a file, or of as many rows of a named data set as give about `tokens` tokens."""
-    path = Path(source).expanduser()
-    try:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"calibration file {str(source)!r}: {error}; accepted is text in UTF-8") from error
+    if _names_a_file(source):
+        return read_text("calibration file", source)
+    shown = brief(str(source))
     name, *rest = str(source).split(":")
-    if len(rest) not in (1, 2):
-        raise InputError(f"calibration={str(source)!r}: no such file; data sets are NAME:SPLIT or NAME:CONFIG:SPLIT")
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"calibration={str(source)!r}: needs the package datasets; pip install datasets") from error
+        raise InputError(f"calibration={shown}: needs the package datasets; pip install datasets") from error
     try:
         # streamed: only what is read is downloaded
         return join_texts(datasets.load_dataset(name, *rest[:-1], split=rest[-1], streaming=True), tokens)
     except InputError:
         raise
     except Exception as error:  # the hub's, the file system's and the data set's own errors
-        raise InputError(f"calibration={str(source)!r}: the data set cannot be loaded: {one_line(error)}") from error
+        raise InputError(f"calibration={shown}: the data set cannot be loaded: {one_line(error)}") from error
+
+
+def _names_a_file(source: str | Path) -> bool:
+    """Whether it is a file rather than a data set; raises InputError where it is neither."""
+    shown, data_sets = brief(str(source)), "data sets are NAME:SPLIT or NAME:CONFIG:SPLIT"
+    try:
+        if path_of(source).exists():
+            return True
+    except ValueError as error:
+        raise InputError(f"calibration={shown}: {error}; accepted is a text file in UTF-8") from error
+    if str(source).count(":") not in (1, 2) or not all(str(source).split(":")):
+        raise InputError(f"calibration={shown}: no such file; {data_sets}")
+    return False
+
+
+def check_source(calibration: Any, tokenizer: Any) -> None:
+    """Refuse at once, by InputError, what is no calibration data of any kind; nothing is read but a file of text."""
+    if isinstance(calibration, (str, Path)):
+        if _names_a_file(calibration):
+            read_text("calibration file", calibration)
+        if tokenizer is None:
+            raise InputError(_NO_TOKENIZER)
+    elif calibration is not None and not isinstance(calibration, (Tensor, np.ndarray, Mapping)):
+        if isinstance(calibration, (bytes, bytearray)) or not isinstance(calibration, Iterable):
+            raise InputError(f"calibration={brief(calibration)}: accepted are {_ACCEPTED}")
+        if isinstance(calibration, (list, tuple, set)):
+            if not calibration:
+                raise InputError(_EMPTY)
+            if tokenizer is None and isinstance(next(iter(calibration)), str):
+                raise InputError(_NO_TOKENIZER)
 
 
 def text_column(row: Mapping[str, Any]) -> str | None:
@@ -101,13 +137,12 @@ def elements_of(calibration: Any, samples: int) -> tuple[Any, Iterable[Any]]:
             raise InputError(f"calibration: a dict with the keys {list(calibration)}; its values are to be tensors")
         return calibration, [calibration]
     if not isinstance(calibration, Iterable):
-        kind = type(calibration).__name__
-        raise InputError(f"calibration: it is {kind}; accepted are text, tensors, or an iterable of the model's inputs")
+        raise InputError(f"calibration={brief(calibration)}: accepted are {_ACCEPTED}")
     iterator: Iterator[Any] = iter(calibration)
     for first in iterator:
         elements = itertools.chain([first], iterator)
         return first, elements if isinstance(calibration, Sized) else _until(elements, first, samples)
-    raise InputError("calibration: it is empty; accepted is at least one input")
+    raise InputError(_EMPTY)
 
 
 def _until(elements: Iterator[Any], first: Any, samples: int) -> Iterator[Any]:

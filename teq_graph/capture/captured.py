@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from teq_graph.errors import InputError
+from teq_graph.errors import InputError, brief, one_line
 from teq_graph.graph.nodes import placeholder_nodes
 
 DECODER_INPUTS = ["input_ids", "attention_mask", "past_key_values"]
@@ -146,8 +146,17 @@ class CapturedGraph:
                         "other sizes need example_inputs with dynamic_shapes when the model is compiled"
                     )
 
-    def move_to(self, device: torch.device) -> None:
-        """Move tensors, example inputs and the device arguments of the graph's own ops."""
+    def move_to(self, device: str | torch.device) -> None:
+        """Move tensors, example inputs and the device arguments of the graph's own ops.
+
+        Raises InputError, before anything has moved, for what is no device of this machine that holds numbers.
+        """
+        try:
+            device = torch.device(device)
+            probe = torch.zeros(1, device=device).cpu()
+        except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"device={brief(device)}: {one_line(error)}; accepted are cpu and cuda") from error
+        del probe
 
         def moved(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
@@ -178,17 +187,28 @@ def _bind_decoder(captured: CapturedGraph, inputs: Mapping[str, Any]) -> tuple[A
         shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise InputError(f"input_ids={shape}: accepted are integers [batch, sequence], at least one")
     past = inputs.get("past_key_values")
-    if past is None:
-        past = decoder.empty_past(tokens.shape[0], captured.dtype, tokens.device)
+    past = decoder.empty_past(tokens.shape[0], captured.dtype, tokens.device) if past is None else _pairs(past, decoder)
     total = past[0][0].shape[2] + tokens.shape[1]
     if decoder.max_positions is not None and total > decoder.max_positions:
         raise InputError(f"sequence of {total} positions: the model has {decoder.max_positions}")
     mask = inputs.get("attention_mask")
     if mask is None:
         mask = torch.ones(tokens.shape[0], total, dtype=torch.long, device=tokens.device)
-    elif tuple(mask.shape) != (tokens.shape[0], total):
-        raise InputError(f"attention_mask={tuple(mask.shape)}: accepted is {(tokens.shape[0], total)}, past included")
-    return tokens.long(), mask.long(), [tuple(layer) for layer in past]
+    elif not isinstance(mask, Tensor) or tuple(mask.shape) != (tokens.shape[0], total):
+        shown = tuple(mask.shape) if isinstance(mask, Tensor) else brief(mask)
+        raise InputError(f"attention_mask={shown}: accepted is {(tokens.shape[0], total)}, past included")
+    return tokens.long(), mask.long(), past
+
+
+def _pairs(past: Any, decoder: DecoderShape) -> list[tuple[Tensor, Tensor]]:
+    """Key and value of each layer, [b, h, p, d]."""
+    count = len(decoder.layers)
+    if isinstance(past, (list, tuple)) and len(past) == count:
+        pairs = [tuple(layer) if isinstance(layer, (list, tuple)) else () for layer in past]
+        if all(len(pair) == 2 and all(isinstance(x, Tensor) and x.dim() == 4 for x in pair) for pair in pairs):
+            return pairs
+    accepted = f"a list of {count} pairs of tensors [batch, heads, positions, size], as a step returns"
+    raise InputError(f"past_key_values={brief(past)}: accepted is {accepted}")
 
 
 def describe(tensor: Tensor) -> str:
@@ -217,3 +237,10 @@ def float_dtype(model: nn.Module) -> torch.dtype:
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.float32
+
+
+def magnitude(tensor: Tensor) -> float:
+    """The largest absolute value that is finite; 0 where there is none."""
+    finite = tensor.double().abs()
+    finite = finite[finite.isfinite()]
+    return float(finite.max()) if finite.numel() else 0.0

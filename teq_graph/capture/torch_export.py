@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import logging
+import math
 import re
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from teq_graph.capture.captured import CapturedGraph
+from teq_graph.capture.captured import CapturedGraph, magnitude
 from teq_graph.capture.pretrained import (
     DecoderStep,
     counts_positions,
@@ -29,9 +32,19 @@ from teq_graph.capture.pretrained import (
 from teq_graph.errors import CaptureError, NumericsError, one_line
 from teq_graph.graph.tensors import drop_unused, node_tensor, set_tensor
 from teq_graph.graph.tracing import without_dispatch_cache
+from teq_graph.system.quiet import quiet
 
+LARGEST_WEIGHT = 1e18
+"""float32, which errors and second moments are summed in, holds squares up to 3e38."""
 AGREEMENT = collections.defaultdict(float, {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1})
 """Largest difference between graph and model, over the largest value; other types agree exactly."""
+
+_TALKATIVE = (
+    "torch.export",
+    "torch.export._trace",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._subclasses.fake_tensor",
+)
 
 
 def capture(
@@ -80,10 +93,22 @@ def check_model(model: nn.Module) -> None:
             dtypes.add(tensor.dtype)
             if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                 raise CaptureError(f"{name} is {tensor.dtype}: accepted are float32, float16 and bfloat16")
-            if not torch.isfinite(tensor).all():
-                raise NumericsError(f"{name} has NaN or infinite values: accepted are finite weights")
+            _check_values(name, tensor.detach())
     if not dtypes:
         raise CaptureError(f"{type(model).__name__} has no floating-point parameters: there is nothing to quantize")
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    if not tensor.numel():
+        return
+    largest = max(map(abs, map(float, tensor.aminmax())), key=lambda value: (math.isnan(value), value))
+    if not math.isfinite(largest):
+        raise NumericsError(f"{name} has NaN or infinite values: accepted are finite weights")
+    if largest > LARGEST_WEIGHT:
+        raise NumericsError(
+            f"{name} has values up to {largest:.3g}, whose squares overflow in sums: accepted are up to "
+            f"{LARGEST_WEIGHT:g}"
+        )
 
 
 def _split_inputs(example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -111,7 +136,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     try:
         # Without gradients, no_grad regions of the model stay inline instead of becoming submodules. transformers
         # and torch warn about their own internals while tracing; none of it is in the user's hands.
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"), without_dispatch_cache():
+        with torch.no_grad(), _silent_export(), without_dispatch_cache():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
             _refuse_subgraphs(program)
             if any(map(_changes_in_place, program.graph.nodes)):
@@ -128,6 +153,20 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     captured = CapturedGraph(graph_module, args, kwargs, dynamic_shapes)
     _check_agreement(model, captured)
     return captured
+
+
+@contextlib.contextmanager
+def _silent_export() -> Iterator[None]:
+    """Where torch.export fails, its exception says why: not also the log, and half a graph on standard error."""
+    import torch.export._trace as trace
+
+    module: Any = trace
+    with quiet(*_TALKATIVE, level=logging.CRITICAL):
+        module.print = lambda *_, **__: None  # for what is called by this name there
+        try:
+            yield
+        finally:
+            del module.print
 
 
 def _refuse_subgraphs(program: ExportedProgram) -> None:
@@ -160,18 +199,12 @@ def _check_agreement(model: nn.Module, captured: CapturedGraph) -> None:
     expected, actual = ([x for x in pytree.tree_leaves(r) if isinstance(x, Tensor)] for r in results)
     for wanted, given in zip(expected, actual, strict=True):
         if wanted.shape != given.shape or not torch.allclose(
-            given.double(), wanted.double(), rtol=0, atol=AGREEMENT[wanted.dtype] * _magnitude(wanted), equal_nan=True
+            given.double(), wanted.double(), rtol=0, atol=AGREEMENT[wanted.dtype] * magnitude(wanted), equal_nan=True
         ):
             raise CaptureError(
                 f"the graph that torch.export made of {type(model).__name__} gives other values than the model: "
                 "accepted are models whose result depends on their inputs alone"
             )
-
-
-def _magnitude(tensor: Tensor) -> float:
-    finite = tensor.double().abs()
-    finite = finite[finite.isfinite()]
-    return float(finite.max()) if finite.numel() else 0.0
 
 
 def adopt(graph_module: GraphModule) -> None:
@@ -190,9 +223,24 @@ def adopt(graph_module: GraphModule) -> None:
     drop_unused(graph_module)
 
 
+# What torch.export says of a program -> what it means to the owner of a model.
+_MEANINGS = (
+    (r"data-dependent|GuardOnDataDependent|PendingUnbacked", "its control flow or its sizes depend on tensors' values"),
+    (
+        r"marked (?P<size>\S+) as dynamic but your code specialized it to be a constant \((?P<value>\d+)\)",
+        "the model takes {size} = {value} only, which dynamic_shapes says can be any size",
+    ),
+)
+
+
 def _reason(error: BaseException) -> str:
-    """The lines that say why, where torch names them below a headline, otherwise the first line."""
-    causes = [line.strip(" -") for line in str(error).splitlines() if line.lstrip().startswith("- ")]
+    """Why, without torch's advice on how to change its own calls: the meaning where it is known, otherwise the lines
+    that torch names below a headline, or the first paragraph."""
+    text = str(error)
+    for pattern, meaning in _MEANINGS:
+        if found := re.search(pattern, text):
+            return meaning.format(**found.groupdict())
+    causes = [line.strip(" -") for line in text.splitlines() if line.lstrip().startswith("- ")]
     return causes[0] if causes else one_line(error)
 
 

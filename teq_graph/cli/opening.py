@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teq_graph.errors import ConfigError, ModelFileError
+import typer
+
+from teq_graph.errors import ConfigError, ModelFileError, brief
 from teq_graph.system import progress
+from teq_graph.system.texts import path_of
 
 # torch, transformers and onnxruntime take seconds to import: only inside the functions.
 if TYPE_CHECKING:
@@ -39,11 +43,30 @@ def open_decoder(directory: Path, threads: int | None, provider: str | None, ver
         return OnnxDecoder.load(directory, providers, threads, verify=verify)
 
 
+def open_generator(directory: Path, threads: int | None, provider: str | None, verify: bool = True) -> OnnxDecoder:
+    """The same with what generating needs besides, so that the first text does not wait for it.
+
+    Says on stderr what its generation config asks for and is not implemented.
+    """
+    decoder = open_decoder(directory, threads, provider, verify)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        _ = decoder.generation_options
+    for warning in said:
+        typer.echo(f"warning: {warning.message}", err=True)
+    with progress.task(f"Loading the tokenizer of {directory}"):
+        _ = decoder.tokenizer
+    return decoder
+
+
 def open_language_model(source: str, threads: int | None, provider: str | None, verify: bool = True) -> LanguageModel:
     """A float model or what quantize wrote; the other arguments are for the latter only."""
     from teq_graph.onnx.directory import METADATA_FILE, MODEL_FILE
 
-    directory = Path(source).expanduser()
+    try:
+        directory = path_of(source)
+    except ValueError as error:
+        raise ModelFileError(f"model {brief(source)}: {error}") from error
     if any((directory / name).exists() for name in (METADATA_FILE, MODEL_FILE)):
         decoder = open_decoder(directory, threads, provider, verify)
         return LanguageModel("onnxruntime", onnx_logits(decoder), decoder.tokenizer, decoder.shape.max_positions)

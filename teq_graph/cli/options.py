@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teq_graph.config import PRESETS, STAGES, TrainingConfig
-from teq_graph.errors import ConfigError, InputError, one_line
+from teq_graph.config import LAST_SEED, MOST, PRESETS, STAGES, TrainingConfig
+from teq_graph.errors import ConfigError, InputError, brief
 from teq_graph.system.directories import check_target
+from teq_graph.system.texts import path_of, read_text
 
 if TYPE_CHECKING:
     from teq_graph.cli.opening import LanguageModel
@@ -22,10 +23,6 @@ CONTEXT = 512
 TOKENS = 8192
 RTN = "rtn"
 PAPER_TASKS = ("lambada_openai", "hellaswag", "winogrande", "piqa")
-
-
-_MOST = 2**31 - 1  # of anything that is counted
-_LAST_SEED = 2**63 - 1  # torch's generators take no larger one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +44,11 @@ def overrides(options: Sequence[str] | None) -> dict[str, dict[str, Any]]:
             name, _, value = setting.partition("=")
             try:
                 values[name] = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 pattern = ""
         if not pattern:
             accepted = "PATTERN:NAME=VALUE,… with bits, group_size and symmetric (true or false)"
-            raise ConfigError(f"--override {option!r}: accepted is {accepted}")
+            raise ConfigError(f"--override {brief(option)}: accepted is {accepted}")
         result[pattern] = values
     return result
 
@@ -62,7 +59,7 @@ def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
         raise ConfigError(f"--{name} {value}: accepted are {', '.join(map(str, accepted))}")
 
 
-def check_range(name: str, value: int | None, least: int, most: int = _MOST) -> None:
+def check_range(name: str, value: int | None, least: int, most: int = MOST) -> None:
     """Raises ConfigError where `value` is given and outside the range."""
     if value is not None and not least <= value <= most:
         raise ConfigError(f"--{name} {value}: accepted are {least} to {most}")
@@ -70,7 +67,7 @@ def check_range(name: str, value: int | None, least: int, most: int = _MOST) -> 
 
 def check_seed(seed: int | None) -> None:
     """Raises ConfigError for a seed that some random generator does not take."""
-    check_range("seed", seed, 0, _LAST_SEED)
+    check_range("seed", seed, 0, LAST_SEED)
 
 
 def training(preset: str, method: str | None, options: dict[str, Any]) -> TrainingConfig | None:
@@ -113,13 +110,21 @@ def check_calibration(calibration: str | None, text: Path | None) -> None:
     """Refuse a file that is missing, empty, or the one that perplexity is measured on."""
     if calibration is None:
         return
-    path = Path(calibration).expanduser()
+    try:
+        path = path_of(calibration)
+        measured = None if text is None else path_of(text)
+    except ValueError as error:
+        raise InputError(
+            f"--calibration {brief(calibration)} or --text: {error}; accepted are files of text"
+        ) from error
     if path.exists():
-        _read(path, "calibration")
-        if text is not None and text.expanduser().exists() and path.samefile(text.expanduser()):
+        read_text("--calibration", calibration)
+        if measured is not None and measured.exists() and path.samefile(measured):
             raise InputError(f"--text {str(text)!r}: it is the calibration file; accepted is a text not calibrated on")
     elif ":" not in calibration:
-        raise InputError(f"--calibration {calibration!r}: no such file; data sets are NAME:SPLIT or NAME:CONFIG:SPLIT")
+        raise InputError(
+            f"--calibration {brief(calibration)}: no such file; data sets are NAME:SPLIT or NAME:CONFIG:SPLIT"
+        )
 
 
 def check_trainable(loaded: LoadedModel, calibration: str | None) -> None:
@@ -139,7 +144,7 @@ def text(path: Path | None, tokens: int | None) -> Text:
     """The text of a file, or the built-in one, to measure perplexity on; raises InputError where there is none."""
     check_range("tokens", tokens, 2)
     if path is not None:
-        return Text(_read(path, "text"), path.name, tokens or TOKENS)
+        return Text(read_text("--text", path), path.name, tokens or TOKENS)
     from teq_graph.evaluation import builtin_text
 
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -193,13 +198,3 @@ def tasks(names: str | None, task_options: dict[str, Any], text_options: dict[st
     if names is not None and not chosen:
         raise ConfigError(f"--tasks {names!r}: accepted are names of tasks, separated by commas")
     return chosen
-
-
-def _read(path: Path, option: str) -> str:
-    try:
-        content = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--{option} {str(path)!r}: {one_line(error)}; accepted is a text file in UTF-8") from error
-    if not content.strip():
-        raise InputError(f"--{option} {str(path)!r}: it is empty; accepted is a text file in UTF-8")
-    return content

@@ -18,6 +18,8 @@ from teq_graph.system import interruption
 
 _PIPE_CLOSED = 128 + signal.SIGPIPE  # nobody reads on, as after `| head`
 
+_LONGEST = 1000  # characters of a message
+
 
 def run(arguments: Sequence[str], show_progress: bool = False) -> int:
     """Runs one command; returns the exit code: 0, 2 for what is refused, 128 + number after a signal."""
@@ -81,6 +83,10 @@ def _invoke(arguments: Sequence[str], show_progress: bool) -> int:
 
 def _fail(message: str) -> int:
     if interruption.received() is None:  # otherwise the message tells of what the signal broke
+        # A file name need not be text.
+        line = " ".join(message.encode(errors="backslashreplace").decode().split())
+        if len(line) > _LONGEST:  # an argument that is no name of anything
+            line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
         with contextlib.suppress(OSError):
-            sys.stderr.write(f"error: {' '.join(message.split())}\n")
+            sys.stderr.write(f"error: {line}\n")
     return 2

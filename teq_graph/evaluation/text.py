@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from teq_graph.errors import InputError, NumericsError
+from teq_graph.errors import InputError, NumericsError, brief
 from teq_graph.system import progress
 
 LogitsFn: TypeAlias = Callable[[Tensor], Any]
@@ -59,8 +60,7 @@ def perplexity(
     """
     ids = _as_ids(token_ids)
     stride = context if stride is None else stride
-    if context < 2 or not 1 <= stride <= context:
-        raise InputError(f"context={context}, stride={stride}: accepted are a context >= 2 and a stride from 1 to it")
+    _check_sizes(context, stride, batch_size)
     start = time.perf_counter()
     total, count = 0.0, 0
     for windows, targets in _window_batches(ids, context, stride, batch_size, "Perplexity"):
@@ -86,6 +86,7 @@ def divergence(
 ) -> Divergence:
     """Compares two models' predictions at every position of `token_ids` [n], in windows of `context` tokens."""
     ids = _as_ids(token_ids)
+    _check_sizes(context, context, batch_size)
     total, agreed, count = 0.0, 0, 0
     for windows, _ in _window_batches(ids, context, context, batch_size, "Comparing logits"):
         parts = (_logits(function, windows).flatten(0, 1).split(_ROWS) for function in (reference_fn, logits_fn))
@@ -118,11 +119,27 @@ def builtin_text() -> str:
     return "\n".join(dict.fromkeys(prose))  # topics repeat one another's paragraphs
 
 
+def _check_sizes(context: Any, stride: Any, batch_size: Any) -> None:
+    sizes = (context, stride, batch_size)
+    if (
+        any(isinstance(size, bool) or not isinstance(size, numbers.Integral) for size in sizes)
+        or min(sizes) < 1
+        or not 2 <= context >= stride
+    ):
+        shown = f"context={brief(context)}, stride={brief(stride)}, batch_size={brief(batch_size)}"
+        raise InputError(f"{shown}: accepted are integers >= 1, a context >= 2 and a stride up to it")
+
+
 def _as_ids(token_ids: Tensor | Sequence[int]) -> Tensor:
-    ids = torch.as_tensor(token_ids, dtype=torch.int64).flatten()
+    try:
+        ids = torch.as_tensor(token_ids).flatten()
+    except (RuntimeError, TypeError, ValueError):
+        raise InputError(f"token_ids={brief(token_ids)}: accepted are integers [n]") from None
     if len(ids) < 2:
         raise InputError(f"token_ids: there are {len(ids)} tokens; accepted are two or more")
-    return ids
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or int(ids.min()) < 0:
+        raise InputError(f"token_ids={brief(token_ids)}: accepted are integers [n], from 0 on")
+    return ids.to(torch.int64)
 
 
 def _window_batches(
@@ -146,5 +163,18 @@ def _window_batches(
 
 
 def _logits(function: LogitsFn, windows: Tensor) -> Tensor:
+    if not callable(function):
+        raise InputError(f"logits_fn={brief(function)}: accepted is a function of input_ids")
     with torch.inference_mode():
-        return torch.as_tensor(function(windows))
+        given = function(windows)
+        try:
+            logits = torch.as_tensor(given)
+        except (RuntimeError, TypeError, ValueError):
+            raise InputError(f"logits={brief(given)}: accepted are floats [b, s, vocab]") from None
+    shape, size = list(windows.shape), int(windows.max()) + 1
+    if logits.dim() != 3 or list(logits.shape[:2]) != shape or not logits.is_floating_point():
+        kind = f"{list(logits.shape)} {logits.dtype}"
+        raise InputError(f"logits of input_ids {shape} are {kind}; accepted are floats [b, s, vocab]")
+    if logits.shape[2] < size:
+        raise InputError(f"token_ids: {size - 1} is one of them; accepted are 0 to {logits.shape[2] - 1}")
+    return logits

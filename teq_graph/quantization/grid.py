@@ -92,8 +92,8 @@ def find_grid(weight: Tensor, spec: WeightSpec, scale_dtype: torch.dtype = torch
     magnitude, so that it is exact and the scale may be negative (as in llama.cpp's Q4_0 and onnxruntime).
     Scales are representable in `scale_dtype`, in which they are to be stored.
 
-    Raises InputError for a weight that is not a floating-point matrix, NumericsError for NaN, infinity, or
-    scales that overflow `scale_dtype`.
+    Raises InputError for a weight that is not a floating-point matrix, NumericsError for NaN, infinity, scales that
+    overflow `scale_dtype`, and codes that would stand for infinity.
     """
     _check_weight(weight)
     block = resolve_block_size(weight.shape[1], spec.group_size)
@@ -101,10 +101,12 @@ def find_grid(weight: Tensor, spec: WeightSpec, scale_dtype: torch.dtype = torch
         _fit(groups, spec, scale_dtype, part) for groups, _ in split_groups(weight.detach().to(torch.float32), block)
     ]
     scales = torch.cat([fit.scale for fit in fits], dim=1)
-    if not bool(scales.isfinite().all()):
+    # A scale that is rounded up can take the outermost code past the largest number.
+    outermost = 2 ** (spec.bits - 1) if spec.symmetric else 2**spec.bits - 1
+    if not bool((scales * outermost).isfinite().all()):
         raise NumericsError(
-            f"weight {tuple(weight.shape)}: NaN or infinity in the weight or its {scale_dtype} scales; "
-            "accepted are finite numbers"
+            f"weight {tuple(weight.shape)}: NaN or infinity in the weight, its {scale_dtype} scales or the values "
+            "of its codes; accepted are finite numbers"
         )
     zero_points = None if spec.symmetric else torch.cat([fit.zero for fit in fits], dim=1).to(torch.uint8)
     return Grid(scales, zero_points, spec.bits, block)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -36,15 +38,49 @@ OPTIONS: Mapping[str, str] = {
 """Fields of a request -> the options of `OnnxDecoder.generate` that they are."""
 
 
+_NUMBER = "a number"
+_INTEGER = "an integer"
+ACCEPTED: Mapping[str, str] = {
+    "model": "a string",
+    "stream": "true and false",
+    "stream_options": '{"include_usage": true} and {"include_usage": false}',
+    "include_usage": "true and false",
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "top_k", "seed"), _INTEGER),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), _NUMBER),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _NUMBER),
+    "stop": "a string, or a list of up to 4",
+    "messages": 'a list of at least one {"role": …, "content": …}',
+    "role": "a string",
+    "content": 'a string, or a list of {"type": "text", "text": …}',
+    "type": '"text"',
+    "text": "a string",
+    "prompt": "a string, a list of token ids, or a list of either",
+}
+"""What each field of a request may be, as its refusal says it."""
+
+
 class ApiError(Exception):
-    """An answer in OpenAI's shape of errors, with its HTTP status."""
+    """An answer in OpenAI's shape of errors, with its HTTP status.
+
+    Clients of OpenAI ask again by themselves after 408, 409, 429 and from 500 on, unless they are told otherwise.
+    """
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.headers = {"Retry-After": "1"} if status in (429, 503) else None
-        kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
+        self.headers = _HEADERS.get(status)
+        kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    429: {"Retry-After": "1"},
+    500: {"X-Should-Retry": "false"},
+    503: {"Retry-After": "1"},
+    504: {"X-Should-Retry": "false"},
+}
 
 
 class Strict(BaseModel):
@@ -78,6 +114,15 @@ class Request(Strict):
         """The options of `OnnxDecoder.generate` that are asked for."""
         return {ours: value for name, ours in OPTIONS.items() if (value := getattr(self, name)) not in (None, [])}
 
+    def named(self, message: str) -> tuple[str, str | None]:
+        """What the runtime says of an option, under the name that the request gave it; and that name."""
+        option, is_option, rest = message.partition("=")
+        name = next((theirs for theirs, ours in self._names() if is_option and ours == option), None)
+        return (message, None) if name is None else (f"{name}={rest}", name)
+
+    def _names(self) -> list[tuple[str, str]]:
+        return list(OPTIONS.items())
+
 
 class TextPart(Strict):
     type: Literal["text"]
@@ -102,15 +147,23 @@ class ChatRequest(Request):
         count = self.max_completion_tokens
         return super().options() if count is None else {**super().options(), "max_new_tokens": count}
 
+    def _names(self) -> list[tuple[str, str]]:
+        new = [] if self.max_completion_tokens is None else [("max_completion_tokens", "max_new_tokens")]
+        return [*new, *super()._names()]
+
 
 class TextRequest(Request):
-    prompt: str | list[int] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: str | list[str] | list[int] | list[list[int]]
 
-    def tokens(self, encode: Callable[[str], list[int]]) -> list[int]:
-        """Token ids of the prompt."""
-        if isinstance(self.prompt, str):
-            return encode(self.prompt)
-        return [token for item in self.prompt for token in (encode(item) if isinstance(item, str) else [item])]
+    def prompts(self, encode: Callable[[str], list[int]]) -> list[Callable[[], list[int]]]:
+        """What makes the token ids of each prompt."""
+        prompt: Any = self.prompt
+        is_one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
+        prompts: list[str | list[int]] = [prompt] if is_one else prompt
+        return [
+            functools.partial(encode, item) if isinstance(item, str) else functools.partial(list[int], item)
+            for item in prompts
+        ]
 
 
 R = TypeVar("R", bound=Request)
@@ -121,11 +174,32 @@ def parse(kind: type[R], body: bytes) -> R:
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        param = ".".join(map(str, first["loc"])) or None
-        raise ApiError(400, f"{param or 'body'}: {first['msg']}", param=param) from error
+        raise _refused(error) from error
     for name, value in (request.model_extra or {}).items():
         if value is not None and value not in REFUSED.get(name, (value,)):
-            accepted = REFUSED[name][0] if REFUSED[name] else None
-            raise ApiError(400, f"{name}={value!r}: accepted is {accepted!r}", "unsupported_parameter", name)
+            accepted = f"accepted is {REFUSED[name][0]!r}" if REFUSED[name] else "it is not implemented"
+            raise ApiError(400, f"{name}={_shown(value)}: {accepted}", "unsupported_parameter", name)
     return request
+
+
+def _refused(error: ValidationError) -> ApiError:
+    """The first field that is wrong: what it was, and what is accepted."""
+    first = error.errors(include_url=False)[0]
+    fields: list[int | str] = []
+    for part in first["loc"]:
+        # A field of several types is followed by the type that was tried.
+        if isinstance(part, str) and part not in ACCEPTED:
+            break
+        fields.append(part)
+    name = ".".join(map(str, fields))
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"body: {first['msg']}")
+    if not name:
+        return ApiError(400, f"body: {_shown(first['input'])}; accepted is an object in JSON")
+    accepted = next(ACCEPTED[field] for field in reversed(fields) if isinstance(field, str))
+    given = ": missing" if first["type"] == "missing" else f"={_shown(first['input'])}"
+    return ApiError(400, f"{name}{given}; accepted is {accepted}", param=name)
+
+
+def _shown(value: object) -> str:
+    return " ".join(reprlib.repr(value).split())

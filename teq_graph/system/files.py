@@ -2,53 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import errno
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 _LARGEST_JSON = 2**26
 """Bytes. The descriptions that are read take some kilobytes, a report of a large model some megabytes."""
-
-
-class _PatientFile(io.RawIOBase):
-    """A binary file that keeps the first OSError of a write to itself and takes everything that follows."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self.file.seek(offset, whence)
-
-    def write(self, data: Any) -> int:
-        if self.error is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-
-@contextlib.contextmanager
-def torch_file(path: Path) -> Iterator[Any]:
-    """A new file for `torch.save` and `torch.export.save`; OSError is raised when the block ends.
-
-    Their zip writer answers a write that fails in a destructor, which ends the process.
-    """
-    with path.open("wb") as file:
-        patient = _PatientFile(file)
-        yield patient
-        if patient.error is not None:
-            raise patient.error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -65,8 +26,9 @@ def read_json(path: Path) -> dict[str, Any]:
     NaN or an infinity, which are no JSON.
     """
     if not path.is_file():
-        # A pipe by that name would be waited for.
-        raise FileNotFoundError(f"{path} is missing" if not path.exists() else f"{path} is no file")
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        raise ValueError("it is no file")  # a pipe by that name would be waited for
     if path.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"{path.stat().st_size} bytes, accepted are up to {_LARGEST_JSON}")
     try:

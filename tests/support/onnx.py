@@ -29,11 +29,16 @@ class OnnxModel:
 
     def run(self, inputs: Any) -> Tensor:
         """The first output for the arguments of any model."""
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: Any) -> list[Tensor]:
+        """The outputs for the arguments of any model."""
         names = [item.name for item in self.session.get_inputs()]
         tensors = dict(zip(names, pytree.tree_leaves(inputs), strict=True))
         if isinstance(inputs, dict):
             tensors = {name: inputs[name] for name in names}
-        return torch.from_numpy(self.session.run(None, {name: x.numpy() for name, x in tensors.items()})[0])
+        results = self.session.run(None, {name: x.numpy() for name, x in tensors.items()})
+        return [torch.from_numpy(result) for result in results]
 
     def step(
         self, compiled: CompiledModel, tokens: Tensor, past: list[Tensor] | None, mask: Tensor | None = None

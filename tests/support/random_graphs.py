@@ -1,18 +1,26 @@
-"""Random small networks from a pool of ops, as counterexamples that a sound analysis must not fall for."""
+"""Random small networks from a pool of ops, as counterexamples that sound analysis and passes must not fall for."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from support.seeds import BASE
+
 Apply = Callable[..., Tensor]
 WIDTHS = (4, 8, 12)
+JUMPS = {
+    "floor", "sign", "where", "where self", "masked_fill", "masked_fill 1", "gather channels", "index channels",
+    "index tokens", "select tokens", "select channels", "first tokens",
+}  # fmt: skip
+"""Ops that make any difference of one of rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +33,12 @@ class Step:
 
 
 class RandomNetwork(nn.Module):
-    """`steps` random ops over values `[batch, sequence, width]`; a few values are the outputs."""
+    """`steps` random ops over values `[batch, sequence, width]`; a few values are the outputs; no op of `without`."""
 
-    def __init__(self, seed: int, steps: int) -> None:
+    def __init__(self, choices: random.Random, steps: int, without: Collection[str] = ()) -> None:
         super().__init__()
-        self.random = random.Random(seed)
+        self.random = choices
+        self.without = without
         self.weights = nn.ParameterList()
         self.steps: list[Step] = []
         self.widths = [self.random.choice(WIDTHS) for _ in range(2)]
@@ -52,7 +61,7 @@ class RandomNetwork(nn.Module):
             values.append(step.apply(*(values[index] for index in step.reads)))
         return tuple(values[index] for index in self.ends)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"v{index} = {s.name}{s.reads} [{self.widths[index]}]" for index, s in enumerate(self.steps, 2)]
         return "\n".join([*lines, f"outputs {self.ends}"])
 
@@ -79,6 +88,9 @@ class RandomNetwork(nn.Module):
         if not fitting:
             return self._linear(self._pick(), width)
         return self.random.choice(fitting[-3:] if self.random.random() < 0.8 else fitting)
+
+    def _choose(self, names: list[str]) -> str:
+        return self.random.choice([name for name in names if name not in self.without])
 
     def _linear(self, source: int, width: int | None = None) -> int:
         out = width or self.random.choice(WIDTHS)
@@ -147,7 +159,7 @@ class RandomNetwork(nn.Module):
             "sign": torch.sign, "contiguous": lambda x: x.contiguous(), "clone": lambda x: x.clone(),
             "unfused norm": lambda x: x / (1e-3 + x.norm(dim=-1, keepdim=True)),
         }  # fmt: skip
-        name = self.random.choice([*functions, "relu", "relu", "abs"])
+        name = self._choose([*functions, "relu", "relu", "abs"])
         self._push(name, (source,), self.widths[source], functions[name])
 
     def _elementwise(self) -> None:
@@ -160,7 +172,7 @@ class RandomNetwork(nn.Module):
             "masked_fill": lambda x, y: x.masked_fill(y > 0, 0), "masked_fill 1": lambda x, y: x.masked_fill(y > 0, 1),
             "maximum": torch.maximum, "lerp": lambda x, y: torch.lerp(x, y, 0.3),
         }  # fmt: skip
-        name = self.random.choice([*functions, "add", "mul", "gate"])
+        name = self._choose([*functions, "add", "mul", "gate"])
         self._push(name, (a, b), self.widths[a], functions[name])
 
     def _constant(self) -> None:
@@ -175,7 +187,7 @@ class RandomNetwork(nn.Module):
             "divide by constant": lambda x: x / (value().abs() + 1), "reciprocal": lambda x: scalar / (x.abs() + 1),
             "bias twice": lambda x: x + value() + value(),
         }  # fmt: skip
-        name = self.random.choice([*functions, "add constant", "multiply scalar"])
+        name = self._choose([*functions, "add constant", "multiply scalar"])
         self._push(name, (source,), width, functions[name])
 
     def _move(self) -> None:
@@ -218,7 +230,7 @@ class RandomNetwork(nn.Module):
             "shift tokens": (width, lambda x: functional.pad(x, (0, 0, 1, 0))[:, :-1]),
             "last token": (width, lambda x: x[:, -1:].expand(x.shape)),
         }
-        name = self.random.choice(list(moves))
+        name = self._choose(list(moves))
         self._push(name, (source,), *moves[name])
 
     def _join(self) -> None:
@@ -273,7 +285,7 @@ class RandomNetwork(nn.Module):
             "max over tokens": lambda x: x.amax(1, keepdim=True).expand(x.shape),
             "pooled gate": lambda x: x * x.mean(1, keepdim=True).sigmoid(),
         }
-        name = self.random.choice(list(functions))
+        name = self._choose(list(functions))
         self._push(name, (source,), self.widths[source], functions[name])
 
     def _dynamic(self) -> None:
@@ -292,5 +304,12 @@ class RandomNetwork(nn.Module):
             "slice by length": lambda x, y: functional.pad(x, (0, y.shape[1]))[..., y.shape[1] :][..., :width],
             "first tokens": lambda x, y: x[torch.arange(x.shape[0]), y[:, :, 0].argmax(-1)][:, None].expand(x.shape),
         }
-        name = self.random.choice(list(functions))
+        name = self._choose(list(functions))
         self._push(name, (source, other), width, functions[name])
+
+
+@st.composite
+def random_networks(draw: st.DrawFn, steps: tuple[int, int] = (4, 24), without: Collection[str] = ()) -> RandomNetwork:
+    """Networks of a number of `steps`, every choice in them hypothesis', so that a failing one shrinks."""
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1)) + BASE)
+    return RandomNetwork(draw(st.randoms(use_true_random=False)), draw(st.integers(*steps)), without)

@@ -15,6 +15,7 @@ from teq_graph.analysis.equivalences.equivalence import Equivalence, ProducerKin
 from teq_graph.analysis.equivalences.example_values import ExampleValues
 from teq_graph.analysis.equivalences.trace import Trace
 from teq_graph.capture import CapturedGraph
+from teq_graph.config import check_type
 from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operand_of, operands_of, rank_of
 from teq_graph.graph.tensors import node_tensor
 
@@ -55,6 +56,7 @@ def find_equivalences(captured: CapturedGraph) -> Findings:
     where it reaches an op that does not commute with a scale, a graph output, or a weight that something
     outside the site reads as well.
     """
+    check_type("captured", captured, CapturedGraph, "a CapturedGraph")
     graph_module = captured.graph_module
     samples = ExampleValues.at_two_sizes(captured)
     cache_pairs = captured.cache_pairs()

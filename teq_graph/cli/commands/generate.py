@@ -69,7 +69,7 @@ def generate(
         "seed": seed,
         "prompt_lookup_num_tokens": prompt_lookup,
     }
-    decoder = opening.open_decoder(directory, threads, provider, verify)
+    decoder = opening.open_generator(directory, threads, provider, verify)
     from teq_graph.onnx.runtime.generation.conversation import Conversation
 
     chat = bool(decoder.tokenizer.chat_template) if chat is None else chat

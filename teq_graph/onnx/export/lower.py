@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from teq_graph import pipeline
 from teq_graph.capture import CapturedGraph
-from teq_graph.config import ACCURACY_LEVELS, DTYPES
-from teq_graph.errors import ConfigError, ExportError, one_line
+from teq_graph.config import ACCURACY_LEVELS, DTYPES, check_choice, integer_of
+from teq_graph.errors import ExportError, one_line
 from teq_graph.graph.tensors import clone_graph
 from teq_graph.graph.tracing import without_dispatch_cache
 from teq_graph.onnx.export.fusions import fuse
@@ -76,12 +76,9 @@ def lower(
 
 def check_options(dtype: str, accuracy_level: int, opset: int) -> None:
     """Raises ConfigError for options outside what is accepted."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: accepted are {', '.join(map(repr, DTYPES))}")
-    if accuracy_level not in ACCURACY_LEVELS:
-        raise ConfigError(f"accuracy_level={accuracy_level!r}: accepted are {ACCURACY_LEVELS}")
-    if opset not in OPSETS:
-        raise ConfigError(f"opset={opset!r}: accepted are {OPSETS}")
+    check_choice("dtype", dtype, DTYPES)
+    integer_of("accuracy_level", accuracy_level, ACCURACY_LEVELS, f"{ACCURACY_LEVELS}")
+    integer_of("opset", opset, OPSETS, f"{OPSETS}")
 
 
 def _with_example_dtype(captured: CapturedGraph, dtype: torch.dtype) -> CapturedGraph:

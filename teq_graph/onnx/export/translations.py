@@ -37,10 +37,13 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
     def matmul_nbits(
         a: Any, b: Any, scales: Any, zero_points: Any, bias: Any, K: int, N: int, bits: int, block_size: int
     ) -> Any:
-        inputs = [a, b, scales, zero_points, None, bias]
+        # onnxruntime refuses a bias whose length it cannot infer; a computed one is added apart.
+        computed = bias is not None and bias.producer() is not None
+        inputs = [a, b, scales, zero_points, None, None if computed else bias]
         while inputs[-1] is None:
             inputs.pop()
-        return MATMUL_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=accuracy_level)
+        product = MATMUL_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=accuracy_level)
+        return op.Add(product, bias) if computed else product
 
     def embedding_nbits(indices: Any, b: Any, scales: Any, zero_points: Any, D: int, bits: int, block_size: int) -> Any:
         count, *row = b.shape

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -17,16 +18,22 @@ import onnxruntime
 from teq_graph.errors import InputError, ModelFileError, one_line
 from teq_graph.onnx.directory import GENERATION_FILE, Metadata
 from teq_graph.onnx.runtime import arguments, on_device
+from teq_graph.onnx.runtime.generation import chat_template
 from teq_graph.onnx.runtime.generation.decoding import Continuation, DecoderSession
 from teq_graph.onnx.runtime.generation.device_decoding import DeviceSession
-from teq_graph.onnx.runtime.generation.options import GenerationOptions
+from teq_graph.onnx.runtime.generation.options import NEUTRAL, GenerationOptions, is_neutral
 from teq_graph.onnx.runtime.generation.sampling import Sampler
 from teq_graph.onnx.runtime.generation.text import StoppedText, TextStream
 from teq_graph.onnx.runtime.model import OnnxModel
 from teq_graph.onnx.runtime.session import CPU, Provider, open_directory
 
 T = TypeVar("T")
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # as transformers names it
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | npt.NDArray[Any]
+
+
+def _never() -> bool:
+    return False
 
 
 def load(
@@ -47,7 +54,7 @@ class Stream(Iterator[T], Generic[T]):
     """Pieces of one sequence, each as soon as it is there.
 
     `tokens` are those that were generated so far, and `finish_reason` says, once the pieces are at an end, what ended
-    them: "stop" (an end token, a stop string) or "length".
+    them: "stop" (an end token, a stop string), "length", or None where it was cancelled.
     """
 
     def __init__(self, continuation: Continuation, pieces: Iterator[T]) -> None:
@@ -102,6 +109,8 @@ class OnnxDecoder:
         # Without its files, transformers would make up an empty tokenizer from the config.
         if not (self.directory / "tokenizer_config.json").is_file():
             raise ModelFileError(f"{self.directory} has no usable tokenizer: its files are missing")
+        if (self.directory / CHAT_TEMPLATE_FILE).is_file():
+            chat_template.shared().start()  # meanwhile
         from teq_graph.loading import load_tokenizer
 
         return load_tokenizer(str(self.directory), str(self.directory), local_files_only=True)
@@ -116,9 +125,15 @@ class OnnxDecoder:
             content = json.loads(path.read_text(encoding="utf-8"))
             names = {field.name for field in dataclasses.fields(GenerationOptions)} - {"eos_token_id"}
             given = {name: content[name] for name in names if content.get(name) is not None}
-            return GenerationOptions(**given)
+            options = GenerationOptions(**given)
+            ignored = [name for name in NEUTRAL if not is_neutral(name, content.get(name))]
         except (OSError, ValueError, AttributeError, InputError) as error:
             raise ModelFileError(f"{path} cannot be read: {one_line(error)}") from None
+        if ignored:
+            asked = ", ".join(f"{name}={content[name]!r}" for name in ignored)
+            message = f"{path}: {asked} is not implemented and has no effect; accepted is {NEUTRAL[ignored[0]]}"
+            warnings.warn(message, stacklevel=2)
+        return options
 
     def logits(self, input_ids: Any, attention_mask: Any = None) -> npt.NDArray[np.float32]:
         """Logits float32 [b, s, vocab] of whole sequences int [b, s]; mask [b, s], 0 where there is padding."""
@@ -135,6 +150,7 @@ class OnnxDecoder:
         max_new_tokens: int | None = None,
         generation_config: Any = None,
         callback: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] = _never,
         **options: Any,
     ) -> Any:
         """Continue a prompt, or a batch of prompts at once.
@@ -144,14 +160,16 @@ class OnnxDecoder:
         what is given here goes before `generation_config` (transformers' object, or a mapping), and that before what
         was exported. A sequence ends before an end token or a stop string (of a result in tokens, with the token that
         completes it), after `max_new_tokens`, or where the context is full. `callback(row, token)` is told each new
-        token. Raises InputError for an empty prompt, one longer than the context, tokens outside the vocabulary, and
-        arguments of another type; NumericsError where the model's logits are not finite.
+        token. `cancelled()` is asked before every step of the model, also between the parts of a long prompt; where
+        it is true, the results are what there is by then. Raises InputError for an empty prompt, one longer than the
+        context, tokens outside the vocabulary, a cache that the memory does not hold, and arguments of another type;
+        NumericsError where the model's logits are not finite.
         """
         prompts, single, text = self._prompts(prompt)
         chosen = self._options(max_new_tokens, generation_config, options)
         rows = [self._continuation(row, chosen, text) for row in prompts]
         pieces: list[list[str]] = [[] for _ in rows]
-        for index, token, piece in self._decode(rows, chosen):
+        for index, token, piece in self._decode(rows, chosen, cancelled):
             pieces[index].append(piece)
             if callback is not None:
                 callback(index, token)
@@ -167,6 +185,7 @@ class OnnxDecoder:
         max_new_tokens: int | None = None,
         generation_config: Any = None,
         text: bool | None = None,
+        cancelled: Callable[[], bool] = _never,
         **options: Any,
     ) -> Stream[Any]:
         """Continue one prompt, giving each piece as soon as it is there; arguments and errors as for `generate`.
@@ -179,7 +198,7 @@ class OnnxDecoder:
         chosen = self._options(max_new_tokens, generation_config, options)
         text = from_text if text is None else text
         row = self._continuation(prompts[0], chosen, text)
-        steps = self._decode([row], chosen)
+        steps = self._decode([row], chosen, cancelled)
         if not text:
             return Stream(row, (token for _, token, _ in steps))
         assert row.text is not None
@@ -192,14 +211,20 @@ class OnnxDecoder:
     def encode_chat(self, messages: str | Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation (a string: one message of the user), up to where the reply begins.
 
-        Raises InputError where the tokenizer has no chat template, or the template does not take the messages.
+        Raises InputError where the tokenizer has no chat template, or the template does not take the messages, or does
+        not end within `chat_template.SECONDS` and `chat_template.MEMORY`.
         """
         if not self.tokenizer.chat_template:
             raise InputError(f"{self.directory}: its tokenizer has no chat template; accepted are plain prompts")
         conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         try:
-            rendered = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # what the template itself raises, and jinja2 where it meets another type
+            # As transformers has it: what is None is not there.
+            plain = [{name: value for name, value in message.items() if value is not None} for message in conversation]
+            template = self.tokenizer.get_chat_template()
+            rendered = chat_template.shared().render(template, plain, self.tokenizer.special_tokens_map)
+        except InputError:
+            raise
+        except Exception as error:  # what is no list of messages, or cannot be said in JSON
             raise InputError(f"messages: the chat template refuses them: {one_line(error)}") from error
         return self._encode(rendered, add_special_tokens=False)
 
@@ -233,9 +258,13 @@ class OnnxDecoder:
         stream = TextStream(self.tokenizer, prompt)
         return Continuation(prompt, frozenset(stops), StoppedText(stream, options.stop_strings))
 
-    def _decode(self, rows: list[Continuation], options: GenerationOptions) -> Iterator[tuple[int, int, str]]:
+    def _decode(
+        self, rows: list[Continuation], options: GenerationOptions, cancelled: Callable[[], bool]
+    ) -> Iterator[tuple[int, int, str]]:
         """What the rows become; checks the arguments before the first token is asked for."""
         for row in rows:
+            if not row.prompt:
+                raise InputError("prompt: it is empty; accepted is at least one token")
             self._check_tokens(np.array([row.prompt], dtype=object))  # whatever their size
         for name in ("suppress_tokens", "eos_token_id"):
             wrong = [token for token in getattr(options, name) or () if not 0 <= token < self.shape.vocab_size]
@@ -247,7 +276,7 @@ class OnnxDecoder:
             # The last position that fits still gives one token.
             count = min(count, self.shape.max_positions - length + 1)
         sampler = Sampler(options, sorted(rows[0].eos_tokens))
-        return self._decoding.decode(rows, count, sampler, options.prompt_lookup_num_tokens or 0)
+        return self._decoding.decode(rows, count, sampler, options.prompt_lookup_num_tokens or 0, cancelled)
 
     def _encode(self, text: str, **options: Any) -> list[int]:
         return [int(token) for token in self.tokenizer(arguments.text("prompt", text), **options)["input_ids"]]

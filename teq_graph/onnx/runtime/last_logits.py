@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from teq_graph.onnx.directory import LOGITS_FROM
+from teq_graph.system.quiet import quiet
 
 POSITION_WISE = {"MatMul", "MatMulNBits", "Gemm", "Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity"}
 """Operators that make of each position [b, s, …] what they make of it alone, where the rest is constant."""
@@ -56,7 +57,8 @@ def with_chosen_logits(path: Path) -> bytes | None:
 
     The file itself is for any runtime, and onnxruntime warns of inputs that have a default.
     """
-    model = ir.load(path)
+    with quiet("onnx_ir"):  # of a damaged file, it tells what it makes up for; onnxruntime refuses it
+        model = ir.load(path)
     return ir.to_proto(model).SerializeToString() if add_logits_from(model) else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from teq_graph.onnx.runtime import tensors
 from teq_graph.onnx.runtime.generation.prompt_lookup import guess
 from teq_graph.onnx.runtime.generation.sampling import Sampler
 from teq_graph.onnx.runtime.generation.text import StoppedText
+from teq_graph.system import memory
 
 IntArray = npt.NDArray[np.int64]
 
@@ -31,8 +32,8 @@ _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"
 class Continuation:
     """A prompt and what follows it.
 
-    `finish_reason` is None while it goes on, "stop" after an end token or a stop string, and "length" where it was as
-    long as it may be. `text`, where asked for, turns tokens into pieces.
+    `finish_reason` is None while it goes on and where it was cancelled, "stop" after an end token or a stop string, and
+    "length" where it was as long as it may be. `text`, where asked for, turns tokens into pieces.
     """
 
     prompt: list[int]
@@ -85,9 +86,16 @@ class DecoderSession:
         return logits
 
     def decode(
-        self, rows: Sequence[Continuation], count: int, sampler: Sampler, lookup: int = 0
+        self,
+        rows: Sequence[Continuation],
+        count: int,
+        sampler: Sampler,
+        lookup: int = 0,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, int, str]]:
         """(row, token, text) as they are generated, `count` tokens for each row at most.
+
+        `cancelled` is asked before each step, also before each part of a prompt, and ends them all.
 
         A sequence by itself is given up to `lookup` guessed tokens with its newest one. They stay as far as they are
         what the sampler chooses then; what the others leave in a shared cache is written over.
@@ -98,6 +106,10 @@ class DecoderSession:
         fresh = np.full((len(rows), length), self.metadata.pad_token_id or 0, dtype=np.int64)
         for index, row in enumerate(rows):
             fresh[index, padding[index] :] = row.prompt
+        if not count:
+            for row in rows:
+                row.finish_reason = "length"
+            return
         cache = self._new_cache(len(rows), length + count)
         cache.best_only = sampler.takes_best
         # The operator that shares buffers takes several new tokens after a past for one sequence only.
@@ -108,6 +120,8 @@ class DecoderSession:
         seen, left = 0, count
         while left:
             for start in range(0, fresh.shape[1], prefill):
+                if cancelled():
+                    return
                 part = fresh[:, start : start + prefill]
                 mask = np.arange(seen + start + part.shape[1]) >= padding[:, None]
                 logits = self._step(part, mask.astype(np.int64), cache, 1 + len(guessed))
@@ -161,6 +175,8 @@ class DecoderSession:
             self.session.run_with_iobinding(binding)
             if not self.metadata.shared_buffers:
                 cache.values = binding.get_outputs()[1:]
+        except MemoryError:
+            raise
         except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
             raise InputError(f"onnxruntime refuses input_ids {list(ids.shape)}: {one_line(error)}") from error
         return tensors.as_float32(cache.logits)
@@ -177,7 +193,11 @@ class DecoderSession:
         return [f"{prefix}.{index}.{kind}" for index in range(len(self.shape.layers)) for kind in ("key", "value")]
 
     def _new_cache(self, batch: int, positions: int) -> Cache:
-        """A cache of `positions` where past and present share buffers, otherwise a past of no tokens."""
+        """A cache of `positions` where past and present share buffers, otherwise a past of no tokens.
+
+        Raises InputError where it could not become so long.
+        """
+        self._check_room(batch, positions)
         values = self._new_values(batch, positions if self.metadata.shared_buffers else 0)
         cache = Cache(values, self.session.io_binding(), np.empty((0, 0)))
         if self.metadata.shared_buffers:
@@ -198,3 +218,19 @@ class DecoderSession:
                 zeros = np.zeros((batch, heads, length, dim), tensors.array_type(self._dtype))
                 values.append(tensors.as_value(zeros, self._dtype, self._device, self._device_id))
         return values
+
+    def _check_room(self, batch: int, positions: int) -> None:
+        """Refuse a cache for which there is no memory.
+
+        Before it is made: the system gives out zeros that it does not have, and ends the process once they are used.
+        """
+        numbers = sum(heads * dim for layer in self.shape.layers for heads, dim in layer.sizes)
+        # Unless they are one, past and present are there at the same time.
+        copies = 1 if self.metadata.shared_buffers else 2
+        each = batch * copies * numbers * tensors.array_type(self._dtype).itemsize
+        available = memory.available_bytes()
+        if available is not None and positions * each > available:
+            raise InputError(
+                f"cache of {positions} positions, prompt and new tokens together: {positions * each:,} bytes; accepted "
+                f"are up to {available // each} positions, in the {available:,} bytes of memory that are available"
+            )

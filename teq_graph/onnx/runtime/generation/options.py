@@ -28,6 +28,12 @@ NEUTRAL: Mapping[str, Any] = {
 """Options of transformers that would change the tokens and are not implemented, at the values where they do not."""
 
 
+def is_neutral(name: str, value: Any) -> bool:
+    """Whether an option of `NEUTRAL` asks for nothing: not set, at its neutral value, or empty where that is None."""
+    neutral = NEUTRAL[name]
+    return value is None or bool(value == neutral) or (neutral is None and value in (0, [], {}))
+
+
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
     """Names, meanings and defaults of `transformers.GenerationConfig`.
@@ -44,8 +50,10 @@ class GenerationOptions:
     epsilon_cutoff, eta_cutoff: then keep tokens from this probability on, absolute, or relative to the entropy
         (arXiv 2210.15191).
     repetition_penalty: divides positive logits of tokens that were there, the prompt's too, and multiplies negative
-        ones (arXiv 1909.05858); presence_penalty and frequency_penalty lower the logits of new tokens, once and by
-        their count, as OpenAI's API has it.
+        ones (arXiv 1909.05858). From 0.001 to 1000, where such tokens are all but certain or never come, and no
+        logit in float32 leaves the range of numbers.
+    presence_penalty, frequency_penalty: lower the logits of new tokens, once and by their count, as OpenAI's API has
+        it.
     no_repeat_ngram_size: no run of this many tokens comes twice; 0 allows all.
     suppress_tokens: tokens that never come.
     eos_token_id: token or tokens before which a sequence ends; None: the model's.
@@ -93,7 +101,7 @@ class GenerationOptions:
         names = [field.name for field in dataclasses.fields(self)]
         for name, value in options.items():
             if name in NEUTRAL:
-                if value is not None and value != NEUTRAL[name]:
+                if not is_neutral(name, value):
                     raise InputError(f"{name}={value!r}: accepted is {NEUTRAL[name]}")
             elif name not in names:
                 raise InputError(f"option {name!r}: accepted are {', '.join(names)}")
@@ -171,7 +179,7 @@ _CHECKS: Mapping[str, Check] = {
     "typical_p": _SHARE,
     "epsilon_cutoff": _CUTOFF,
     "eta_cutoff": _CUTOFF,
-    "repetition_penalty": _real("finite numbers above 0", lambda value: 0.0 < value < float("inf")),
+    "repetition_penalty": _real("numbers from 0.001 to 1000", lambda value: 1e-3 <= value <= 1e3),
     "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY,
     "no_repeat_ngram_size": _integer(0),

@@ -66,8 +66,8 @@ class Sampler:
         options, sequence = self.options, [*prompt, *new]
         if options.repetition_penalty != 1.0:
             seen = np.unique(np.asarray(sequence, dtype=np.int64))
-            factor = np.where(row[seen] < 0, options.repetition_penalty, 1 / options.repetition_penalty)
-            row[seen] *= factor
+            with np.errstate(over="ignore"):  # told of below
+                row[seen] *= np.where(row[seen] < 0, options.repetition_penalty, 1 / options.repetition_penalty)
         if options.presence_penalty or options.frequency_penalty:
             for token, count in collections.Counter(new).items():
                 row[token] -= options.presence_penalty + count * options.frequency_penalty
@@ -77,11 +77,15 @@ class Sampler:
             row[self._eos] = -np.inf
         if row.max() == -np.inf:
             raise NumericsError("no token is left to choose from: fewer may be suppressed or kept from repeating")
+        if not np.isfinite(row.max()):  # so is the largest where any is NaN
+            given = f"repetition_penalty={options.repetition_penalty}"
+            raise NumericsError(f"{given}: logits of {row.max()} after it; accepted is one that leaves them finite")
 
     def _sample(self, row: Row) -> int:
         options = self.options
-        # Shifted before the division, so that a small temperature cannot overflow.
-        logits = (row - row.max()) / options.temperature
+        # Shifted before the division: with a small temperature all but the largest overflow, to a probability of 0.
+        with np.errstate(over="ignore"):
+            logits = (row - row.max()) / options.temperature
         tokens = np.flatnonzero(logits > -np.inf)
         for keep, value, neutral in (
             (keep_top_k, options.top_k, 0),
