@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from teq_graph.kernels import program
 from teq_graph.kernels.parameters import POINTERS, SIZES
-from teq_graph.kernels.plan import DTYPES, Plan, make_plan, refusal
+from teq_graph.kernels.plan import CHUNK, DTYPES, Dequantizer, Plan, make_plan, refusal
 
 if TYPE_CHECKING:
     from cuda.core import Kernel, Stream
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 REDUCE_THREADS = 256
 VECTOR = 16
 """Bytes of the widest load: where tensors begin, and what rows of A are whole numbers of."""
+
+DEQUANTIZE_FROM = 512
+"""Tokens from which on a weight is dequantized and the product is torch's."""
+DEQUANTIZE_ROWS = 4096
+DEQUANTIZE_THREADS = 256
+DEQUANTIZE_COLUMNS, ROWS_OF_THREAD = 8, 4
+"""What a thread of the dequantizing kernel does, as dequantize.cuh has it."""
 
 plan_of = functools.lru_cache(maxsize=4096)(make_plan)
 
@@ -47,34 +55,104 @@ def matmul_nbits(
     """
     rows = aligned(pad_columns(a.reshape(-1, k)))
     y = a.new_empty((*a.shape[:-1], n))
-    m = rows.shape[0]
+    m, columns = rows.shape
     if m == 0:
         return y
-    index = a.device.index
-    plan = plan_of(a.dtype, m, n, rows.shape[1], bits, block_size, _processors(index))
-    splits = plan.grid[2]
-    partial = a.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else None
-    tensors = {
-        "a": rows,
-        "b": aligned(b),
-        "scales": scales.contiguous(),
-        "zero_points": _contiguous(zero_points),
-        "bias": _contiguous(bias),
-        "y": y,
-        "partial": partial,
-    }
-    arguments = kernel_arguments(tensors, m, n, rows.shape[1], plan)
-    with torch.cuda.device(index):
-        product, total = program.load(plan.variant, index)
-        stream = stream_of(torch.cuda.current_stream().cuda_stream)
-        _launch(stream, product, plan.grid, plan.variant.tiling.threads, plan.shared_bytes, arguments)
-        if partial is not None:
-            _launch(stream, total, (-(-m * n // REDUCE_THREADS), 1, 1), REDUCE_THREADS, 0, arguments)
+    weight = Weight(aligned(b), aligned(scales), None if zero_points is None else aligned(zero_points), bits, block_size)
+    out = y.view(-1, n)
+    with torch.cuda.device(a.device):
+        device = program.device_of(a.device.index)
+        if m >= DEQUANTIZE_FROM:
+            multiply_dequantized(rows, weight, _contiguous(bias), out)
+        else:
+            plan = plan_of(a.dtype, m, n, columns, bits, block_size, device)
+            multiply(plan, rows, weight, _contiguous(bias), out)
     return y
 
 
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A quantized weight, contiguous and where vectors can begin."""
+
+    b: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    bits: int
+    block_size: int
+
+    def rows(self, begin: int, end: int) -> Weight:
+        """Some of its rows; `begin` a multiple of 16, as rows that begin with a vector have to."""
+        zeros = None if self.zero_points is None else self.zero_points[begin:end]
+        return dataclasses.replace(self, b=self.b[begin:end], scales=self.scales[begin:end], zero_points=zeros)
+
+
+def multiply(plan: Plan, a: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
+    """y [M, N] = a [M, K] times the weight, plus bias, by a plan for them."""
+    (m, k), n, splits = a.shape, y.shape[1], plan.grid[2]
+    tensors = {
+        "a": a,
+        "b": weight.b,
+        "scales": weight.scales,
+        "zero_points": weight.zero_points,
+        "bias": bias,
+        "y": y,
+        "partial": a.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else None,
+    }
+    arguments = kernel_arguments(tensors, m, n, k, plan)
+    product, total = program.load(plan.variant, a.device.index)
+    stream = stream_of(torch.cuda.current_stream().cuda_stream)
+    _launch(stream, product, plan.grid, plan.variant.tiling.threads, plan.shared_bytes, arguments)
+    if splits > 1:
+        _launch(stream, total, (-(-m * n // REDUCE_THREADS), 1, 1), REDUCE_THREADS, 0, arguments)
+
+
+def multiply_dequantized(
+    a: Tensor, weight: Weight, bias: Tensor | None, y: Tensor, stretch: int = DEQUANTIZE_ROWS
+) -> None:
+    """y [M, N] = a [M, K] times the weight, plus bias, by torch: some rows of the weight after the other, as floats."""
+    n, columns = y.shape[1], a.shape[1]
+    floats = a.new_empty((min(stretch, n), columns))
+    matmul = torch.backends.cuda.matmul
+    reduced = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        for begin in range(0, n, stretch):
+            end = min(begin + stretch, n)
+            target = floats[: end - begin]
+            dequantize(weight.rows(begin, end), target)
+            if bias is None:
+                torch.mm(a, target.t(), out=y[:, begin:end])
+            else:
+                torch.addmm(bias[begin:end], a, target.t(), out=y[:, begin:end])
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = reduced
+
+
+def dequantize(weight: Weight, floats: Tensor) -> None:
+    """The weight as floats [N, K], float16 or bfloat16, K a multiple of 8."""
+    (n, k), blocks = floats.shape, weight.scales.shape[1]
+    tensors = {"b": weight.b, "scales": weight.scales, "zero_points": weight.zero_points, "y": floats}
+    sizes = {
+        "n": n,
+        "k": k,
+        "blocks": blocks,
+        "log2_block": weight.block_size.bit_length() - 1 if blocks > 1 else 30,
+        "chunks": blocks * weight.block_size // CHUNK,
+    }
+    (kernel,) = program.load(Dequantizer(floats.dtype, weight.bits), floats.device.index)
+    stream = stream_of(torch.cuda.current_stream().cuda_stream)
+    grid = (-(-k // (DEQUANTIZE_COLUMNS * DEQUANTIZE_THREADS)), -(-n // ROWS_OF_THREAD), 1)
+    _launch(stream, kernel, grid, DEQUANTIZE_THREADS, 0, listed(tensors, sizes))
+
+
+def listed(tensors: Mapping[str, Tensor | None], sizes: Mapping[str, int]) -> list[Any]:
+    """A kernel's arguments in their order: addresses as int, null for None; sizes as int32. 0 for what is not named."""
+    pointers = [0 if (tensor := tensors.get(name)) is None else tensor.data_ptr() for name in POINTERS]
+    return [*pointers, *(np.int32(sizes.get(name, 0)) for name in SIZES)]
+
+
 def kernel_arguments(tensors: Mapping[str, Tensor | None], m: int, n: int, k: int, plan: Plan) -> list[Any]:
-    """The kernel's arguments in their order: addresses of `tensors`, by name, as int, null for None; sizes as int32."""
+    """The arguments of a launch by a plan."""
     sizes = {
         "m": m,
         "n": n,
@@ -84,9 +162,10 @@ def kernel_arguments(tensors: Mapping[str, Tensor | None], m: int, n: int, k: in
         "chunks": plan.chunks,
         "slice": plan.slice,
         "split": plan.split,
+        "across": plan.across,
+        "ahead": plan.ahead,
     }
-    pointers = [0 if (tensor := tensors[name]) is None else tensor.data_ptr() for name in POINTERS]
-    return [*pointers, *(np.int32(sizes[name]) for name in SIZES)]
+    return listed(tensors, sizes)
 
 
 @functools.lru_cache(maxsize=64)
@@ -111,11 +190,6 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-@functools.cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch(

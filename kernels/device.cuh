@@ -93,6 +93,12 @@ DEVICE void copy_async(void* to, const void* from, bool valid) {
   }
 }
 
+// Starts a copy of 16 bytes from global to shared memory, of which the first `bytes` are there; zeros for the others.
+DEVICE void copy_some_async(void* to, const void* from, int bytes) {
+  const u32 target = static_cast<u32>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(bytes) : "memory");
+}
+
 // Closes a group of started copies of this thread.
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

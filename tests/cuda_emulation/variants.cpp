@@ -6,21 +6,20 @@
 #include "block.h"
 #include "device.cuh"
 // after its twin of device.cuh
-#include "matmul_nbits.cuh"
+#include "dequantize.cuh"
 
 namespace {
 
 char message[256];
 
 // Null, or what went wrong.
-template <typename T, typename Tile, bool SCALE_SUMS>
-const char* run_grid(const Matmul& p, int grid_n, int grid_m, int grid_k, int shared_bytes) {
+template <typename T, typename Tile, typename Block>
+const char* run_grid(const Matmul& p, int grid_n, int grid_m, int grid_k, int shared_bytes, const Block& do_block) {
   try {
     for (int z = 0; z < grid_k; ++z)
       for (int y = 0; y < grid_m; ++y)
         for (int x = 0; x < grid_n; ++x)
-          run_block(Tile::THREADS, shared_bytes,
-                    [&](int thread) { matmul_block<T, Tile, SCALE_SUMS>(p, x, y, z, thread); });
+          run_block(Tile::THREADS, shared_bytes, [&](int thread) { do_block(p, x, y, z, thread); });
     if (p.partial)
       for (i64 at = 0; at < static_cast<i64>(p.m) * p.n; ++at) reduce_output<T>(p, grid_k, at);
   } catch (const std::exception& error) {
@@ -32,9 +31,21 @@ const char* run_grid(const Matmul& p, int grid_n, int grid_m, int grid_k, int sh
 
 }  // namespace
 
-// The last arguments are those of Tiling.
-#define VARIANT(FUNCTION, TYPE, SCALE_SUMS, ...)                                                                   \
-  extern "C" const char* FUNCTION(PARAMETERS, int grid_n, int grid_m, int grid_k, int shared_bytes) {              \
-    return run_grid<TYPE, Tiling<__VA_ARGS__>, SCALE_SUMS>(Matmul{MEMBERS}, grid_n, grid_m, grid_k, shared_bytes); \
+// The last arguments are the tiling's.
+#define VARIANT(FUNCTION, TYPE, BLOCK, SCALE_SUMS, ...)                                                          \
+  extern "C" const char* FUNCTION(PARAMETERS, int grid_n, int grid_m, int grid_k, int shared_bytes) {            \
+    using Tile = __VA_ARGS__;                                                                                    \
+    return run_grid<TYPE, Tile>(Matmul{MEMBERS}, grid_n, grid_m, grid_k, shared_bytes, BLOCK<TYPE, Tile, SCALE_SUMS>); \
   }
 VARIANTS
+
+// All threads of the dequantizing kernel, `threads_x` to a row, `grid_y` blocks of rows.
+#define DEQUANTIZER(FUNCTION, TYPE, BITS)                                                 \
+  extern "C" void FUNCTION(PARAMETERS, int threads_x, int grid_y) {                         \
+    const Matmul matmul{MEMBERS};                                                         \
+    for (int i = 0; i < threads_x * grid_y; ++i)                                            \
+      dequantize_thread<TYPE, BITS>(matmul, i % threads_x, i64{i / threads_x} * ROWS_OF_THREAD); \
+  }
+#ifdef DEQUANTIZERS
+DEQUANTIZERS
+#endif

@@ -65,7 +65,7 @@ def function_of(variant: Variant) -> str:
 
 def defines_of(group: Iterable[Variant]) -> list[str]:
     """The macros of variants.cpp."""
-    parts = ("VARIANT_TYPE", "VARIANT_SCALE_SUMS", "VARIANT_TILING")
+    parts = ("VARIANT_TYPE", "VARIANT_BLOCK", "VARIANT_SCALE_SUMS", "VARIANT_TILING")
     calls = [f"VARIANT({', '.join([function_of(v), *(v.macros[part] for part in parts)])})" for v in group]
     return [f"-D{name}={value}" for name, value in {**MACROS, "VARIANTS": " ".join(calls)}.items()]
 
