@@ -5,7 +5,7 @@
 
 using Tile = VARIANT_TILING;
 
-extern "C" KERNEL __launch_bounds__(Tile::THREADS, 1) matmul_nbits(PARAMETERS) {
+extern "C" KERNEL __launch_bounds__(Tile::THREADS, Tile::BLOCKS) matmul_nbits(PARAMETERS) {
   const Matmul matmul{MEMBERS};
   VARIANT_BLOCK<VARIANT_TYPE, Tile, VARIANT_SCALE_SUMS>(matmul, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
 }

@@ -35,6 +35,7 @@ struct Tiling {
   static constexpr int ROWS = 16 * ROW_TILES * WARPS_N;
   static constexpr int THREADS = LANES * WARPS_N * WARPS_K;
   static constexpr int ROUND = STEP * WARPS_K;
+  static constexpr int BLOCKS = 1;
 
   // Copies of B under way: some 4 KiB for each warp, in its own part of shared memory, of each lane its own vectors.
   static constexpr int STEP_BYTES = ROW_TILES * 16 * STEP * BITS / 8;
@@ -153,10 +154,8 @@ DEVICE void multiply_quarter(Sums<Tile>& sums, const Chunks<Tile>& chunks, const
   }
 #pragma unroll
   for (int tile = 0; tile < Tile::TOKEN_TILES; ++tile) {
-    const int token = tile * 8 + lane / 4;
-    Vector x = {0, 0, 0, 0};
-    if (token < tokens)
-      x = *reinterpret_cast<const Vector*>(activations + token * stride + J * 64 + lane % 4 * 16);
+    const int token = min(tile * 8 + lane / 4, tokens - 1);  // nobody reads the sums of a token too many
+    const Vector x = *reinterpret_cast<const Vector*>(activations + token * stride + J * 64 + lane % 4 * 16);
 #pragma unroll
     for (int r = 0; r < Tile::ROW_TILES; ++r) {
       multiply_accumulate<T>(sums[r][tile], weights[r][0], x.x, x.y);
@@ -176,11 +175,11 @@ DEVICE void multiply_step(Sums<Tile>& sums, const Chunks<Tile>& chunks, const u8
 
 // sums += part * scale of its row
 template <typename T, typename Tile>
-DEVICE void add_scaled(Sums<Tile>& sums, const Sums<Tile>& part, const Chunks<Tile>& chunks) {
+DEVICE void add_scaled(Sums<Tile>& sums, const Sums<Tile>& part, const u32 (&grid)[2 * Tile::ROW_TILES]) {
 #pragma unroll
   for (int r = 0; r < Tile::ROW_TILES; ++r) {
-    const float low = to_float<T>(static_cast<u16>(chunks.grid[r * 2] >> 16));
-    const float high = to_float<T>(static_cast<u16>(chunks.grid[r * 2 + 1] >> 16));
+    const float low = to_float<T>(static_cast<u16>(grid[r * 2] >> 16));
+    const float high = to_float<T>(static_cast<u16>(grid[r * 2 + 1] >> 16));
 #pragma unroll
     for (int tile = 0; tile < Tile::TOKEN_TILES; ++tile)
 #pragma unroll
@@ -254,7 +253,7 @@ DEVICE void matmul_block(const Matmul& p, int block_row, int block_token, int bl
       if constexpr (SCALE_SUMS) {
         Sums<Tile> part = {};
         multiply_step<T, Tile, SCALE_SUMS>(part, chunks, x, stride, tokens, lane);
-        add_scaled<T, Tile>(sums, part, chunks);
+        add_scaled<T, Tile>(sums, part, chunks.grid);
       } else {
         multiply_step<T, Tile, SCALE_SUMS>(sums, chunks, x, stride, tokens, lane);
       }

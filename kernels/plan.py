@@ -127,12 +127,13 @@ class StreamTiling:
 @dataclasses.dataclass(frozen=True)
 class TileTiling:
     """`warps` side by side, each with `row_tiles` tiles of 16 rows of B and all `tokens`; `stages` steps of weights and
-    activations in shared memory. Takes rows of whole steps. The formulas are those of tiles.cuh."""
+    activations in shared memory; registers for `blocks` on a multiprocessor. Takes rows of whole steps. The formulas are those of tiles.cuh."""
 
     tokens: int
     row_tiles: int
     warps: int
     stages: int
+    blocks: int
 
     struct: ClassVar = "TileTiling"
     block: ClassVar = "tile_block"
@@ -173,17 +174,20 @@ STREAMS = (
     StreamTiling(32, 2, 8, 2),
 )
 TILES = (
-    TileTiling(16, 1, 4, 6),
-    TileTiling(16, 2, 4, 4),
-    TileTiling(32, 2, 4, 3),
-    TileTiling(32, 2, 8, 3),
-    TileTiling(32, 1, 8, 4),
-    TileTiling(64, 2, 4, 3),
-    TileTiling(64, 2, 8, 3),
-    TileTiling(64, 2, 8, 4),
-    TileTiling(128, 2, 4, 2),
-    TileTiling(128, 2, 8, 2),
-    TileTiling(128, 2, 8, 3),
+    TileTiling(16, 1, 4, 6, 2),
+    TileTiling(16, 1, 8, 5, 2),
+    TileTiling(16, 2, 4, 4, 2),
+    TileTiling(32, 2, 4, 3, 3),
+    TileTiling(32, 2, 8, 3, 1),
+    TileTiling(32, 1, 8, 4, 2),
+    TileTiling(64, 2, 4, 3, 2),
+    TileTiling(64, 1, 8, 3, 2),
+    TileTiling(64, 2, 8, 3, 1),
+    TileTiling(64, 2, 8, 4, 1),
+    TileTiling(128, 2, 4, 2, 1),
+    TileTiling(128, 1, 8, 3, 1),
+    TileTiling(128, 2, 8, 3, 1),
+    TileTiling(128, 2, 8, 4, 1),
 )
 MOST_SCALED_SUMS = 16
 """Tokens up to which scales multiply sums, where groups allow it: more would need too many registers for two sets."""
@@ -360,10 +364,10 @@ def tile_plan(product: Product, tiling: TileTiling, device: Device, waves: int =
     """K is split so that there are `waves` times as many blocks as processors; None where a block has no room."""
     m, n, k = product.m, product.n, product.k
     shared = tiling.shared_bytes(product.bits)
-    if shared > device.shared_limit:
+    if (shared + 1024) * tiling.blocks > device.shared_limit + 1024:
         return None
     across = _ceil(n, tiling.rows) * _ceil(m, tiling.tokens)
-    splits = max(1, min(waves * device.processors // across, _ceil(k, STEP) // (2 * tiling.stages)))
+    splits = max(1, min(waves * tiling.blocks * device.processors // across, _ceil(k, STEP) // (2 * tiling.stages)))
     unit = max(STEP, product.block_size) if product.blocks > 1 else STEP
     split = _ceil(_ceil(k, unit), splits) * unit
     grid = (_ceil(n, tiling.rows), _ceil(m, tiling.tokens), _ceil(k, split))

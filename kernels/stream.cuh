@@ -12,6 +12,7 @@ struct StreamTiling {
   static constexpr int ROW_TILES = ROW_TILES_;  // tiles of 16 rows of B
   static constexpr int WARPS = WARPS_;          // over K
   static constexpr int STAGES = STAGES_;        // steps of a warp that are on their way
+  static constexpr int BLOCKS = 1;
   static constexpr int TOKEN_TILES = TOKENS / 8;
   static constexpr int ROWS = 16 * ROW_TILES;
   static constexpr int THREADS = LANES * WARPS;
@@ -27,24 +28,36 @@ struct StreamTiling {
 // Where the 16 bytes `piece` of a row of a step are in shared memory, so that lanes that read chunks have banks of
 // their own: in the order of memory, but that of 8 bits the two halves of chunks are apart.
 template <int BITS, int ROWS>
-DEVICE int place_of_piece(int row, int piece) {
-  if constexpr (BITS == 8) return (piece % 2 * ROWS * 4 + row * 4 + piece / 2) * 16;
-  return (row * BITS + piece) * 16;
-}
+struct ByChunks {
+  DEVICE static int place(int row, int piece) {
+    if constexpr (BITS == 8) return (piece % 2 * ROWS * 4 + row * 4 + piece / 2) * 16;
+    return (row * BITS + piece) * 16;
+  }
+};
 
 // Starts the copies of a step, rows row0 .. row0 + ROWS of B and 128 columns from k on, by the threads of a group.
-template <int BITS, int ROWS, int THREADS>
+template <typename Order, int BITS, int ROWS, int THREADS>
 DEVICE void start_weights(const Matmul& p, u8* stage, int row0, int k, bool wanted, int thread) {
   constexpr int PIECES = ROWS * BITS;
   const int row_bytes = p.chunks * (4 * BITS), rows = wanted ? p.n - row0 : 0;
   const u8* from = p.b + (wanted ? static_cast<i64>(row0) * row_bytes + k / 8 * BITS : 0);
+  if constexpr (THREADS % BITS == 0) {
+    // A thread has the same piece of rows THREADS / BITS apart.
+    const int piece = thread % BITS;
+    from += thread / BITS * row_bytes + piece * 16;
 #pragma unroll
-  for (int i = 0; i < PIECES; i += THREADS) {
-    const int at = i + thread, row = at / BITS, piece = at % BITS;
-    const bool inside = row < rows;
-    if (PIECES % THREADS == 0 || at < PIECES)
-      copy_async<16>(stage + place_of_piece<BITS, ROWS>(row, piece), from + (inside ? row * row_bytes + piece * 16 : 0),
-                     inside);
+    for (int i = 0; i < PIECES; i += THREADS, from += THREADS / BITS * row_bytes) {
+      const int row = thread / BITS + i / BITS;
+      if (PIECES % THREADS == 0 || i + thread < PIECES)
+        copy_async<16>(stage + Order::place(row, piece), from, row < rows);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < PIECES; i += THREADS) {
+      const int at = i + thread, row = at / BITS, piece = at % BITS;
+      if (PIECES % THREADS == 0 || at < PIECES)
+        copy_async<16>(stage + Order::place(row, piece), from + row * row_bytes + piece * 16, row < rows);
+    }
   }
 }
 
@@ -129,8 +142,8 @@ DEVICE void stream_block(const Matmul& p, int block_row, int block_token, int bl
     grid.start(p, grids + i * grid.bytes(), (block_row + i * p.across) * Tile::ROWS, thread);
   int tile_wanted = block_row, k_wanted = first_k;
   const auto start_step = [&](int stage) {
-    start_weights<Tile::BITS, Tile::ROWS, LANES>(p, ring + stage * Tile::STEP_BYTES, tile_wanted * Tile::ROWS, k_wanted,
-                                                 tile_wanted < tiles, lane);
+    start_weights<ByChunks<Tile::BITS, Tile::ROWS>, Tile::BITS, Tile::ROWS, LANES>(
+        p, ring + stage * Tile::STEP_BYTES, tile_wanted * Tile::ROWS, k_wanted, tile_wanted < tiles, lane);
     commit_copies();
     k_wanted += Tile::ROUND;
     if (k_wanted >= end) tile_wanted += p.across, k_wanted = first_k;
@@ -170,7 +183,7 @@ DEVICE void stream_block(const Matmul& p, int block_row, int block_token, int bl
       if constexpr (SCALE_SUMS) {
         Sums<Tile> part = {};
         multiply_step<T, Tile, SCALE_SUMS>(part, chunks, x, stride, tokens, lane);
-        add_scaled<T, Tile>(sums, part, chunks);
+        add_scaled<T, Tile>(sums, part, chunks.grid);
       } else {
         multiply_step<T, Tile, SCALE_SUMS>(sums, chunks, x, stride, tokens, lane);
       }
