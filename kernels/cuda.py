@@ -58,7 +58,9 @@ def matmul_nbits(
     m, columns = rows.shape
     if m == 0:
         return y
-    weight = Weight(aligned(b), aligned(scales), None if zero_points is None else aligned(zero_points), bits, block_size)
+    weight = Weight(
+        aligned(b), aligned(scales), None if zero_points is None else aligned(zero_points), bits, block_size
+    )
     out = y.view(-1, n)
     with torch.cuda.device(a.device):
         device = program.device_of(a.device.index)

@@ -1,4 +1,4 @@
-"""How a product is cut up into blocks of threads: the variants of the CUDA kernels, and which one serves which shapes."""
+"""How a product is cut up into blocks of threads: the variants of the CUDA kernels, and which serves which shapes."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ class StreamTiling:
 @dataclasses.dataclass(frozen=True)
 class TileTiling:
     """`warps` side by side, each with `row_tiles` tiles of 16 rows of B and all `tokens`; `stages` steps of weights and
-    activations in shared memory; registers for `blocks` on a multiprocessor. Takes rows of whole steps. The formulas are those of tiles.cuh."""
+    activations in shared memory; registers for `blocks` on a multiprocessor. Takes rows of whole steps. The formulas
+    are those of tiles.cuh."""
 
     tokens: int
     row_tiles: int
@@ -334,7 +335,7 @@ def candidates(product: Product, device: Device) -> Iterator[Plan]:
                 if plan := stream_plan(product, tiling, device, blocks):
                     yield plan
     for tiling in TILES:
-        if product.m > tiling.tokens // 2 and product.m > 8:
+        if max(8, tiling.tokens // 2) < product.m and (product.m <= tiling.tokens or tiling.tokens >= 64):
             for waves in (1, 2):
                 if plan := tile_plan(product, tiling, device, waves):
                     yield plan

@@ -33,7 +33,9 @@ def source(name: str) -> str:
     return text_of(name, set())
 
 
-def compile_variant(variant: Variant | Dequantizer, architecture: str, cache: Any = None, logs: Any = None) -> ObjectCode:
+def compile_variant(
+    variant: Variant | Dequantizer, architecture: str, cache: Any = None, logs: Any = None
+) -> ObjectCode:
     """A cubin for `architecture` ("sm_90", say), from `cache` where it is there; what ptxas says goes to `logs`."""
     from cuda.core import Program, ProgramOptions
 

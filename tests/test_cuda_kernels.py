@@ -24,7 +24,7 @@ from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.config import BITS, QuantizationConfig, WeightSpec
 from teq_graph.errors import InputError, KernelError
 from teq_graph.kernels import cuda, plan, program
-from teq_graph.kernels.plan import Plan, Variant, make_plan, variants
+from teq_graph.kernels.plan import Device, Plan, Variant, make_plan, variants
 from teq_graph.loading import LoadedModel
 from teq_graph.quantization import QuantizedWeight, quantize_weight
 
@@ -79,7 +79,7 @@ def test_emulated_tiling(variant: Variant, emulate: Callable[..., Tensor]) -> No
     n, k = tiling.rows + 5, tiling.round * 2 + 72
     weight = quantize_weight(torch.randn(n, k), WeightSpec(variant.bits, 128 if variant.scale_sums else 32), dtype)
     a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
-    made = make_plan(dtype, m, n, k, variant.bits, weight.block_size, processors=1)
+    made = make_plan(dtype, m, n, k, variant.bits, weight.block_size, Device(1))
     assert made.variant == variant
     whole = emulate(made, a, weight, bias)
     check(whole, a, weight, bias, variant.scale_sums)
@@ -102,7 +102,7 @@ def test_emulated_codes(
     rows = torch.eye(k, dtype=dtype)[:: 5 if group_size == 32 else 7]
     results = []
     for part in rows.split(2):
-        made = make_plan(dtype, len(part), n, k, bits, weight.block_size, processors=1)
+        made = make_plan(dtype, len(part), n, k, bits, weight.block_size, Device(1))
         results.append(emulate(made, part, weight, None))
     expected = weight.dequantize(dtype).t()[:: 5 if group_size == 32 else 7]
     assert torch.equal(torch.cat(results), expected)
@@ -113,7 +113,7 @@ def test_shared_memory_is_just_enough(tokens: int, emulate: Callable[..., Tensor
     """A block writes to the last byte that the plan has for its activations and grids, and to none after it."""
     weight = quantize_weight(torch.randn(16, 2048), WeightSpec(4, 128), torch.float16)
     a = torch.randn(tokens, 2048).half()
-    made = make_plan(torch.float16, tokens, 16, 2048, 4, 128, processors=1)
+    made = make_plan(torch.float16, tokens, 16, 2048, 4, 128, Device(1))
     assert made.shared_bytes > made.variant.tiling.sums_bytes
     emulate(made, a, weight, None)
     small = dataclasses.replace(made, shared_bytes=made.shared_bytes - 1)
@@ -191,8 +191,8 @@ def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.M
     # Another architecture, another variant and another source are other entries.
     assert compile_for("sm_90") != first
     compile_for("sm_80", dataclasses.replace(VARIANT, bits=2))
-    text = program.source()
-    monkeypatch.setattr(program, "source", lambda: text + "// changed\n")
+    text = program.source(VARIANT.file)
+    monkeypatch.setattr(program, "source", lambda name: text + "// changed\n")
     compile_for("sm_80")
     assert len(files()) == 4 * len(kept)
 
@@ -220,7 +220,7 @@ def test_compiler_that_is_not_installed(load: Callable[[], Any], monkeypatch: py
 
 
 def test_kernel_that_does_not_compile(load: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "source", lambda: "int broken")
+    monkeypatch.setattr(program, "source", lambda name: "int broken")
     with pytest.raises(KernelError, match=r"^CUDA kernel for cuda:0, a GPU: ") as caught:
         load()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
@@ -245,10 +245,47 @@ def test_gpu_values(bits: int, group_size: int, symmetric: bool, dtype: torch.dt
     for (n, k), m in itertools.product([(1000, 1096), (257, 4096)], (1, 2, 7, 16, 31, 64, 200)):
         weight = quantize_weight(torch.randn(n, k), WeightSpec(bits, group_size, symmetric), dtype)
         a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
-        made = make_plan(dtype, m, n, k, bits, weight.block_size, 132)
+        made = make_plan(dtype, m, n, k, bits, weight.block_size, program.device_of(0))
         result = call(a.cuda(), weight, bias.cuda()).cpu()
         exact = plan.refusal(k, weight.block_size) is not None or made.variant.scale_sums
         check(result, a, weight, bias, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
+def test_gpu_every_plan(bits: int, dtype: torch.dtype) -> None:
+    """Also those that no table takes, on a product that ends inside a tile in M and N."""
+    n, k = 1029, 2432
+    for group_size, symmetric, m in itertools.product((32, 128), (False, True), (1, 5, 16, 29, 64, 133)):
+        weight = quantize_weight(torch.randn(n, k), WeightSpec(bits, group_size, symmetric), dtype)
+        a = torch.randn(m, k).to(dtype)
+        tensors = [None if t is None else t.cuda() for t in (weight.packed, weight.scales, weight.zero_points)]
+        on_gpu = cuda.Weight(*tensors, bits, group_size)
+        for made in plan.candidates(plan.Product(dtype, m, n, k, bits, group_size), program.device_of(0)):
+            y = torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
+            cuda.multiply(made, a.cuda(), on_gpu, None, y)
+            check(y.cpu(), a, weight, None, made.variant.scale_sums)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
+def test_gpu_dequantized(bits: int, group_size: int, dtype: torch.dtype) -> None:
+    for (n, k), symmetric in itertools.product([(1000, 1096), (257, 4096)], (False, True)):
+        weight = quantize_weight(torch.randn(n, k), WeightSpec(bits, group_size, symmetric), dtype)
+        tensors = [None if t is None else t.cuda() for t in (weight.packed, weight.scales, weight.zero_points)]
+        on_gpu = cuda.Weight(*tensors, bits, weight.block_size)
+        floats = torch.full((n, k), float("nan"), dtype=dtype, device="cuda")
+        cuda.dequantize(on_gpu, floats)
+        assert torch.equal(floats.cpu(), weight.dequantize(dtype))
+        a, bias = torch.randn(700, k).to(dtype), torch.randn(n).to(dtype)
+        for of in (None, bias):
+            y = torch.full((700, n), float("nan"), dtype=dtype, device="cuda")
+            cuda.multiply_dequantized(a.cuda(), on_gpu, None if of is None else of.cuda(), y, stretch=96)
+            check(y.cpu(), a, weight, of, False)
+        check(call(a.cuda(), weight, bias.cuda()).cpu(), a, weight, bias, False)
 
 
 @pytest.mark.gpu
