@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from teq_graph.kernels import program
 from teq_graph.kernels.parameters import POINTERS, SIZES
-from teq_graph.kernels.plan import CHUNK, DTYPES, Dequantizer, Plan, make_plan, refusal
+from teq_graph.kernels.plan import DTYPES, Dequantizer, Plan, make_plan, refusal
+from teq_graph.kernels.tilings import CHUNK, ceil_div
 
 if TYPE_CHECKING:
     from cuda.core import Kernel, Stream
@@ -22,12 +24,14 @@ REDUCE_THREADS = 256
 VECTOR = 16
 """Bytes of the widest load: where tensors begin, and what rows of A are whole numbers of."""
 
-DEQUANTIZE_FROM = 512
-"""Tokens from which on a weight is dequantized and the product is torch's."""
-DEQUANTIZE_ROWS = 4096
+DEQUANTIZED_BYTES = 128 * 2**20
+"""The most floats of a weight that are there at once. Torch's product of fewer rows leaves processors idle: of 28672 x
+4096 in stretches of 4096 rows, which the L2 cache holds, 512 tokens took 279 us on an H100, in one stretch 266."""
 DEQUANTIZE_THREADS = 256
 DEQUANTIZE_COLUMNS, ROWS_OF_THREAD = 8, 4
 """What a thread of the dequantizing kernel does, as dequantize.cuh has it."""
+STRETCH_UNIT = 128
+"""Rows: of so many of them scales and zero points are whole vectors, and torch's tiles are full."""
 
 plan_of = functools.lru_cache(maxsize=4096)(make_plan)
 
@@ -64,10 +68,10 @@ def matmul_nbits(
     out = y.view(-1, n)
     with torch.cuda.device(a.device):
         device = program.device_of(a.device.index)
-        if m >= DEQUANTIZE_FROM:
+        plan = plan_of(a.dtype, m, n, columns, bits, block_size, device)
+        if plan is None:
             multiply_dequantized(rows, weight, _contiguous(bias), out)
         else:
-            plan = plan_of(a.dtype, m, n, columns, bits, block_size, device)
             multiply(plan, rows, weight, _contiguous(bias), out)
     return y
 
@@ -109,29 +113,56 @@ def multiply(plan: Plan, a: Tensor, weight: Weight, bias: Tensor | None, y: Tens
 
 
 def multiply_dequantized(
-    a: Tensor, weight: Weight, bias: Tensor | None, y: Tensor, stretch: int = DEQUANTIZE_ROWS
+    a: Tensor, weight: Weight, bias: Tensor | None, y: Tensor, most_bytes: int = DEQUANTIZED_BYTES
 ) -> None:
     """y [M, N] = a [M, K] times the weight, plus bias, by torch: some rows of the weight after the other, as floats."""
     n, columns = y.shape[1], a.shape[1]
-    floats = a.new_empty((min(stretch, n), columns))
-    matmul = torch.backends.cuda.matmul
-    reduced = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
-    try:
+    stretch = stretch_of(n, columns * a.element_size(), most_bytes)
+    floats = a.new_empty((stretch, columns))
+    with full_precision_sums():
         for begin in range(0, n, stretch):
             end = min(begin + stretch, n)
             target = floats[: end - begin]
             dequantize(weight.rows(begin, end), target)
             if bias is None:
                 torch.mm(a, target.t(), out=y[:, begin:end])
-            else:
-                torch.addmm(bias[begin:end], a, target.t(), out=y[:, begin:end])
+            elif stretch == n:
+                torch.addmm(bias, a, target.t(), out=y)
+            else:  # into rows that follow each other the product is rounded once, after the bias
+                y[:, begin:end] = torch.addmm(bias[begin:end], a, target.t())
+
+
+def stretch_of(n: int, row_bytes: int, most_bytes: int) -> int:
+    """Rows that are dequantized at once: as few stretches as `most_bytes` allow, all alike, of whole vectors."""
+    most = max(STRETCH_UNIT, most_bytes // row_bytes // STRETCH_UNIT * STRETCH_UNIT)
+    stretches = ceil_div(n, most)
+    return min(n, ceil_div(ceil_div(n, stretches), STRETCH_UNIT) * STRETCH_UNIT)
+
+
+@contextlib.contextmanager
+def full_precision_sums() -> Iterator[None]:
+    """Torch's products sum in float32, as the fused kernels do, also where K is split; what was set before returns."""
+    matmul, names = torch.backends.cuda.matmul, [f"allow_{t}_reduced_precision_reduction" for t in ("fp16", "bf16")]
+    before = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names}
+    try:
+        for name in names:
+            setattr(matmul, name, False)
+        yield
     finally:
-        matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = reduced
+        for name, value in before.items():
+            setattr(matmul, name, value)
 
 
 def dequantize(weight: Weight, floats: Tensor) -> None:
     """The weight as floats [N, K], float16 or bfloat16, K a multiple of 8."""
+    (kernel,) = program.load(Dequantizer(floats.dtype, weight.bits), floats.device.index)
+    stream = stream_of(torch.cuda.current_stream().cuda_stream)
+    grid, threads, arguments = dequantizing_launch(weight, floats)
+    _launch(stream, kernel, grid, threads, 0, arguments)
+
+
+def dequantizing_launch(weight: Weight, floats: Tensor) -> tuple[tuple[int, int, int], int, list[Any]]:
+    """Grid, threads of a block and arguments of the launch that writes a weight as floats [N, K]."""
     (n, k), blocks = floats.shape, weight.scales.shape[1]
     tensors = {"b": weight.b, "scales": weight.scales, "zero_points": weight.zero_points, "y": floats}
     sizes = {
@@ -141,10 +172,8 @@ def dequantize(weight: Weight, floats: Tensor) -> None:
         "log2_block": weight.block_size.bit_length() - 1 if blocks > 1 else 30,
         "chunks": blocks * weight.block_size // CHUNK,
     }
-    (kernel,) = program.load(Dequantizer(floats.dtype, weight.bits), floats.device.index)
-    stream = stream_of(torch.cuda.current_stream().cuda_stream)
-    grid = (-(-k // (DEQUANTIZE_COLUMNS * DEQUANTIZE_THREADS)), -(-n // ROWS_OF_THREAD), 1)
-    _launch(stream, kernel, grid, DEQUANTIZE_THREADS, 0, listed(tensors, sizes))
+    grid = (ceil_div(k, DEQUANTIZE_COLUMNS * DEQUANTIZE_THREADS), ceil_div(n, ROWS_OF_THREAD), 1)
+    return grid, DEQUANTIZE_THREADS, listed(tensors, sizes)
 
 
 def listed(tensors: Mapping[str, Tensor | None], sizes: Mapping[str, int]) -> list[Any]:

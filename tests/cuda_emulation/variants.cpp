@@ -1,5 +1,5 @@
 // Some variants of the kernel, as matmul_nbits.cu has them, behind C functions: a whole grid, block by block. Macros:
-// VARIANTS, a VARIANT(...) for each, and those of kernels/parameters.py.
+// VARIANTS, a VARIANT(...) for each, DEQUANTIZERS, a DEQUANTIZER(...) for each, and those of kernels/parameters.py.
 #include <cstdio>
 #include <stdexcept>
 
@@ -39,13 +39,12 @@ const char* run_grid(const Matmul& p, int grid_n, int grid_m, int grid_k, int sh
   }
 VARIANTS
 
-// All threads of the dequantizing kernel, `threads_x` to a row, `grid_y` blocks of rows.
-#define DEQUANTIZER(FUNCTION, TYPE, BITS)                                                 \
-  extern "C" void FUNCTION(PARAMETERS, int threads_x, int grid_y) {                         \
-    const Matmul matmul{MEMBERS};                                                         \
-    for (int i = 0; i < threads_x * grid_y; ++i)                                            \
-      dequantize_thread<TYPE, BITS>(matmul, i % threads_x, i64{i / threads_x} * ROWS_OF_THREAD); \
+// The dequantizing kernel, as dequantize_nbits.cu has it: all threads of a grid, which need nothing of each other.
+#define DEQUANTIZER(FUNCTION, TYPE, BITS)                                                                  \
+  extern "C" void FUNCTION(PARAMETERS, int grid_x, int grid_y, int threads) {                              \
+    const Matmul matmul{MEMBERS};                                                                          \
+    for (int row = 0; row < grid_y; ++row)                                                                 \
+      for (int i = 0; i < grid_x * threads; ++i)                                                           \
+        dequantize_thread<TYPE, BITS>(matmul, i, static_cast<i64>(row) * ROWS_OF_THREAD);                  \
   }
-#ifdef DEQUANTIZERS
 DEQUANTIZERS
-#endif
