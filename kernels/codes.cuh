@@ -40,13 +40,17 @@ DEVICE constexpr u32 both(u32 half) { return half | half << 16; }
 template <typename T>
 constexpr u32 MAGIC = both(power_of_two<T>(T::MANTISSA));
 
-// Where a code that begins at bit `at` of its half is brought down to fit in the mantissa: by as few distinct shifts
-// as there can be, as words shifted alike are shifted once.
+// How far a code that begins at bit `at` of its half is brought down to fit in the mantissa: by as few distinct shifts
+// as there can be, as words shifted alike are shifted once, and to few distinct places, as each has an offset.
 template <typename T, int BITS>
 DEVICE constexpr int shift_of(int at) {
-  if (at + BITS <= T::MANTISSA) return 0;
-  if (IS_FLOAT16<T>) return 8;
+  if (BITS == 3) {  // to 0, 3 and, in float16, 6, wherever the first code of the half begins
+    constexpr int APART = T::MANTISSA / BITS * BITS;
+    return at / APART * APART + at % BITS;
+  }
+  if (IS_FLOAT16<T>) return at / 8 * 8;
   if (BITS == 4) return at;
+  if (at + BITS <= T::MANTISSA) return 0;
   return at + BITS <= 12 ? 5 : 10;
 }
 

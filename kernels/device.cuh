@@ -61,6 +61,9 @@ DEVICE u32 pack_bfloat16(float low, float high) {
   return d;
 }
 
+// The value of another lane of the warp.
+DEVICE u32 shuffle(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 
 // d[16, 8] += a[16, 16] b[16, 8] over a warp, in float32. With g = lane / 4 and t = lane % 4 a lane holds

@@ -60,7 +60,8 @@ def device_of(index: int) -> Device:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
-    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stubs lack it
+    return Device(properties.multi_processor_count, shared)
 
 
 @functools.cache

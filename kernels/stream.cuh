@@ -35,12 +35,11 @@ struct ByChunks {
   }
 };
 
-// Starts the copies of a step, rows row0 .. row0 + ROWS of B and 128 columns from k on, by the threads of a group.
+// Starts the copies of a step by the threads of a group: 128 columns of ROWS rows from `from` on, of which `rows` are
+// there. `row_bytes`: of a row of B.
 template <typename Order, int BITS, int ROWS, int THREADS>
-DEVICE void start_weights(const Matmul& p, u8* stage, int row0, int k, bool wanted, int thread) {
+DEVICE void start_weights(u8* stage, const u8* from, int row_bytes, int rows, int thread) {
   constexpr int PIECES = ROWS * BITS;
-  const int row_bytes = p.chunks * (4 * BITS), rows = wanted ? p.n - row0 : 0;
-  const u8* from = p.b + (wanted ? static_cast<i64>(row0) * row_bytes + k / 8 * BITS : 0);
   if constexpr (THREADS % BITS == 0) {
     // A thread has the same piece of rows THREADS / BITS apart.
     const int piece = thread % BITS;
@@ -124,6 +123,7 @@ struct Grid {
 template <typename T, typename Tile, bool SCALE_SUMS>
 DEVICE void stream_block(const Matmul& p, int block_row, int block_token, int block_split, int thread) {
   constexpr int ROW_TILES = Tile::ROW_TILES, TOKEN_TILES = Tile::TOKEN_TILES, WARPS = Tile::WARPS;
+  static_assert(Tile::ROWS == LANES, "a row for each lane");
   const int lane = thread % LANES, warp = thread / LANES;
   const int tiles = (p.n + Tile::ROWS - 1) / Tile::ROWS;
   const int token0 = block_token * Tile::TOKENS, tokens = min(Tile::TOKENS, p.m - token0);
@@ -140,14 +140,21 @@ DEVICE void stream_block(const Matmul& p, int block_row, int block_token, int bl
   // Grids come p.ahead tiles before their use: so many that they have arrived when their tile begins.
   for (int i = 0; i < p.ahead; ++i)
     grid.start(p, grids + i * grid.bytes(), (block_row + i * p.across) * Tile::ROWS, thread);
-  int tile_wanted = block_row, k_wanted = first_k;
+  const int row_bytes = p.chunks * (4 * Tile::BITS);
+  int tile_wanted, k_wanted, rows_wanted;
+  const u8* wanted;
+  const auto begin_tile = [&](int tile) {
+    tile_wanted = tile, k_wanted = first_k, rows_wanted = p.n - tile * Tile::ROWS;
+    wanted = p.b + (rows_wanted > 0 ? static_cast<i64>(tile) * Tile::ROWS * row_bytes + first_k / 8 * Tile::BITS : 0);
+  };
   const auto start_step = [&](int stage) {
     start_weights<ByChunks<Tile::BITS, Tile::ROWS>, Tile::BITS, Tile::ROWS, LANES>(
-        p, ring + stage * Tile::STEP_BYTES, tile_wanted * Tile::ROWS, k_wanted, tile_wanted < tiles, lane);
+        ring + stage * Tile::STEP_BYTES, wanted, row_bytes, rows_wanted, lane);
     commit_copies();
-    k_wanted += Tile::ROUND;
-    if (k_wanted >= end) tile_wanted += p.across, k_wanted = first_k;
+    k_wanted += Tile::ROUND, wanted += Tile::ROUND / 8 * Tile::BITS;
+    if (k_wanted >= end) begin_tile(tile_wanted + p.across);
   };
+  begin_tile(block_row);
 #pragma unroll 1
   for (int s = 0; s < Tile::STAGES; ++s) start_step(s);
   stage_activations<Tile>(p, activations, stride, token0, tokens, begin, thread);
@@ -165,15 +172,22 @@ DEVICE void stream_block(const Matmul& p, int block_row, int block_token, int bl
     for (int k = first_k; k < end; k += Tile::ROUND) {
       const u8* from = ring + stage * Tile::STEP_BYTES;
       Chunks<Tile> chunks;
-      const int group = (SCALE_SUMS ? k : k + lane % 4 * CHUNK) >> p.log2_block;
       wait_for_copies<Tile::STAGES - 1>();
       __syncwarp();
 #pragma unroll
       for (int half = 0; half < 2 * ROW_TILES; ++half) {
-        const int row = half * 8 + lane / 4;
-        read_words<Tile::BITS, Tile::ROWS>(from, row, lane % 4, chunks.words[half]);
+        read_words<Tile::BITS, Tile::ROWS>(from, half * 8 + lane / 4, lane % 4, chunks.words[half]);
         align_halves<Tile::BITS>(chunks.words[half]);
-        chunks.grid[half] = grid.template read<T>(p, tile_grid, row, min(group, p.blocks - 1));
+      }
+      if constexpr (SCALE_SUMS) {  // a lane reads the word of a row, and those of its own from other lanes
+        const u32 of_row = grid.template read<T>(p, tile_grid, lane, k >> p.log2_block);
+#pragma unroll
+        for (int half = 0; half < 2 * ROW_TILES; ++half) chunks.grid[half] = shuffle(of_row, half * 8 + lane / 4);
+      } else {
+        const int group = min((k + lane % 4 * CHUNK) >> p.log2_block, p.blocks - 1);
+#pragma unroll
+        for (int half = 0; half < 2 * ROW_TILES; ++half)
+          chunks.grid[half] = grid.template read<T>(p, tile_grid, half * 8 + lane / 4, group);
       }
       __syncwarp();
       start_step(stage);

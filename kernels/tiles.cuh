@@ -146,9 +146,12 @@ DEVICE void tile_block(const Matmul& p, int block_row, int block_token, int bloc
   const int row0 = block_row * Tile::ROWS, token0 = block_token * Tile::TOKENS;
   const int begin = block_split * p.split, end = min(p.k, begin + p.split);
 
+  const int row_bytes = p.chunks * (4 * Tile::BITS);
   const auto start_step = [&](int stage, int k) {
     u8* to = shared_memory() + stage * Tile::STAGE_BYTES;
-    start_weights<ByEights<Tile::BITS>, Tile::BITS, Tile::ROWS, Tile::THREADS>(p, to, row0, k, k < end, thread);
+    const u8* weights = p.b + (k < end ? static_cast<i64>(row0) * row_bytes + k / 8 * Tile::BITS : 0);
+    start_weights<ByEights<Tile::BITS>, Tile::BITS, Tile::ROWS, Tile::THREADS>(to, weights, row_bytes,
+                                                                               k < end ? p.n - row0 : 0, thread);
     start_activations<Tile>(p, to + Tile::WEIGHT_BYTES, token0, k, k < end, thread);
     commit_copies();
   };

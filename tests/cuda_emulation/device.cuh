@@ -43,6 +43,8 @@ inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
   return result;
 }
 
+inline u32 shuffle(u32 value, int lane) { return exchange({value})[lane * 6]; }
+
 inline float as_float(u32 bits) {
   float value;
   std::memcpy(&value, &bits, 4);
