@@ -27,12 +27,21 @@ from teq_graph.config import BITS
 from teq_graph.kernels import cuda, plan, program
 from teq_graph.kernels.cuda import Weight
 from teq_graph.kernels.plan import Product
+from teq_graph.kernels.tilings import AnyTiling, StreamTiling, TileTiling
 from teq_graph.quantization.weight import dequantize_rows
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-STRETCHES = (2048, 3072, 4096, 6144, 8192, 1 << 30)
+STRETCHES = tuple(2**20 * mebibytes for mebibytes in (32, 64, 128, 1024))
+"""Bytes of dequantized weights that are there at once."""
 DEQUANTIZE_FROM = 64
+OTHERS: tuple[AnyTiling, ...] = (
+    StreamTiling(tokens=8, row_tiles=2, warps=8, stages=6),
+    StreamTiling(tokens=8, row_tiles=2, warps=8, stages=8),
+    StreamTiling(tokens=16, row_tiles=2, warps=8, stages=6),
+    TileTiling(tokens=64, row_tiles=2, warps=8, stages=3, blocks=1),
+)
+"""Tilings that kernels/plan.py does not have, to be tried."""
 
 
 def random_weight(n: int, k: int, bits: int, group_size: int, dtype: torch.dtype) -> Weight:
@@ -54,6 +63,15 @@ def name_of(made: plan.Plan) -> str:
     return f"{tiling.struct.removesuffix('Tiling') or 'General'}({numbers}) {'x'.join(map(str, made.grid))}"
 
 
+def candidates(product: Product) -> Iterator[plan.Plan]:
+    """Plans that may be the fastest."""
+    for tiling in (*plan.tilings_of(product.bits), *OTHERS):
+        fits = product.m <= tiling.tokens or tiling.tokens >= plan.TILE_64.tokens
+        sensible = fits and (tiling.tokens <= 16 or tiling.tokens < 4 * product.m)
+        if sensible and (made := plan.plan_by(product, tiling, program.device_of(0))):
+            yield made
+
+
 class Tuner:
     """One weight [n, k], as many copies as are twice the L2 cache, and the same as floats."""
 
@@ -72,11 +90,12 @@ class Tuner:
         m = a.shape[0]
         yield "cuBLAS", [functools.partial(torch.mm, a, floats.t(), out=y) for floats in self.floats]
         product = Product(self.dtype, m, self.n, self.k, self.bits, self.group_size)
-        for made in dict.fromkeys(plan.candidates(product, program.device_of(0))):
+        for made in candidates(product):
             yield name_of(made), [functools.partial(cuda.multiply, made, a, w, None, y) for w in self.weights]
         if m >= DEQUANTIZE_FROM:
-            for rows in dict.fromkeys(min(self.n, stretch) for stretch in STRETCHES):
-                calls = [functools.partial(cuda.multiply_dequantized, a, w, None, y, rows) for w in self.weights]
+            stretches = {cuda.stretch_of(self.n, 2 * self.k, most): most for most in STRETCHES}
+            for rows, most in stretches.items():
+                calls = [functools.partial(cuda.multiply_dequantized, a, w, None, y, most) for w in self.weights]
                 yield f"dequantized({rows})", calls
 
     def measure(self, m: int, rounds: int) -> dict[str, float]:
@@ -111,7 +130,7 @@ def compile_all(architecture: str, bits: list[int], dtypes: list[torch.dtype]) -
     for dtype in dtypes:
         for b in bits:
             product = Product(dtype, 1, 4096, 4096, b, 128)
-            tilings = (*plan.TILES, *plan.STREAMS, *plan.TILINGS.values())
+            tilings = (*plan.tilings_of(b), *OTHERS)
             kinds += [*(product.variant(tiling) for tiling in tilings), plan.Dequantizer(dtype, b)]
     with multiprocessing.get_context("fork").Pool() as pool:
         pool.map(functools.partial(compile_one, architecture), kinds, chunksize=1)
