@@ -25,14 +25,12 @@ struct StreamTiling {
   static constexpr int SUMS = 2 * WARPS * TOKENS * (ROWS + 1) * 4;
 };
 
-// Where the 16 bytes `piece` of a row of a step are in shared memory, so that lanes that read chunks have banks of
-// their own: in the order of memory, but that of 8 bits the two halves of chunks are apart.
-template <int BITS, int ROWS>
+// Where the 16 bytes `piece` of a row of a step are in shared memory: in the order of memory, in which lanes that read
+// chunks have banks of their own. (Of 8 bits they would not: bytes go by tiles.cuh, also with one token.)
+template <int BITS>
 struct ByChunks {
-  DEVICE static int place(int row, int piece) {
-    if constexpr (BITS == 8) return (piece % 2 * ROWS * 4 + row * 4 + piece / 2) * 16;
-    return (row * BITS + piece) * 16;
-  }
+  static_assert(BITS != 8);
+  DEVICE static int place(int row, int piece) { return (row * BITS + piece) * 16; }
 };
 
 // Starts the copies of a step by the threads of a group: 128 columns of ROWS rows from `from` on, of which `rows` are
@@ -61,14 +59,11 @@ DEVICE void start_weights(u8* stage, const u8* from, int row_bytes, int rows, in
 }
 
 // The words of chunk `t` of a row of a step.
-template <int BITS, int ROWS>
+template <int BITS>
 DEVICE void read_words(const u8* stage, int row, int t, u32 (&words)[BITS]) {
-  if constexpr (BITS == 8 || BITS == 4) {
-#pragma unroll
-    for (int half = 0; half < BITS / 4; ++half) {
-      const Vector v = *reinterpret_cast<const Vector*>(stage + (half * ROWS * 4 + row * 4 + t) * 16);
-      words[half * 4] = v.x, words[half * 4 + 1] = v.y, words[half * 4 + 2] = v.z, words[half * 4 + 3] = v.w;
-    }
+  if constexpr (BITS == 4) {
+    const Vector v = *reinterpret_cast<const Vector*>(stage + (row * 4 + t) * 16);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
   } else if constexpr (BITS == 2) {
     const ShortVector v = *reinterpret_cast<const ShortVector*>(stage + (row * 4 + t) * 8);
     words[0] = v.x, words[1] = v.y;
@@ -148,7 +143,7 @@ DEVICE void stream_block(const Matmul& p, int block_row, int block_token, int bl
     wanted = p.b + (rows_wanted > 0 ? static_cast<i64>(tile) * Tile::ROWS * row_bytes + first_k / 8 * Tile::BITS : 0);
   };
   const auto start_step = [&](int stage) {
-    start_weights<ByChunks<Tile::BITS, Tile::ROWS>, Tile::BITS, Tile::ROWS, LANES>(
+    start_weights<ByChunks<Tile::BITS>, Tile::BITS, Tile::ROWS, LANES>(
         ring + stage * Tile::STEP_BYTES, wanted, row_bytes, rows_wanted, lane);
     commit_copies();
     k_wanted += Tile::ROUND, wanted += Tile::ROUND / 8 * Tile::BITS;
@@ -176,7 +171,7 @@ DEVICE void stream_block(const Matmul& p, int block_row, int block_token, int bl
       __syncwarp();
 #pragma unroll
       for (int half = 0; half < 2 * ROW_TILES; ++half) {
-        read_words<Tile::BITS, Tile::ROWS>(from, half * 8 + lane / 4, lane % 4, chunks.words[half]);
+        read_words<Tile::BITS>(from, half * 8 + lane / 4, lane % 4, chunks.words[half]);
         align_halves<Tile::BITS>(chunks.words[half]);
       }
       if constexpr (SCALE_SUMS) {  // a lane reads the word of a row, and those of its own from other lanes

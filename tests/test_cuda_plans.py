@@ -126,6 +126,8 @@ def test_few_rows_are_split_over_processors() -> None:
     assert grid(64, plan.GENERAL[64], plan.Device(16)) == (16, 1, 1)
     assert grid(1, plan.GENERAL[2], plan.Device(132)) == (256, 1, 1)
     assert grid(1, plan.STREAM_8, plan.Device(132, 227 * 1024)) == (128, 1, 1)
+    assert grid(16, plan.STREAM_16, plan.Device(132, 227 * 1024)) == (64, 1, 2)
+    assert grid(16, plan.SHORT_16, plan.Device(132, 227 * 1024)) == (128, 1, 1), "which it is for"
     assert grid(64, plan.TILE_64, plan.Device(132, 227 * 1024)) == (32, 1, 5)
     assert grid(64, plan.TILE_64, plan.Device(16, 227 * 1024)) == (32, 1, 1)
 

@@ -39,6 +39,8 @@ OTHERS: tuple[AnyTiling, ...] = (
     StreamTiling(tokens=8, row_tiles=2, warps=8, stages=6),
     StreamTiling(tokens=8, row_tiles=2, warps=8, stages=8),
     StreamTiling(tokens=16, row_tiles=2, warps=8, stages=6),
+    TileTiling(tokens=8, row_tiles=2, warps=4, stages=5, blocks=2),
+    TileTiling(tokens=16, row_tiles=2, warps=4, stages=5, blocks=2),
     TileTiling(tokens=64, row_tiles=2, warps=8, stages=3, blocks=1),
 )
 """Tilings that kernels/plan.py does not have, to be tried."""
@@ -130,7 +132,7 @@ def compile_all(architecture: str, bits: list[int], dtypes: list[torch.dtype]) -
     for dtype in dtypes:
         for b in bits:
             product = Product(dtype, 1, 4096, 4096, b, 128)
-            tilings = (*plan.tilings_of(b), *OTHERS)
+            tilings = [t for t in (*plan.tilings_of(b), *OTHERS) if b != 8 or not isinstance(t, StreamTiling)]
             kinds += [*(product.variant(tiling) for tiling in tilings), plan.Dequantizer(dtype, b)]
     with multiprocessing.get_context("fork").Pool() as pool:
         pool.map(functools.partial(compile_one, architecture), kinds, chunksize=1)
