@@ -42,7 +42,7 @@ SHORT_16 = StreamTiling(tokens=16, row_tiles=2, warps=8, stages=3)
 TILE_16 = TileTiling(tokens=16, row_tiles=2, warps=4, stages=4, blocks=2)
 TILE_32 = TileTiling(tokens=32, row_tiles=2, warps=4, stages=3, blocks=3)
 TILE_64 = TileTiling(tokens=64, row_tiles=2, warps=4, stages=3, blocks=2)
-TILE_128 = TileTiling(tokens=128, row_tiles=2, warps=4, stages=2, blocks=1)
+TILE_128 = TileTiling(tokens=128, row_tiles=2, warps=4, stages=2, blocks=2)
 WIDE_32 = TileTiling(tokens=32, row_tiles=2, warps=8, stages=3, blocks=1)
 WIDE_128 = TileTiling(tokens=128, row_tiles=2, warps=8, stages=3, blocks=1)
 
