@@ -40,13 +40,17 @@ DEVICE constexpr u32 both(u32 half) { return half | half << 16; }
 template <typename T>
 constexpr u32 MAGIC = both(power_of_two<T>(T::MANTISSA));
 
-// Where a code that begins at bit `at` of its half is brought down to fit in the mantissa: by as few distinct shifts
-// as there can be, as words shifted alike are shifted once.
+// How far a code that begins at bit `at` of its half is brought down to fit in the mantissa: by as few distinct shifts
+// as there can be, as words shifted alike are shifted once, and to few distinct places, as each has an offset.
 template <typename T, int BITS>
 DEVICE constexpr int shift_of(int at) {
-  if (at + BITS <= T::MANTISSA) return 0;
-  if (IS_FLOAT16<T>) return 8;
+  if (BITS == 3) {  // to 0, 3 and, in float16, 6, wherever the first code of the half begins
+    constexpr int APART = T::MANTISSA / BITS * BITS;
+    return at / APART * APART + at % BITS;
+  }
+  if (IS_FLOAT16<T>) return at / 8 * 8;
   if (BITS == 4) return at;
+  if (at + BITS <= T::MANTISSA) return 0;
   return at + BITS <= 12 ? 5 : 10;
 }
 
@@ -92,6 +96,38 @@ DEVICE u32 centered_pair(const u32 (&words)[BITS], u32 zero) {
   }
 }
 
+// code - zero of the consecutive codes 2P and 2P + 1 of a chunk as floats, exactly: for activations in the order of
+// memory. `words`: as stored; `zero`: the zero point, an integer. The 16 bits that hold both codes are put into both
+// halves, where each code is left at its own place.
+template <typename T, int BITS, int P>
+DEVICE u32 consecutive_pair(const u32 (&words)[BITS], u32 zero) {
+  constexpr u32 SIGN = 0x8000u;
+  constexpr int bit = 2 * BITS * P, byte = bit / 8, word = byte / 4, next = word + 1 < BITS ? word + 1 : word;
+  constexpr u32 b = byte % 4, mask = (1u << BITS) - 1;
+  if constexpr (BITS > T::MANTISSA) {
+    const float offset = as_float(0x4B000000u | zero);
+    const float low = as_float(permute_bytes(words[word], 0x4B000000u, 0x7440 | b)) - offset;
+    const float high = as_float(permute_bytes(words[word], 0x4B000000u, 0x7440 | (b + 1))) - offset;
+    return pack_bfloat16(low, high);
+  } else {
+    constexpr bool apart = BITS != 8 && 2 * BITS > T::MANTISSA;  // too long for one place: each has bit 0
+    constexpr int at = bit % 8, shift = at + 2 * BITS > T::MANTISSA ? at : 0;
+    constexpr int low = apart || BITS == 8 ? 0 : at - shift, high = apart || BITS == 8 ? 0 : low + BITS;
+    constexpr u32 offset = (SIGN | power_of_two<T>(T::MANTISSA - low)) | (SIGN | power_of_two<T>(T::MANTISSA - high)) << 16;
+    u32 whole;
+    if constexpr (BITS == 8) {
+      whole = permute_bytes(words[word], MAGIC<T>, 0x5050 | b | (b + 1) << 8);
+    } else if constexpr (apart) {
+      whole = mask_or(permute_bytes(words[word], words[word] >> BITS, 0x4400 + b * 0x1111), both(mask), MAGIC<T>);
+    } else {
+      const u32 twice = permute_bytes(words[word], words[next], 0x1010 + b * 0x1111);
+      whole = mask_or(twice >> shift, mask << low | mask << (16 + high), MAGIC<T>);
+    }
+    return fma2<T>(whole, power_of_two<T>(-low) | power_of_two<T>(-high) << 16,
+                   zero * (1u << low | 1u << (16 + high)) + offset);
+  }
+}
+
 // Pairs of consecutive activations -> the pairs of `first`. x: 32 activations as they are in memory.
 template <int BITS>
 DEVICE void arrange_activations(const u32 (&x)[PAIRS], u32 (&pairs)[PAIRS]) {
@@ -109,4 +145,12 @@ DEVICE u32 code_at(const u8* stream, int bytes, int index) {
   u32 window = stream[byte];
   if (8 % BITS && byte + 1 < bytes) window |= stream[byte + 1] << 8;
   return window >> bit % 8 & ((1u << BITS) - 1);
+}
+
+// A code as the bits of a float.
+template <typename T, int BITS>
+DEVICE u32 float_of_code(u32 code) {
+  if constexpr (BITS > T::MANTISSA) return from_float<T>(static_cast<float>(code));
+  constexpr u32 one = power_of_two<T>(0), magic = power_of_two<T>(T::MANTISSA);
+  return fma2<T>(magic | code, one, 0x8000u | magic) & 0xFFFFu;  // magic + code - magic
 }

@@ -61,6 +61,9 @@ DEVICE u32 pack_bfloat16(float low, float high) {
   return d;
 }
 
+// The value of another lane of the warp.
+DEVICE u32 shuffle(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 
 // d[16, 8] += a[16, 16] b[16, 8] over a warp, in float32. With g = lane / 4 and t = lane % 4 a lane holds
@@ -91,6 +94,12 @@ DEVICE void copy_async(void* to, const void* from, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(from), "n"(BYTES), "r"(size)
                  : "memory");
   }
+}
+
+// Starts a copy of 16 bytes from global to shared memory, of which the first `bytes` are there; zeros for the others.
+DEVICE void copy_some_async(void* to, const void* from, int bytes) {
+  const u32 target = static_cast<u32>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(bytes) : "memory");
 }
 
 // Closes a group of started copies of this thread.

@@ -1,12 +1,13 @@
-// The kernels of one variant. Macros: from plan.py VARIANT_TYPE, VARIANT_TILING (arguments of Tiling) and
-// VARIANT_SCALE_SUMS; from parameters.py PARAMETERS of a kernel, and MEMBERS of a Matmul that is made of them.
-#include "matmul_nbits.cuh"
+// The kernels of one variant. Macros: from plan.py VARIANT_TYPE, VARIANT_TILING (a struct of the sources),
+// VARIANT_BLOCK (the function that does a block of it) and VARIANT_SCALE_SUMS; from parameters.py PARAMETERS of a
+// kernel, and MEMBERS of a Matmul that is made of them.
+#include "tiles.cuh"
 
-using Tile = Tiling<VARIANT_TILING>;
+using Tile = VARIANT_TILING;
 
-extern "C" KERNEL __launch_bounds__(Tile::THREADS, 1) matmul_nbits(PARAMETERS) {
+extern "C" KERNEL __launch_bounds__(Tile::THREADS, Tile::BLOCKS) matmul_nbits(PARAMETERS) {
   const Matmul matmul{MEMBERS};
-  matmul_block<VARIANT_TYPE, Tile, VARIANT_SCALE_SUMS>(matmul, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
+  VARIANT_BLOCK<VARIANT_TYPE, Tile, VARIANT_SCALE_SUMS>(matmul, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
 }
 
 extern "C" KERNEL reduce_splits(PARAMETERS) {

@@ -17,6 +17,7 @@ struct Matmul {
   int chunks;              // stored chunks of a row
   int slice;               // elements of K whose activations are in shared memory at once, whole rounds of the warps
   int split;               // elements of K a block does, whole rounds of the warps; blockIdx.z says which
+  int across, ahead;       // blocks over rows of B where they stay; tiles of rows whose grids are on their way
 };
 
 constexpr int LANES = 32;
@@ -34,6 +35,7 @@ struct Tiling {
   static constexpr int ROWS = 16 * ROW_TILES * WARPS_N;
   static constexpr int THREADS = LANES * WARPS_N * WARPS_K;
   static constexpr int ROUND = STEP * WARPS_K;
+  static constexpr int BLOCKS = 1;
 
   // Copies of B under way: some 4 KiB for each warp, in its own part of shared memory, of each lane its own vectors.
   static constexpr int STEP_BYTES = ROW_TILES * 16 * STEP * BITS / 8;
@@ -152,10 +154,8 @@ DEVICE void multiply_quarter(Sums<Tile>& sums, const Chunks<Tile>& chunks, const
   }
 #pragma unroll
   for (int tile = 0; tile < Tile::TOKEN_TILES; ++tile) {
-    const int token = tile * 8 + lane / 4;
-    Vector x = {0, 0, 0, 0};
-    if (token < tokens)
-      x = *reinterpret_cast<const Vector*>(activations + token * stride + J * 64 + lane % 4 * 16);
+    const int token = min(tile * 8 + lane / 4, tokens - 1);  // nobody reads the sums of a token too many
+    const Vector x = *reinterpret_cast<const Vector*>(activations + token * stride + J * 64 + lane % 4 * 16);
 #pragma unroll
     for (int r = 0; r < Tile::ROW_TILES; ++r) {
       multiply_accumulate<T>(sums[r][tile], weights[r][0], x.x, x.y);
@@ -171,6 +171,32 @@ DEVICE void multiply_step(Sums<Tile>& sums, const Chunks<Tile>& chunks, const u8
   multiply_quarter<T, Tile, SCALE_SUMS, 1>(sums, chunks, activations, stride, tokens, lane);
   multiply_quarter<T, Tile, SCALE_SUMS, 2>(sums, chunks, activations, stride, tokens, lane);
   multiply_quarter<T, Tile, SCALE_SUMS, 3>(sums, chunks, activations, stride, tokens, lane);
+}
+
+// sums += part * scale of its row
+template <typename T, typename Tile>
+DEVICE void add_scaled(Sums<Tile>& sums, const Sums<Tile>& part, const u32 (&grid)[2 * Tile::ROW_TILES]) {
+#pragma unroll
+  for (int r = 0; r < Tile::ROW_TILES; ++r) {
+    const float low = to_float<T>(static_cast<u16>(grid[r * 2] >> 16));
+    const float high = to_float<T>(static_cast<u16>(grid[r * 2 + 1] >> 16));
+#pragma unroll
+    for (int tile = 0; tile < Tile::TOKEN_TILES; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[r][tile][i] += part[r][tile][i] * (i < 2 ? low : high);
+  }
+}
+
+// An output of this block: y, with its bias, or its part of it where K is split.
+template <typename T>
+DEVICE void finish_output(const Matmul& p, int token, i64 row, int split, float total) {
+  const i64 at = static_cast<i64>(token) * p.n + row;
+  if (p.partial) {
+    p.partial[static_cast<i64>(split) * p.m * p.n + at] = total;
+  } else {
+    if (p.bias) total += to_float<T>(p.bias[row]);
+    p.y[at] = from_float<T>(total);
+  }
 }
 
 // SCALE_SUMS: a step lies in one group, whose scale multiplies its sums; otherwise each chunk does, and scales
@@ -227,15 +253,7 @@ DEVICE void matmul_block(const Matmul& p, int block_row, int block_token, int bl
       if constexpr (SCALE_SUMS) {
         Sums<Tile> part = {};
         multiply_step<T, Tile, SCALE_SUMS>(part, chunks, x, stride, tokens, lane);
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r) {
-          const float low = to_float<T>(static_cast<u16>(chunks.grid[r * 2] >> 16));
-          const float high = to_float<T>(static_cast<u16>(chunks.grid[r * 2 + 1] >> 16));
-#pragma unroll
-          for (int tile = 0; tile < TOKEN_TILES; ++tile)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[r][tile][i] += part[r][tile][i] * (i < 2 ? low : high);
-        }
+        add_scaled<T, Tile>(sums, part, chunks.grid);
       } else {
         multiply_step<T, Tile, SCALE_SUMS>(sums, chunks, x, stride, tokens, lane);
       }
@@ -265,13 +283,7 @@ DEVICE void matmul_block(const Matmul& p, int block_row, int block_token, int bl
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS_K; ++w) total += totals[(w * Tile::TOKENS + token) * ROW_STRIDE + local];
-    const i64 at = static_cast<i64>(token0 + token) * p.n + row;
-    if (p.partial) {
-      p.partial[static_cast<i64>(block_split) * p.m * p.n + at] = total;
-    } else {
-      if (p.bias) total += to_float<T>(p.bias[row]);
-      p.y[at] = from_float<T>(total);
-    }
+    finish_output<T>(p, token0 + token, row, block_split, total);
   }
 }
 

@@ -14,7 +14,7 @@ POINTERS: Final = {
     "partial": "float*",
 }
 """Addresses of tensors, which come first, each with its type in the sources."""
-SIZES: Final = ("m", "n", "k", "blocks", "log2_block", "chunks", "slice", "split")
+SIZES: Final = ("m", "n", "k", "blocks", "log2_block", "chunks", "slice", "split", "across", "ahead")
 """32-bit integers, which follow."""
 PARAMETERS: Final = {**POINTERS, **dict.fromkeys(SIZES, "int")}
 """All, in the order of a call. They are the members of `struct Matmul` in matmul_nbits.cuh, which says what each is."""

@@ -1,84 +1,74 @@
-"""How a product is cut into blocks of threads: the variants of the CUDA kernel, and which one serves which shapes."""
+"""Which variant of the CUDA kernels serves which product, and how it is launched."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 
 from teq_graph.config import BITS
+from teq_graph.kernels.tilings import CHUNK, STEP, AnyTiling, StreamTiling, TileTiling, Tiling, ceil_div
 
-LANES = 32
-STEP = 128
-"""Elements of K that a warp does at a time."""
-CHUNK = 32
-"""Consecutive codes of a row that a lane takes: rows are whole chunks."""
 SHARED_LIMIT = 99 * 1024
 """Bytes of shared memory for a block that every GPU from sm_80 on has."""
 DTYPES = {torch.float16: "Float16", torch.bfloat16: "BFloat16"}
 """Dtypes of activations, and what the sources call them."""
+MOST_SCALED_SUMS = 16
+"""Tokens up to which scales multiply sums, where groups allow it: more would need too many registers for two sets."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
-    """A block does `tokens` rows of A; `warps_n` warps have `row_tiles` tiles of 16 rows of B each, and of each of
-    them there are `warps_k` that take turns over K. The formulas are those of `Tiling` in matmul_nbits.cuh."""
+class Device:
+    """What a plan has to know of a GPU: its multiprocessors, and bytes of shared memory for a block."""
 
-    tokens: int
-    row_tiles: int
-    warps_n: int
-    warps_k: int
-
-    @property
-    def rows(self) -> int:
-        return 16 * self.row_tiles * self.warps_n
-
-    @property
-    def warps(self) -> int:
-        return self.warps_n * self.warps_k
-
-    @property
-    def threads(self) -> int:
-        return LANES * self.warps
-
-    @property
-    def round(self) -> int:
-        """Elements of K that all the warps do together."""
-        return STEP * self.warps_k
-
-    def staged_bytes(self, tokens: int, slice_: int, groups: int) -> int:
-        """Shared memory for the activations and grids of a slice of K."""
-        return tokens * (slice_ * 2 + 64) + groups * self.rows * 4
-
-    def ring_bytes(self, bits: int) -> int:
-        """Shared memory for the copies of B under way."""
-        step = self.row_tiles * 16 * STEP * bits // 8
-        return max(2, 4096 // step) * step * self.warps
-
-    @property
-    def sums_bytes(self) -> int:
-        """Shared memory for the sums of the warps."""
-        return self.warps_k * self.tokens * (self.rows + 1) * 4
-
-    def shared_bytes(self, bits: int, staged: int) -> int:
-        """Shared memory of a block: copies of B under way beside what is staged; at last the sums in their place."""
-        return max(self.ring_bytes(bits) + staged, self.sums_bytes)
+    processors: int
+    shared_limit: int = SHARED_LIMIT
 
 
-DECODE = Tiling(tokens=8, row_tiles=1, warps_n=1, warps_k=8)
-# The more tokens, the more rows a block has to do for what it reads of A.
-TILINGS = {
-    2: DECODE,
+GENERAL = {
+    2: Tiling(tokens=8, row_tiles=1, warps_n=1, warps_k=8),
     8: Tiling(tokens=8, row_tiles=2, warps_n=2, warps_k=4),
     16: Tiling(tokens=16, row_tiles=2, warps_n=4, warps_k=2),
     32: Tiling(tokens=32, row_tiles=2, warps_n=8, warps_k=1),
     64: Tiling(tokens=64, row_tiles=2, warps_n=8, warps_k=1),
 }
-"""The most tokens a tiling is for; more than the last are several of its blocks."""
-MOST_SCALED_SUMS = 16
-"""Tokens up to which scales multiply sums, where groups allow it: more would need too many registers for two sets."""
+"""What takes every shape, by the most tokens it is for. More tokens want more rows for what a block reads of A."""
+STREAM_8 = StreamTiling(tokens=8, row_tiles=2, warps=8, stages=4)
+STREAM_16 = StreamTiling(tokens=16, row_tiles=2, warps=8, stages=4)
+SHORT_16 = StreamTiling(tokens=16, row_tiles=2, warps=8, stages=3)
+TILE_16 = TileTiling(tokens=16, row_tiles=2, warps=4, stages=4, blocks=2)
+TILE_32 = TileTiling(tokens=32, row_tiles=2, warps=4, stages=3, blocks=3)
+TILE_64 = TileTiling(tokens=64, row_tiles=2, warps=4, stages=3, blocks=2)
+TILE_128 = TileTiling(tokens=128, row_tiles=2, warps=4, stages=2, blocks=2)
+WIDE_32 = TileTiling(tokens=32, row_tiles=2, warps=8, stages=3, blocks=1)
+WIDE_128 = TileTiling(tokens=128, row_tiles=2, warps=8, stages=3, blocks=1)
+
+# By the most tokens each is for; with more, dequantizing the weight for torch's product is faster. Measured by
+# tools/tune_matmul.py on an H100 80GB HBM3 (132 multiprocessors) on 2026-11-27, in float16, groups of 128, cold L2, of
+# 28672 x 4096 at 2, 3, 4 and 8 bits, of 4096 x 4096 and 4096 x 14336 at 4. A tiling is here where it wins by 5 % at
+# some product. Between the numbers of tokens that were measured times are interpolated. GPUs that were not measured
+# take the same table.
+LARGE: dict[int, AnyTiling] = {8: STREAM_8, 16: STREAM_16, 32: TILE_32, 64: TILE_64, 128: TILE_128, 192: TILE_64}
+# Not measured: with a stage less, a row of 16 tokens at 4 bits has room and K is not split, which took 42 us, where 3
+# bits, not split, took 37.
+LARGE_4: dict[int, AnyTiling] = {**LARGE, 16: SHORT_16}
+LONG: dict[int, AnyTiling] = {8: STREAM_8, 16: TILE_16, 32: TILE_32, 64: TILE_64, 256: TILE_128}
+SMALL: dict[int, AnyTiling] = {8: STREAM_8, 16: GENERAL[16], 32: GENERAL[32], 64: GENERAL[64], 128: TILE_64}
+BYTES: dict[int, AnyTiling] = {16: TILE_16, 32: WIDE_32, 64: TILE_64, 128: WIDE_128, 192: TILE_64}
+
+
+def table_of(n: int, k: int, bits: int) -> dict[int, AnyTiling]:
+    """The measured table for a weight [n, k]: the most tokens of each tiling, in ascending order."""
+    if bits == 8:
+        return BYTES
+    if n * k <= 2**25:
+        return SMALL  # few blocks: what a block costs to begin and to end counts
+    if k > 2 * n:
+        return LONG
+    return LARGE_4 if bits == 4 else LARGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +77,52 @@ class Variant:
 
     dtype: torch.dtype
     bits: int
-    tiling: Tiling
+    tiling: AnyTiling
     scale_sums: bool
+
+    file: ClassVar = "matmul_nbits.cu"
+    kernels: ClassVar = ("matmul_nbits", "reduce_splits")
 
     @property
     def macros(self) -> dict[str, str]:
         """The macros of matmul_nbits.cu."""
         tiling = ", ".join(map(str, (self.bits, *dataclasses.astuple(self.tiling))))
-        scale_sums = str(self.scale_sums).lower()
-        return {"VARIANT_TYPE": DTYPES[self.dtype], "VARIANT_TILING": tiling, "VARIANT_SCALE_SUMS": scale_sums}
+        return {
+            "VARIANT_TYPE": DTYPES[self.dtype],
+            "VARIANT_BLOCK": self.tiling.block,
+            "VARIANT_TILING": f"{self.tiling.struct}<{tiling}>",
+            "VARIANT_SCALE_SUMS": str(self.scale_sums).lower(),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantizer:
+    """What the kernel that writes weights as floats is compiled for."""
+
+    dtype: torch.dtype
+    bits: int
+
+    file: ClassVar = "dequantize_nbits.cu"
+    kernels: ClassVar = ("dequantize_nbits",)
+
+    @property
+    def macros(self) -> dict[str, str]:
+        """The macros of dequantize_nbits.cu."""
+        return {"VARIANT_TYPE": DTYPES[self.dtype], "VARIANT_BITS": str(self.bits)}
+
+
+def tilings_of(bits: int) -> list[AnyTiling]:
+    """Those that serve some product of codes of `bits` bits."""
+    tables = {8: (BYTES,), 4: (LARGE_4, LARGE, LONG, SMALL)}.get(bits, (LARGE, LONG, SMALL))
+    return list(dict.fromkeys([*GENERAL.values(), *(tiling for table in tables for tiling in table.values())]))
 
 
 def variants() -> Iterator[Variant]:
     """All there are."""
-    for dtype, bits, tiling in itertools.product(DTYPES, BITS, TILINGS.values()):
-        for scale_sums in (False, True) if tiling.tokens <= MOST_SCALED_SUMS else (False,):
-            yield Variant(dtype, bits, tiling, scale_sums)
+    for dtype, bits in itertools.product(DTYPES, BITS):
+        for tiling in tilings_of(bits):
+            for scale_sums in (False, True) if tiling.tokens <= MOST_SCALED_SUMS else (False,):
+                yield Variant(dtype, bits, tiling, scale_sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +137,11 @@ class Plan:
     chunks: int
     slice: int
     split: int
+    ahead: int = 0
+
+    @property
+    def across(self) -> int:
+        return self.grid[0]
 
 
 def refusal(k: int, block_size: int) -> str | None:
@@ -127,30 +152,120 @@ def refusal(k: int, block_size: int) -> str | None:
     return None
 
 
-def make_plan(dtype: torch.dtype, m: int, n: int, k: int, bits: int, block_size: int, processors: int) -> Plan:
-    """For A [m, k] of `dtype` and B [n, k], on a GPU of so many multiprocessors."""
-    blocks = _ceil(k, block_size)
-    tiling = next((tiling for most, tiling in TILINGS.items() if m <= most), TILINGS[max(TILINGS)])
-    uniform = blocks == 1 or block_size % STEP == 0
-    variant = Variant(dtype, bits, tiling, uniform and tiling.tokens <= MOST_SCALED_SUMS)
-    across = _ceil(n, tiling.rows) * _ceil(m, tiling.tokens)
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A [m, k] of `dtype` times a weight [n, k] of codes of `bits` bits in groups of `block_size`."""
+
+    dtype: torch.dtype
+    m: int
+    n: int
+    k: int
+    bits: int
+    block_size: int
+
+    @property
+    def blocks(self) -> int:
+        return ceil_div(self.k, self.block_size)
+
+    @property
+    def log2_block(self) -> int:
+        return self.block_size.bit_length() - 1 if self.blocks > 1 else 30
+
+    @property
+    def chunks(self) -> int:
+        """Stored chunks of a row."""
+        return self.blocks * self.block_size // CHUNK
+
+    @property
+    def whole_steps(self) -> bool:
+        """Whether a row begins where a vector can."""
+        return self.chunks * CHUNK % STEP == 0
+
+    @property
+    def unit(self) -> int:
+        """What parts of K are whole numbers of, so that each begins with a group."""
+        return max(STEP, self.block_size) if self.blocks > 1 else STEP
+
+    def variant(self, tiling: AnyTiling) -> Variant:
+        uniform = self.blocks == 1 or self.block_size % STEP == 0
+        return Variant(self.dtype, self.bits, tiling, uniform and tiling.tokens <= MOST_SCALED_SUMS)
+
+    def plan(self, tiling: AnyTiling, grid: tuple[int, int, int], shared: int, split: int, **sizes: int) -> Plan:
+        sizes = {"slice": split, **sizes}
+        variant = self.variant(tiling)
+        return Plan(variant, grid, shared, self.blocks, self.log2_block, self.chunks, split=split, **sizes)
+
+
+def make_plan(dtype: torch.dtype, m: int, n: int, k: int, bits: int, block_size: int, device: Device) -> Plan | None:
+    """For A [m, k] of `dtype` and B [n, k]; None where B had better be dequantized for torch's product."""
+    tiling = next((tiling for most, tiling in table_of(n, k, bits).items() if m <= most), None)
+    return None if tiling is None else fit(Product(dtype, m, n, k, bits, block_size), tiling, device)
+
+
+def fit(product: Product, wanted: AnyTiling, device: Device) -> Plan:
+    """A plan by the tiling that is wanted, or by the nearest that the product and the device have room for."""
+    for tiling in (wanted, TILE_16 if wanted.tokens <= TILE_16.tokens else TILE_64):
+        if (plan := plan_by(product, tiling, device)) is not None:
+            return plan
+    return general_plan(product, next((t for most, t in GENERAL.items() if product.m <= most), GENERAL[64]), device)
+
+
+def plan_by(product: Product, tiling: AnyTiling, device: Device) -> Plan | None:
+    """A plan by that tiling; None where it does not take the product, or the device has no room."""
+    if isinstance(tiling, Tiling):
+        return general_plan(product, tiling, device)
+    if not product.whole_steps:
+        return None
+    if isinstance(tiling, TileTiling):
+        return tile_plan(product, tiling, device)
+    return stream_plan(product, tiling, device) if product.bits != 8 else None
+
+
+def stream_plan(product: Product, tiling: StreamTiling, device: Device) -> Plan | None:
+    """None where a block has no room, or warps nothing to do."""
+    m, n, k, unit = product.m, product.n, product.k, product.unit
+    for splits in range(1, 17):
+        split = ceil_div(ceil_div(k, unit), splits) * unit
+        least = k - (splits - 1) * split
+        if ceil_div(k, split) != splits or ceil_div(least, STEP) < tiling.warps:
+            continue
+        ahead = tiling.ahead(least)
+        shared = tiling.shared_bytes(product.bits, product.blocks, min(m, tiling.tokens), split, ahead)
+        if shared > device.shared_limit:
+            continue
+        tiles = ceil_div(n, tiling.rows)
+        turns = ceil_div(tiles, max(1, device.processors // splits))
+        grid = (ceil_div(tiles, turns), ceil_div(m, tiling.tokens), splits)
+        return product.plan(tiling, grid, shared, split, ahead=ahead)
+    return None
+
+
+def tile_plan(product: Product, tiling: TileTiling, device: Device) -> Plan | None:
+    """K is split so that there are as many blocks as have room at once; None where not even one has."""
+    m, n, k, unit = product.m, product.n, product.k, product.unit
+    shared = tiling.shared_bytes(product.bits)
+    if shared > device.shared_limit:
+        return None
+    room = min(tiling.blocks, (device.shared_limit + 1024) // (shared + 1024))  # a block takes 1 KiB for itself
+    across = ceil_div(n, tiling.rows) * ceil_div(m, tiling.tokens)
+    splits = max(1, min(room * device.processors // across, ceil_div(k, STEP) // (2 * tiling.stages)))
+    split = ceil_div(ceil_div(k, unit), splits) * unit
+    grid = (ceil_div(n, tiling.rows), ceil_div(m, tiling.tokens), ceil_div(k, split))
+    return product.plan(tiling, grid, shared, split)
+
+
+def general_plan(product: Product, tiling: Tiling, device: Device) -> Plan:
+    """By the kernel that takes every shape."""
+    m, n, k, block_size = product.m, product.n, product.k, product.block_size
+    across = ceil_div(n, tiling.rows) * ceil_div(m, tiling.tokens)
     # Few blocks leave processors idle: K is split over several, as long as each still has some rounds to do. Each
     # begins with a group, so that a slice of it has no more groups than its length says.
-    splits = max(1, min(processors // across, _ceil(k, tiling.round) // 4))
-    unit = max(tiling.round, block_size) if blocks > 1 else tiling.round
-    split = _ceil(_ceil(k, unit), splits) * unit
-    log2_block = block_size.bit_length() - 1 if blocks > 1 else 30
-    slice_, shared = _longest_slice(tiling, bits, min(tiling.tokens, m), split, 1 << log2_block)
-    return Plan(
-        variant=variant,
-        grid=(_ceil(n, tiling.rows), _ceil(m, tiling.tokens), _ceil(k, split)),
-        shared_bytes=shared,
-        blocks=blocks,
-        log2_block=log2_block,
-        chunks=blocks * block_size // CHUNK,
-        slice=slice_,
-        split=split,
-    )
+    splits = max(1, min(device.processors // across, ceil_div(k, tiling.round) // 4))
+    unit = max(tiling.round, block_size) if product.blocks > 1 else tiling.round
+    split = ceil_div(ceil_div(k, unit), splits) * unit
+    slice_, shared = _longest_slice(tiling, product.bits, min(tiling.tokens, m), split, 1 << product.log2_block)
+    grid = (ceil_div(n, tiling.rows), ceil_div(m, tiling.tokens), ceil_div(k, split))
+    return product.plan(tiling, grid, shared, split, slice=slice_)
 
 
 def _longest_slice(tiling: Tiling, bits: int, tokens: int, split: int, group: int) -> tuple[int, int]:
@@ -159,14 +274,10 @@ def _longest_slice(tiling: Tiling, bits: int, tokens: int, split: int, group: in
     Activations and grids may take 24 KiB, or 40 where tokens are many; the least slice is a round of the warps.
     """
     budget = 24 * 1024 if tokens <= MOST_SCALED_SUMS else 40 * 1024
-    slice_, staged = tiling.round, tiling.staged_bytes(tokens, tiling.round, _ceil(tiling.round, group))
+    slice_, staged = tiling.round, tiling.staged_bytes(tokens, tiling.round, ceil_div(tiling.round, group))
     while slice_ < split:
-        longer = tiling.staged_bytes(tokens, slice_ * 2, _ceil(slice_ * 2, group))
+        longer = tiling.staged_bytes(tokens, slice_ * 2, ceil_div(slice_ * 2, group))
         if longer > budget or tiling.shared_bytes(bits, longer) > SHARED_LIMIT:
             break
         slice_, staged = slice_ * 2, longer
     return slice_, tiling.shared_bytes(bits, staged)
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from teq_graph.errors import KernelError
 from teq_graph.kernels.parameters import MACROS
-from teq_graph.kernels.plan import SHARED_LIMIT, Variant
+from teq_graph.kernels.plan import Dequantizer, Device, Variant
 
 if TYPE_CHECKING:
     from cuda.core import Kernel, ObjectCode
@@ -20,7 +20,7 @@ OLDEST = (8, 0)
 """The compute capability from which on there are cp.async and products in bfloat16."""
 
 
-def source(name: str = "matmul_nbits.cu") -> str:
+def source(name: str) -> str:
     """The text of a source file with the files it includes in their places."""
 
     def text_of(name: str, seen: set[str]) -> str:
@@ -33,7 +33,9 @@ def source(name: str = "matmul_nbits.cu") -> str:
     return text_of(name, set())
 
 
-def compile_variant(variant: Variant, architecture: str, cache: Any = None, logs: Any = None) -> ObjectCode:
+def compile_variant(
+    variant: Variant | Dequantizer, architecture: str, cache: Any = None, logs: Any = None
+) -> ObjectCode:
     """A cubin for `architecture` ("sm_90", say), from `cache` where it is there; what ptxas says goes to `logs`."""
     from cuda.core import Program, ProgramOptions
 
@@ -44,7 +46,7 @@ def compile_variant(variant: Variant, architecture: str, cache: Any = None, logs
         define_macro=list({**variant.macros, **MACROS}.items()),
         ptxas_options=["-v"] if logs is not None else None,
     )
-    return Program(source(), code_type="c++", options=options).compile("cubin", logs=logs, cache=cache)
+    return Program(source(variant.file), code_type="c++", options=options).compile("cubin", logs=logs, cache=cache)
 
 
 def cache_folder() -> Path:
@@ -53,8 +55,18 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def load(variant: Variant, device: int) -> tuple[Kernel, Kernel]:
-    """The product and the sum of splits, ready for the CUDA device of that index.
+def device_of(index: int) -> Device:
+    """What plans have to know of the CUDA device of that index."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stubs lack it
+    return Device(properties.multi_processor_count, shared)
+
+
+@functools.cache
+def load(variant: Variant | Dequantizer, device: int) -> tuple[Kernel, ...]:
+    """Its kernels, in their order, ready for the CUDA device of that index.
 
     Raises KernelError where the GPU or its driver is too old, or what compiles kernels is not installed.
     """
@@ -73,12 +85,13 @@ def load(variant: Variant, device: int) -> tuple[Kernel, Kernel]:
         raise KernelError(f"CUDA kernels are compiled by cuda-core ({error}); pip install 'teq-graph[cuda]'") from error
     try:
         code = compile_variant(variant, "sm_{}{}".format(*capability), cache=FileStreamProgramCache(cache_folder()))
-        product, total = code.get_kernel("matmul_nbits"), code.get_kernel("reduce_splits")
+        kernels = tuple(code.get_kernel(name) for name in variant.kernels)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (status,) = driver.cuKernelSetAttribute(attribute, SHARED_LIMIT, product.handle, device)
+        limit = device_of(device).shared_limit
+        (status,) = driver.cuKernelSetAttribute(attribute, limit, kernels[0].handle, device)
         if status != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"{SHARED_LIMIT} bytes of shared memory: {status.name}")
+            raise RuntimeError(f"{limit} bytes of shared memory: {status.name}")
     except Exception as error:  # of the compiler, the driver and the file system
         name, reason = torch.cuda.get_device_name(device), " ".join(str(error).split())[:300]
         raise KernelError(f"CUDA kernel for cuda:{device}, {name}: {reason}") from error
-    return product, total
+    return kernels

@@ -20,3 +20,6 @@ constexpr bool IS_FLOAT16 = T::MANTISSA == Float16::MANTISSA;
 struct alignas(16) Vector {
   u32 x, y, z, w;
 };
+struct alignas(8) ShortVector {
+  u32 x, y;
+};

@@ -23,15 +23,16 @@ import teq_graph
 from teq_graph import ops as _ops  # noqa: F401  registers the op
 from teq_graph.config import BITS, QuantizationConfig, WeightSpec
 from teq_graph.errors import InputError, KernelError
-from teq_graph.kernels import cuda, plan, program
-from teq_graph.kernels.plan import Plan, Variant, make_plan, variants
+from teq_graph.kernels import cuda, plan, program, tilings
+from teq_graph.kernels.plan import Dequantizer, Device, Plan, Product, Variant, variants
+from teq_graph.kernels.tilings import AnyTiling, StreamTiling, Tiling
 from teq_graph.loading import LoadedModel
 from teq_graph.quantization import QuantizedWeight, quantize_weight
 
 matmul_nbits = torch.ops.teq_graph.matmul_nbits.default
 dequantize_nbits = torch.ops.teq_graph.dequantize_nbits.default
 GROUPS = (32, 64, 128, 256, -1)
-ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_120")
 
 
 def name_of(variant: Variant) -> str:
@@ -58,12 +59,17 @@ def gcc() -> None:
 
 
 @pytest.fixture(scope="session")
-def emulate(gcc: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
-    """Runs the kernel on the CPU; its processes share the compiled library."""
+def library(gcc: None, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels for the CPU; processes share the compiled library."""
     shared = tmp_path_factory.getbasetemp()
     folder: Path = (shared.parent if shared.name.startswith("popen-") else shared) / "cuda_emulation"
     folder.mkdir(exist_ok=True)
-    library: ctypes.CDLL = cuda_emulation.build(folder)
+    return cuda_emulation.build(folder)
+
+
+@pytest.fixture(scope="session")
+def emulate(library: ctypes.CDLL) -> Callable[..., Tensor]:
+    """Runs a plan on the CPU."""
 
     def run(made: Plan, a: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         return cuda_emulation.run(library, made, a, weight.packed, weight.scales, weight.zero_points, bias)
@@ -71,21 +77,41 @@ def emulate(gcc: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     return run
 
 
+def plan_of(tiling: AnyTiling, a: Tensor, weight: QuantizedWeight) -> Plan:
+    """On a GPU of one multiprocessor with as much shared memory as an H100 has."""
+    product = Product(a.dtype, len(a), weight.n, weight.k, weight.bits, weight.block_size)
+    made = plan.plan_by(product, tiling, Device(1, 227 * 1024))
+    assert made is not None
+    return made
+
+
 @pytest.mark.parametrize("variant", list(variants()), ids=name_of)
 def test_emulated_tiling(variant: Variant, emulate: Callable[..., Tensor]) -> None:
     """Every variant on a product that ends inside a tile in M, N and K, in several slices, and split over blocks."""
     dtype, tiling = variant.dtype, variant.tiling
-    m = {1: 2}.get(tiling.row_tiles, tiling.tokens - 3) if tiling.tokens < 64 else 69
-    n, k = tiling.rows + 5, tiling.round * 2 + 72
+    if isinstance(tiling, Tiling):
+        m, n, k = tiling.tokens - 3 if tiling.tokens < 64 else 69, tiling.rows + 5, tiling.round * 2 + 72
+        parts, unit = 3, tiling.round
+    elif isinstance(tiling, StreamTiling):  # a block goes through three tiles
+        m, n, k = tiling.tokens - 3, tiling.rows * 2 + 5, tiling.round * 2 - 24
+        parts, unit = 2, tiling.round
+    else:
+        m, n, k = tiling.tokens + 3 if tiling.tokens < 32 else tiling.tokens - 5, tiling.rows - 5, 4 * 128 - 24
+        parts, unit = 2, 256
     weight = quantize_weight(torch.randn(n, k), WeightSpec(variant.bits, 128 if variant.scale_sums else 32), dtype)
     a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
-    made = make_plan(dtype, m, n, k, variant.bits, weight.block_size, processors=1)
-    assert made.variant == variant
+    made = plan_of(tiling, a, weight)
+    assert made.variant == variant and made.grid[2] == 1
     whole = emulate(made, a, weight, bias)
     check(whole, a, weight, bias, variant.scale_sums)
-    sliced = dataclasses.replace(made, slice=tiling.round)
-    assert torch.equal(emulate(sliced, a, weight, bias), whole)
-    split = dataclasses.replace(sliced, split=tiling.round, grid=(*made.grid[:2], 3))
+    if isinstance(tiling, Tiling):
+        made = dataclasses.replace(made, slice=unit)
+        assert torch.equal(emulate(made, a, weight, bias), whole)
+    else:
+        made = dataclasses.replace(made, slice=unit)
+    split = dataclasses.replace(made, split=unit, grid=(*made.grid[:2], parts))
+    if isinstance(tiling, StreamTiling):
+        split = dataclasses.replace(split, ahead=tiling.ahead(unit))
     check(emulate(split, a, weight, bias), a, weight, bias, variant.scale_sums)
 
 
@@ -100,23 +126,35 @@ def test_emulated_codes(
     n, k = 19, 288
     weight = quantize_weight(torch.randn(n, k), WeightSpec(bits, group_size, symmetric), dtype)
     rows = torch.eye(k, dtype=dtype)[:: 5 if group_size == 32 else 7]
-    results = []
-    for part in rows.split(2):
-        made = make_plan(dtype, len(part), n, k, bits, weight.block_size, processors=1)
-        results.append(emulate(made, part, weight, None))
+    general = torch.cat([emulate(plan_of(plan.GENERAL[2], part, weight), part, weight, None) for part in rows.split(2)])
     expected = weight.dequantize(dtype).t()[:: 5 if group_size == 32 else 7]
-    assert torch.equal(torch.cat(results), expected)
+    assert torch.equal(general, expected)
+    if plan.refusal(k, weight.block_size) is None and weight.packed[0].numel() * 8 // bits % tilings.STEP == 0:
+        assert torch.equal(emulate(plan_of(plan.TILE_16, rows, weight), rows, weight, None), expected)
 
 
-@pytest.mark.parametrize("tokens", plan.TILINGS)
-def test_shared_memory_is_just_enough(tokens: int, emulate: Callable[..., Tensor]) -> None:
-    """A block writes to the last byte that the plan has for its activations and grids, and to none after it."""
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
+def test_emulated_dequantizing(bits: int, group_size: int, dtype: torch.dtype, library: ctypes.CDLL) -> None:
+    for (n, k), symmetric in itertools.product([(23, 288), (8, 2080)], (False, True)):
+        weight = quantize_weight(torch.randn(n, k), WeightSpec(bits, group_size, symmetric), dtype)
+        floats = torch.full((n, k), float("nan"), dtype=dtype)
+        of = cuda.Weight(weight.packed, weight.scales, weight.zero_points, bits, weight.block_size)
+        cuda_emulation.dequantize(library, of, floats)
+        assert torch.equal(floats, weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize("tiling", [*plan.GENERAL.values(), plan.STREAM_8, plan.STREAM_16], ids=str)
+def test_shared_memory_is_just_enough(tiling: AnyTiling, emulate: Callable[..., Tensor]) -> None:
+    """A block writes to the last byte that the plan has for what is staged, and to none after it."""
     weight = quantize_weight(torch.randn(16, 2048), WeightSpec(4, 128), torch.float16)
-    a = torch.randn(tokens, 2048).half()
-    made = make_plan(torch.float16, tokens, 16, 2048, 4, 128, processors=1)
-    assert made.shared_bytes > made.variant.tiling.sums_bytes
+    a = torch.randn(tiling.tokens, 2048).half()
+    made = plan_of(tiling, a, weight)
     emulate(made, a, weight, None)
-    small = dataclasses.replace(made, shared_bytes=made.shared_bytes - 1)
+    # After what is staged of the last token there is room that parts rows and nobody writes to.
+    apart = 64 if isinstance(tiling, StreamTiling) else 0
+    small = dataclasses.replace(made, shared_bytes=made.shared_bytes - apart - 1)
     with pytest.raises(AssertionError, match="past its end"):
         emulate(small, a, weight, None)
 
@@ -124,25 +162,22 @@ def test_shared_memory_is_just_enough(tokens: int, emulate: Callable[..., Tensor
 def test_sources_and_plans_compute_the_same(gcc: None, tmp_path: Path) -> None:
     """The constants that plan.py and cuda.py have in common with the sources, for every tiling and width of codes."""
     expected = {
-        "LANES": plan.LANES,
-        "STEP": plan.STEP,
-        "CHUNK": plan.CHUNK,
+        "LANES": tilings.LANES,
+        "STEP": tilings.STEP,
+        "CHUNK": tilings.CHUNK,
         "sizeof(Vector)": cuda.VECTOR,
+        "EIGHT": cuda.DEQUANTIZE_COLUMNS,
+        "ROWS_OF_THREAD": cuda.ROWS_OF_THREAD,
     }
     for variant in variants():
-        tiling, tile = variant.tiling, f"Tiling<{variant.macros['VARIANT_TILING']}>"
-        expected |= {
-            f"{tile}::BITS": variant.bits,
-            f"{tile}::TOKENS": tiling.tokens,
-            f"{tile}::ROW_TILES": tiling.row_tiles,
-            f"{tile}::WARPS_N": tiling.warps_n,
-            f"{tile}::WARPS_K": tiling.warps_k,
-            f"{tile}::ROWS": tiling.rows,
-            f"{tile}::THREADS": tiling.threads,
-            f"{tile}::ROUND": tiling.round,
-            f"{tile}::RING": tiling.ring_bytes(variant.bits),
-            f"{tile}::SUMS": tiling.sums_bytes,
-        }
+        tiling, bits, tile = variant.tiling, variant.bits, variant.macros["VARIANT_TILING"]
+        sizes = {"BITS": bits, "ROWS": tiling.rows, "THREADS": tiling.threads}
+        sizes |= {name.upper(): value for name, value in dataclasses.asdict(tiling).items()}
+        if isinstance(tiling, Tiling | StreamTiling):
+            sizes |= {"ROUND": tiling.round, "RING": tiling.ring_bytes(bits), "SUMS": tiling.sums_bytes}
+        else:
+            sizes |= {"RING": tiling.shared_bytes(bits)}
+        expected |= {f"{tile}::{name}": value for name, value in sizes.items()}
     values = cuda_emulation.constants(list(expected), tmp_path)
     assert dict(zip(expected, values, strict=True)) == expected
 
@@ -156,20 +191,20 @@ def test_sources_and_plans_compute_the_same(gcc: None, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_compiles_without_spills(bits: int, dtype: torch.dtype, architecture: str) -> None:
     """ptxas reports neither stack nor spills, and a block's registers are there."""
-    for variant in variants():
-        if (variant.bits, variant.dtype) != (bits, dtype):
-            continue
+    kinds = [kind for kind in variants() if (kind.bits, kind.dtype) == (bits, dtype)]
+    for variant in (*kinds, Dequantizer(dtype, bits)):
         log = io.StringIO()
         program.compile_variant(variant, architecture, logs=log)
         text = log.getvalue()
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
         registers = re.findall(r"Used (\d+) registers", text)
-        assert len(frames) == len(registers) == 2, text
+        assert len(frames) == len(registers) == len(variant.kernels), text
         assert all(frame == ("0", "0", "0") for frame in frames), text
-        assert max(map(int, registers)) * variant.tiling.threads <= 65536, text
+        threads = cuda.DEQUANTIZE_THREADS if isinstance(variant, Dequantizer) else variant.tiling.threads
+        assert max(map(int, registers)) * threads <= 65536, text
 
 
-VARIANT = Variant(torch.float16, 4, plan.DECODE, True)
+VARIANT = Variant(torch.float16, 4, plan.GENERAL[2], True)
 
 
 def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,8 +226,8 @@ def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.M
     # Another architecture, another variant and another source are other entries.
     assert compile_for("sm_90") != first
     compile_for("sm_80", dataclasses.replace(VARIANT, bits=2))
-    text = program.source()
-    monkeypatch.setattr(program, "source", lambda: text + "// changed\n")
+    text = program.source(VARIANT.file)
+    monkeypatch.setattr(program, "source", lambda name: text + "// changed\n")
     compile_for("sm_80")
     assert len(files()) == 4 * len(kept)
 
@@ -220,7 +255,7 @@ def test_compiler_that_is_not_installed(load: Callable[[], Any], monkeypatch: py
 
 
 def test_kernel_that_does_not_compile(load: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "source", lambda: "int broken")
+    monkeypatch.setattr(program, "source", lambda name: "int broken")
     with pytest.raises(KernelError, match=r"^CUDA kernel for cuda:0, a GPU: ") as caught:
         load()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
@@ -236,6 +271,11 @@ def call(a: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tens
     return result
 
 
+def on_gpu(weight: QuantizedWeight) -> cuda.Weight:
+    tensors = [None if t is None else t.cuda() for t in (weight.packed, weight.scales, weight.zero_points)]
+    return cuda.Weight(*tensors, weight.bits, weight.block_size)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", GROUPS)
@@ -245,10 +285,49 @@ def test_gpu_values(bits: int, group_size: int, symmetric: bool, dtype: torch.dt
     for (n, k), m in itertools.product([(1000, 1096), (257, 4096)], (1, 2, 7, 16, 31, 64, 200)):
         weight = quantize_weight(torch.randn(n, k), WeightSpec(bits, group_size, symmetric), dtype)
         a, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
-        made = make_plan(dtype, m, n, k, bits, weight.block_size, 132)
+        made = plan.make_plan(dtype, m, n, k, bits, weight.block_size, program.device_of(0))
         result = call(a.cuda(), weight, bias.cuda()).cpu()
-        exact = plan.refusal(k, weight.block_size) is not None or made.variant.scale_sums
+        exact = plan.refusal(k, weight.block_size) is not None or (made is not None and made.variant.scale_sums)
         check(result, a, weight, bias, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
+def test_gpu_every_tiling(bits: int, dtype: torch.dtype) -> None:
+    """Also where no table takes it, on a product that ends inside a tile in M and N."""
+    n, k = 517, 1216
+    for group_size, symmetric in itertools.product((32, 128), (False, True)):
+        weight = quantize_weight(torch.randn(n, k), WeightSpec(bits, group_size, symmetric), dtype)
+        moved = on_gpu(weight)
+        for tiling in plan.tilings_of(bits):
+            for m in {1, tiling.tokens - 3, tiling.tokens * 2 + 5}:
+                product = Product(dtype, m, n, k, bits, group_size)
+                if (made := plan.plan_by(product, tiling, program.device_of(0))) is None:
+                    continue
+                a, y = torch.randn(m, k).to(dtype), torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
+                cuda.multiply(made, a.cuda(), moved, None, y)
+                check(y.cpu(), a, weight, None, made.variant.scale_sums)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
+def test_gpu_dequantized(bits: int, group_size: int, dtype: torch.dtype) -> None:
+    """The product is torch's, in one stretch of rows and in several."""
+    for (n, k), symmetric in itertools.product([(1000, 1088), (257, 4096)], (False, True)):
+        weight = quantize_weight(torch.randn(n, k), WeightSpec(bits, group_size, symmetric), dtype)
+        moved = on_gpu(weight)
+        floats = torch.full((n, k), float("nan"), dtype=dtype, device="cuda")
+        cuda.dequantize(moved, floats)
+        assert torch.equal(floats.cpu(), weight.dequantize(dtype))
+        a, bias = torch.randn(700, k).to(dtype), torch.randn(n).to(dtype)
+        for of, stretch in itertools.product((None, bias), (128, n)):
+            y = torch.full((700, n), float("nan"), dtype=dtype, device="cuda")
+            cuda.multiply_dequantized(a.cuda(), moved, None if of is None else of.cuda(), y, floats[:stretch].nbytes)
+            check(y.cpu(), a, weight, of, False)
+        check(call(a.cuda(), weight, bias.cuda()).cpu(), a, weight, bias, False)
 
 
 @pytest.mark.gpu
@@ -313,6 +392,7 @@ def test_gpu_compiled_model(bits: int, stories260k: LoadedModel) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
 def test_gpu_compiled_by_torch() -> None:
     weight = quantize_weight(torch.randn(512, 1024), WeightSpec(4, 128), torch.bfloat16)
     a = torch.randn(5, 1024, device="cuda", dtype=torch.bfloat16)

@@ -1,23 +1,25 @@
-"""Decoding in PyTorch on a GPU: our compiled graph in a CUDA graph beside the float16 model, in one run.
+"""Decoding in PyTorch on a GPU: our compiled graph beside the float16 model, both in CUDA graphs, in one run.
 
     python tools/bench_torch_decode.py smollm2 --markdown decode.md
     python tools/bench_torch_decode.py llama-8b --bits 4
 
-MODEL is as for `teq-graph quantize`, or `llama-8b`: a Llama of that size with random weights. Contenders take one token
-at a time over a KV cache of --past tokens: ours captured in a CUDA graph, the float16 model eager, and the float16
-model by torch.compile(mode="reduce-overhead"). Medians over --rounds, contenders taking turns.
+MODEL is as for `teq-graph quantize`, or `llama-8b`: a Llama of that size with random weights, or of so many of its 32
+layers as --layers says. Contenders take one token at a time after --past tokens, whose keys and values every step joins
+with its own: ours captured in a CUDA graph, the float16 model captured likewise, and as it is. Medians over --rounds,
+contenders taking turns. A step over and over is the same step: a cache does not grow.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from cuda_timing import capture, median_seconds
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import teq_graph
 from teq_graph.loading import load_model
@@ -31,21 +33,26 @@ LLAMA_8B = dict(
     num_attention_heads=32,
     num_key_value_heads=8,
 )
+EAGER, GRAPH = "float16, eager", "float16, CUDA graph"
 Step = Callable[[], Any]
+Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def load(name: str) -> Any:
+def load(name: str, layers: int | None) -> Any:
+    """On the CPU, where it is compiled."""
     if name != "llama-8b":
         return load_model(name).model.half()
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.float16)
-        try:
-            return LlamaForCausalLM(LlamaConfig(**LLAMA_8B)).eval().cpu()
-        finally:
-            torch.set_default_dtype(torch.float32)
+    config = LLAMA_8B if layers is None else LLAMA_8B | {"num_hidden_layers": layers}
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("cuda"):
+            return LlamaForCausalLM(LlamaConfig(**config)).eval().cpu()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
-def caches(config: Any, past: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def cache_of(config: Any, past: int) -> Cache:
+    """Random keys and values."""
     heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     shape = (1, heads, past, width)
     return [
@@ -54,41 +61,21 @@ def caches(config: Any, past: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
-def ours(model: Any, bits: int, past: int) -> Step:
-    compiled = teq_graph.compile(
-        model, quantization=teq_graph.QuantizationConfig(bits=bits, group_size=128), training=None
-    ).to("cuda")
-    token, cache = torch.ones(1, 1, dtype=torch.int64, device="cuda"), caches(model.config, past)
-    mask = torch.ones(1, past + 1, dtype=torch.int64, device="cuda")
-
-    def step() -> Any:
-        return compiled(input_ids=token, attention_mask=mask, past_key_values=cache)
-
-    with torch.no_grad():
-        return capture([step]).replay
+def ours(model: Any, bits: int, token: torch.Tensor, cache: Cache) -> Step:
+    spec = teq_graph.QuantizationConfig(bits=bits, group_size=128)
+    compiled = teq_graph.compile(model, quantization=spec, training=None).to("cuda")
+    mask = torch.ones(1, cache[0][0].shape[2] + 1, dtype=torch.int64, device="cuda")
+    return lambda: compiled(input_ids=token, attention_mask=mask, past_key_values=cache)
 
 
-def eager(model: Any, past: int) -> Step:
-    token = torch.ones(1, 1, dtype=torch.int64, device="cuda")
-    filled = caches(model.config, past)
-
-    def step() -> Any:
-        return model(input_ids=token, past_key_values=DynamicCache(filled))
-
-    return step
-
-
-def compiled_by_torch(model: Any, past: int) -> Step:
-    token = torch.ones(1, 1, dtype=torch.int64, device="cuda")
-    cache = StaticCache(config=model.config, max_cache_len=past + 1)
-    position = torch.tensor([past], device="cuda")
-    forward = torch.compile(model.forward, mode="reduce-overhead")
-    return lambda: forward(input_ids=token, past_key_values=cache, cache_position=position)
+def floats(model: Any, token: torch.Tensor, cache: Cache) -> Step:
+    return lambda: model(input_ids=token, past_key_values=DynamicCache(cache))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--layers", type=int, help="of llama-8b, instead of all 32")
     parser.add_argument("--bits", type=int, nargs="+", choices=(2, 3, 4, 8), default=[4, 3])
     parser.add_argument("--past", type=int, default=512, help="tokens in the KV cache")
     parser.add_argument("--rounds", type=int, default=9)
@@ -101,20 +88,27 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("error: torch sees no NVIDIA GPU")
     torch.manual_seed(0)
-    model = load(args.model)
-    steps = {f"teq_graph, {bits} bits, CUDA graph": ours(model, bits, args.past) for bits in args.bits}
-    model = model.cuda()
-    steps["float16, eager"] = eager(model, args.past)
-    steps["float16, torch.compile"] = compiled_by_torch(model, args.past)
+    begun = time.monotonic()
+    model = load(args.model, args.layers)
+    token, cache = torch.ones(1, 1, dtype=torch.int64, device="cuda"), cache_of(model.config, args.past)
+    steps: dict[str, Step] = {}
+    for bits in args.bits:
+        steps[f"teq_graph, {bits} bits, CUDA graph"] = ours(model, bits, token, cache)
+        print(f"{bits} bits: compiled after {time.monotonic() - begun:.0f} s", flush=True)
+    steps[GRAPH] = floats(model.cuda(), token, cache)
     with torch.inference_mode():
+        steps = {name: capture([step]).replay for name, step in steps.items()}
+        steps[EAGER] = floats(model, token, cache)
         medians = median_seconds(steps, args.rounds, repeats=STEPS)
-    base = medians["float16, eager"]
+    base = medians[GRAPH]
+    layers = model.config.num_hidden_layers
     lines = [
-        f"{args.model}, {torch.cuda.get_device_name()}, torch {torch.__version__}, {args.past} tokens in the cache.",
+        f"{args.model}, {layers} layers, {torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"{args.past} tokens in the cache.",
         "",
-        "| contender | tokens/s | × float16, eager |",
-        "|---|---|---|",
-        *(f"| {name} | {1 / value:.0f} | {base / value:.2f} |" for name, value in medians.items()),
+        f"| contender | ms | tokens/s | × {GRAPH} |",
+        "|---|---|---|---|",
+        *(f"| {name} | {t * 1e3:.3f} | {1 / t:.0f} | {base / t:.2f} |" for name, t in medians.items()),
     ]
     print("\n".join(lines))
     if args.markdown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,19 @@ import torch
 WARM_UPS = 3
 
 
-def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """A graph that makes each call once. Some are made before, so that nothing is compiled in it."""
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """A graph that makes each call once, with the calls: it reads and writes what only they may keep alive."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: Sequence[Callable[[], Any]]
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+def capture(calls: Sequence[Callable[[], Any]]) -> Captured:
+    """The calls as a graph. Some are made before, so that nothing is compiled in it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -24,7 +36,7 @@ def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return graph
+    return Captured(graph, calls)
 
 
 def median_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int, repeats: int = 1) -> dict[str, float]:

@@ -19,8 +19,7 @@ constexpr int STACK = 64 * 1024;
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
-  bool valid;
+  int bytes, valid;
 };
 
 struct Fiber {
@@ -99,7 +98,7 @@ const u32* exchange(const u32 (&own)[6]) {
   return operands;
 }
 
-void start_copy(void* to, const void* from, int bytes, bool valid) {
+void start_copy(void* to, const void* from, int bytes, int valid) {
   if (reinterpret_cast<std::uintptr_t>(to) % bytes || (valid && reinterpret_cast<std::uintptr_t>(from) % bytes))
     throw std::runtime_error("a copy is not aligned to its size");
   block->fibers[block->current].open.push_back({to, from, bytes, valid});
@@ -115,10 +114,8 @@ void wait_until_pending(int groups) {
   Fiber& self = block->fibers[block->current];
   for (; static_cast<int>(self.groups.size()) > groups; self.groups.pop_front())
     for (const Copy& copy : self.groups.front()) {
-      if (copy.valid)
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      else
-        std::memset(copy.to, 0, copy.bytes);
+      if (copy.valid) std::memcpy(copy.to, copy.from, copy.valid);
+      std::memset(static_cast<u8*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
     }
 }
 

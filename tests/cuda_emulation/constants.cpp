@@ -3,7 +3,7 @@
 
 #include "device.cuh"
 // after its twin of device.cuh
-#include "matmul_nbits.cuh"
+#include "dequantize.cuh"
 
 int main() {
   for (const i64 value : {CONSTANTS}) std::printf("%lld\n", value);

@@ -24,7 +24,8 @@ void __syncwarp();
 const u32* exchange(const u32 (&own)[6]);
 int lane_of_thread();
 
-void start_copy(void* to, const void* from, int bytes, bool valid);
+// Copies `valid` of `bytes` bytes, and zeros for the others.
+void start_copy(void* to, const void* from, int bytes, int valid);
 void commit_copies();
 void wait_until_pending(int groups);
 
@@ -41,6 +42,8 @@ inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
   for (int i = 0; i < 4; ++i) result |= static_cast<u32>(bytes >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
   return result;
 }
+
+inline u32 shuffle(u32 value, int lane) { return exchange({value})[lane * 6]; }
 
 inline float as_float(u32 bits) {
   float value;
@@ -61,8 +64,10 @@ void multiply_accumulate(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1);
 
 template <int BYTES>
 void copy_async(void* to, const void* from, bool valid) {
-  start_copy(to, from, BYTES, valid);
+  start_copy(to, from, BYTES, valid ? BYTES : 0);
 }
+
+inline void copy_some_async(void* to, const void* from, int bytes) { start_copy(to, from, 16, bytes); }
 
 template <int PENDING>
 void wait_for_copies() {

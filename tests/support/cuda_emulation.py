@@ -16,7 +16,7 @@ from torch import Tensor
 
 from teq_graph.kernels import cuda
 from teq_graph.kernels.parameters import MACROS, POINTERS, SIZES
-from teq_graph.kernels.plan import Plan, Variant, variants
+from teq_graph.kernels.plan import Dequantizer, Plan, Variant, variants
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "tests" / "cuda_emulation"
@@ -33,9 +33,10 @@ def build(folder: Path) -> ctypes.CDLL:
             # instructions and the switches between threads, where the time goes, are optimized.
             groups = itertools.groupby(variants(), lambda variant: (variant.dtype, variant.bits))
             objects, commands = [], []
-            for index, (_, group) in enumerate(groups):
+            for index, (kind, group) in enumerate(groups):
                 objects.append(folder / f"variants_{index}.o")
-                commands.append(["-Og", *defines_of(group), "-c", SOURCES / "variants.cpp", "-o", objects[-1]])
+                defines = defines_of(group, Dequantizer(*kind))
+                commands.append(["-Og", *defines, "-c", SOURCES / "variants.cpp", "-o", objects[-1]])
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(compile_with_gcc, commands))
             unfinished = folder / "unfinished.so"
@@ -58,16 +59,18 @@ def constants(expressions: Sequence[str], folder: Path) -> list[int]:
     return [int(line) for line in subprocess.check_output([program], text=True).split()]
 
 
-def function_of(variant: Variant) -> str:
+def function_of(variant: Variant | Dequantizer) -> str:
     """The name of a variant's function."""
     return "run_" + "_".join("".join(c if c.isalnum() else "_" for c in value) for value in variant.macros.values())
 
 
-def defines_of(group: Iterable[Variant]) -> list[str]:
+def defines_of(group: Iterable[Variant], dequantizer: Dequantizer) -> list[str]:
     """The macros of variants.cpp."""
-    parts = ("VARIANT_TYPE", "VARIANT_SCALE_SUMS", "VARIANT_TILING")
+    parts = ("VARIANT_TYPE", "VARIANT_BLOCK", "VARIANT_SCALE_SUMS", "VARIANT_TILING")
     calls = [f"VARIANT({', '.join([function_of(v), *(v.macros[part] for part in parts)])})" for v in group]
-    return [f"-D{name}={value}" for name, value in {**MACROS, "VARIANTS": " ".join(calls)}.items()]
+    other = f"DEQUANTIZER({', '.join([function_of(dequantizer), *dequantizer.macros.values()])})"
+    macros = {**MACROS, "VARIANTS": " ".join(calls), "DEQUANTIZERS": other}
+    return [f"-D{name}={value}" for name, value in macros.items()]
 
 
 def run(
@@ -102,6 +105,15 @@ def run(
     error = function(*map(int, arguments), *plan.grid, plan.shared_bytes)
     assert error is None, error.decode()
     return y
+
+
+def dequantize(library: ctypes.CDLL, weight: cuda.Weight, floats: Tensor) -> None:
+    """The weight as floats [N, K], as `teq_graph.kernels.cuda.dequantize` launches it."""
+    function = library[function_of(Dequantizer(floats.dtype, weight.bits))]
+    function.argtypes = [ctypes.c_void_p] * len(POINTERS) + [ctypes.c_int] * (len(SIZES) + 3)
+    function.restype = None
+    grid, threads, arguments = cuda.dequantizing_launch(weight, floats)
+    function(*map(int, arguments), *grid[:2], threads)
 
 
 if __name__ == "__main__":

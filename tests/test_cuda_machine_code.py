@@ -1,0 +1,63 @@
+"""What the CUDA kernels compile to: instructions for a code, wide loads, and nothing in local memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.machine_code import machine_code
+
+from teq_graph.config import BITS
+from teq_graph.kernels import plan
+from teq_graph.kernels.plan import Dequantizer, Variant
+from teq_graph.kernels.tilings import LANES, STEP, StreamTiling, TileTiling
+
+HOPPER = "sm_90a"
+MOST_FOR_A_CODE = {2: 2.2, 3: 2.7, 4: 2.2}
+"""Instructions of the decode loop, all told, for a code: of two warps to a scheduler each of them is a delay."""
+
+
+@pytest.mark.parametrize("bits", MOST_FOR_A_CODE)
+def test_decode_loop(bits: int, tmp_path: Path) -> None:
+    tiling = plan.STREAM_8
+    assert isinstance(tiling, StreamTiling)
+    code = machine_code(Variant(torch.float16, bits, tiling, True), HOPPER, tmp_path)
+    loop = code.innermost("HMMA")
+    codes = tiling.rows * STEP // LANES
+    assert len(loop) / codes <= MOST_FOR_A_CODE[bits]
+    assert loop.count("HMMA") == tiling.row_tiles * STEP // 16
+    # A code is brought down and moved to its place by one instruction, and centered by another: two for each pair.
+    assert loop.count("HFMA2") + loop.count("HADD2") < codes / 2 * 1.5
+    copies = tiling.rows * STEP * bits // 8 // 16 // LANES
+    assert loop.count("LDGSTS.E.BYPASS.128") == loop.count("LDGSTS") == copies
+    # Vectors of activations for each product of 16, and of codes where a chunk is whole vectors.
+    assert loop.count("LDS.128") == STEP // 32 + (2 * tiling.row_tiles if bits == 4 else 0)
+    assert loop.count("LDG") == loop.count("STG") == loop.count("BAR") == 0
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_loop_of_many_tokens(bits: int, tmp_path: Path) -> None:
+    tiling = plan.TILE_64
+    assert isinstance(tiling, TileTiling)
+    code = machine_code(Variant(torch.float16, bits, tiling, False), HOPPER, tmp_path)
+    loop = code.innermost("HMMA")
+    products = tiling.row_tiles * tiling.tokens // 8 * 2
+    assert loop.count("HMMA") == products  # of 32 columns
+    assert loop.count("LDS.128") == tiling.tokens // 8
+
+
+@pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", ["sm_80", HOPPER, "sm_120"])
+def test_nothing_is_in_local_memory(dtype: torch.dtype, architecture: str, tmp_path: Path) -> None:
+    tilings = (plan.STREAM_8, plan.TILE_16, plan.TILE_128)
+    for kind in (*(Variant(dtype, 3, tiling, tiling.tokens <= 16) for tiling in tilings), Dequantizer(dtype, 3)):
+        code = machine_code(kind, architecture, tmp_path)
+        assert len(code) > 50
+        assert code.count("LDL") == code.count("STL") == 0
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_dequantizing_reads_and_writes_wide(bits: int, tmp_path: Path) -> None:
+    code = machine_code(Dequantizer(torch.bfloat16, bits), HOPPER, tmp_path)
+    assert code.count("STG.E.128") == code.count("STG") == 4
