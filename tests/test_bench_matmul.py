@@ -23,6 +23,19 @@ def test_row() -> None:
     assert bench_matmul.table([row]).count("\n") == 2
 
 
+def test_summary() -> None:
+    """A row per weight, a column per number of tokens, and cuBLAS once for a shape."""
+    cases = [(Case(4096, 2048, m, bits, 128, torch.float16), bits * 1e-6) for bits in (4, 3) for m in (1, 16)]
+    lines = bench_matmul.summary([Row(case, "teq_graph", s, 1, 6e-6, 1e12) for case, s in cases]).splitlines()
+    assert lines == [
+        "| × cuBLAS (µs) | M=1 | M=16 |",
+        "|---|---|---|",
+        "| 4096 × 2048, W4g128, teq_graph | 1.50 (4.0) | 1.50 (4.0) |",
+        "| 4096 × 2048, cuBLAS | 1.00 (6.0) | 1.00 (6.0) |",
+        "| 4096 × 2048, W3g128, teq_graph | 2.00 (3.0) | 2.00 (3.0) |",
+    ]
+
+
 def test_plot(tmp_path: Path) -> None:
     rows = [
         Row(Case(4096, 2048, m, bits, 128, torch.float16), name, 1e-6 * m, 10**6, 3e-6 * m, 4e12)
