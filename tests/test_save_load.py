@@ -479,6 +479,6 @@ def test_a_damaged_neighbour(name: str, saved_with_tokenizer: Path, tmp_path: Pa
     damaged = tmp_path / "damaged"
     shutil.copytree(saved_with_tokenizer, damaged)
     (damaged / name).write_bytes((damaged / name).read_bytes()[:40])
-    with pytest.raises(ModelFileError, match="damaged.* cannot be (loaded|read as a compiled model): ") as caught:
+    with pytest.raises(ModelFileError, match=r"damaged.* cannot be (loaded|read as a compiled model): ") as caught:
         teq_graph.load(damaged)
     in_one_line(caught)
