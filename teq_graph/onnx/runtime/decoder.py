@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from teq_graph.onnx.runtime.generation.sampling import Sampler
 from teq_graph.onnx.runtime.generation.text import StoppedText, TextStream
 from teq_graph.onnx.runtime.model import OnnxModel
 from teq_graph.onnx.runtime.session import CPU, Provider, open_directory
+from teq_graph.system.files import read_json
 
 T = TypeVar("T")
 CHAT_TEMPLATE_FILE = "chat_template.jinja"  # as transformers names it
@@ -122,7 +122,7 @@ class OnnxDecoder:
         if not path.is_file():
             return GenerationOptions()
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             names = {field.name for field in dataclasses.fields(GenerationOptions)} - {"eos_token_id"}
             given = {name: content[name] for name in names if content.get(name) is not None}
             options = GenerationOptions(**given)
