@@ -249,7 +249,7 @@ def test_an_exported_generation_config_is_the_default(stories_dir: Path, tmp_pat
     assert len(sampled) == 7
     assert sampled == decoder.generate(tokens, 7, do_sample=True, temperature=0.5, seed=1)
     assert decoder.generate(tokens, do_sample=False) == decoder.generate(tokens, temperature=0)
-    for damaged in ("{", "[1]", json.dumps({"temperature": "hot"})):
+    for damaged in ("{", "[1]", "[" * 2000, json.dumps({"temperature": "hot"})):
         file.write_text(damaged)
         with pytest.raises(ModelFileError, match=r"generation_config.json cannot be read: [^\n]*$"):
             OnnxDecoder.load(directory, threads=1).generate(tokens)
