@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from teq_graph.capture.captured import DECODER_INPUTS
 from teq_graph.config import check_type
 from teq_graph.errors import InputError, ModelFileError, brief
 from teq_graph.loading import load_tokenizer, quiet_transformers, reason_of
-from teq_graph.provenance import provenance
+from teq_graph.provenance import provenance as known_provenance
 from teq_graph.report import REPORT_FILE, Report
 from teq_graph.saving import DESCRIPTION_FILE, GRAPH_FILE, TENSORS_FILE
 from teq_graph.system.directories import new_directory
@@ -101,11 +102,12 @@ class CompiledModel:
         dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         accuracy_level: int = 4,
         overwrite: bool = False,
+        provenance: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write `directory/model.onnx` and its neighbours for onnxruntime and onnxruntime-genai.
 
-        accuracy_level: MatMulNBits' own: 0 unset, 1 float32, 4 int8 activations. Raises ExportError; nothing
-        is left behind then.
+        accuracy_level: MatMulNBits' own: 0 unset, 1 float32, 4 int8 activations. provenance: plain data that goes into
+        the description and the model card before what is known. Raises ExportError; nothing is left behind then.
         """
         _check_target(directory, overwrite)
         from teq_graph.onnx.export import export_onnx
@@ -120,6 +122,7 @@ class CompiledModel:
             generation_config=self.generation_config,
             report=self.report,
             overwrite=overwrite,
+            provenance=provenance,
         )
 
     def save(self, directory: str | PathLike[str], overwrite: bool = False) -> Path:
@@ -135,7 +138,7 @@ class CompiledModel:
             for part in (self.config, self.generation_config, self.tokenizer):
                 if part is not None:
                     part.save_pretrained(staging)
-            content = {**saved.description, "provenance": provenance(self.report, self.config)}
+            content = {**saved.description, "provenance": known_provenance(self.report, self.config)}
             write_json(staging / DESCRIPTION_FILE, content)
         return target
 

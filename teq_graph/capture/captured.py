@@ -40,6 +40,11 @@ class DecoderShape:
     vocab_size: int
     max_positions: int | None
 
+    @property
+    def cached_numbers(self) -> int:
+        """How many numbers the cache holds for each position of a sequence."""
+        return sum(heads * dim for layer in self.layers for heads, dim in layer.sizes)
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DecoderShape:
         """The inverse of `dataclasses.asdict`."""

@@ -48,14 +48,14 @@ class Quantized:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; sizes in bytes, times in seconds."""
-        report = self.compiled.report
+        report, sizes = self.compiled.report, self._sizes()
         return {
             "model": self.model,
             "output": str(self.output),
             "compiled": None if self.saved is None else str(self.saved),
             "bytes_before": report.bytes_before,
-            "bytes_on_disk": sum(self._sizes().values()),
-            "files": self._sizes(),
+            "bytes_on_disk": sum(sizes.values()),
+            "files": sizes,
             "linears": len(report.linears),
             "quantized": len(report.quantized),
             "specs": collections.Counter(str(linear.spec) for linear in report.quantized),

@@ -4,47 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from teq_graph.capture.schema import Count, Decoder, Strict
 from teq_graph.config import ACCURACY_LEVELS
 
-_LARGEST = 2**31 - 1
-
-Count = Annotated[int, Field(ge=1, le=_LARGEST)]
-Token = Annotated[int, Field(ge=0, le=_LARGEST)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class _LayerCache(_Strict):
-    key_heads: Count
-    key_dim: Count
-    value_heads: Count
-    value_dim: Count
-
-
-class _DecoderShape(_Strict):
-    layers: list[_LayerCache]
-    vocab_size: Count
-    max_positions: Count | None
-
-
-class _Description(_Strict):
+class _Description(Strict):
     """The fields of `Metadata`, and what else stands in the file; `system.manifest` reads the list of files."""
 
     dtype: Literal["float32", "float16", "bfloat16"]
     accuracy_level: Annotated[int, Field(ge=min(ACCURACY_LEVELS), le=max(ACCURACY_LEVELS))]
     opset: Annotated[int, Field(ge=1, le=1000)]
-    decoder: _DecoderShape | None
+    decoder: Decoder | None
     weights: dict[str, Count]
     eos_token_ids: list[Token]
     pad_token_id: Token | None
     shared_buffers: bool
     provenance: dict[str, Any]
     format_version: int
-    files: dict[str, Any] = {}
+    files: dict[str, Any] = Field(default_factory=dict)
 
 
 def validated(content: dict[str, Any]) -> dict[str, Any]:

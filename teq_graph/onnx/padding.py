@@ -40,8 +40,7 @@ def take_lengths(model: ir.Model) -> bool:
     Both are inputs in the place of `attention_mask`: of a step on a GPU, nothing is left for the processor. Returns
     whether all attentions are such, and nothing else reads the mask.
     """
-    mask = next((value for value in model.graph.inputs if value.name == "attention_mask"), None)
-    return mask is not None and _replace_bias(model, _inputs, only=True)
+    return _replace_bias(model, _inputs, only=True)
 
 
 def _replace_bias(model: ir.Model, lengths: Lengths, only: bool = False) -> bool:

@@ -4,5 +4,7 @@ Reading one runs nothing of it: what a graph calls is looked up in `targets`, wh
 has the form that `names` asks for, and `schema` says all that the JSON may hold.
 """
 
+from teq_graph.system.directories import SAVED
+
 FORMAT_VERSION = 3
-DESCRIPTION_FILE, GRAPH_FILE, TENSORS_FILE = "compiled.json", "graph.json", "tensors.safetensors"
+DESCRIPTION_FILE, GRAPH_FILE, TENSORS_FILE = SAVED, "graph.json", "tensors.safetensors"

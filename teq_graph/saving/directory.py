@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor
 from teq_graph.capture import CapturedGraph, DecoderShape
+from teq_graph.capture.schema import Decoder, Layer
 from teq_graph.errors import ExportError, ModelFileError
 from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.saving import (
@@ -150,11 +151,11 @@ def _not_a_leaf(tree: schema.Tree | None) -> schema.Tree:
     return tree
 
 
-def _describe_decoder(shape: DecoderShape | None) -> schema.Decoder | None:
+def _describe_decoder(shape: DecoderShape | None) -> Decoder | None:
     if shape is None:
         return None
-    layers = [schema.Layer(**dataclasses.asdict(layer)) for layer in shape.layers]
-    return schema.Decoder(layers=layers, vocab_size=shape.vocab_size, max_positions=shape.max_positions)
+    layers = [Layer(**dataclasses.asdict(layer)) for layer in shape.layers]
+    return Decoder(layers=layers, vocab_size=shape.vocab_size, max_positions=shape.max_positions)
 
 
 def _describe_site(index: int, site: Equivalence, store: TensorStore) -> schema.Site:

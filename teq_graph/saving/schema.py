@@ -6,22 +6,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, Field, JsonValue
 
+from teq_graph.capture.schema import Count, Decoder, Strict
 from teq_graph.errors import ModelFileError, one_line
 from teq_graph.saving.names import Attribute, Identifier
 from teq_graph.system import files
 
 Size = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
 Text = Annotated[str, Field(max_length=1000)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class PlaceholderNode(_Strict):
+class PlaceholderNode(Strict):
     """An input, called `target` where the code takes it apart.
 
     `sizes` of a tensor's dimensions: a number, or any text where it may vary, equal texts for equal sizes; None where
@@ -34,7 +30,7 @@ class PlaceholderNode(_Strict):
     sizes: list[Size | Text] | None
 
 
-class TensorNode(_Strict):
+class TensorNode(Strict):
     """A weight or constant: `tensor` of the tensors' file, under the name `target`. `order` is that of its dimensions
     in the file, where it is another."""
 
@@ -45,17 +41,17 @@ class TensorNode(_Strict):
     order: list[Size] | None = None
 
 
-class CallNode(_Strict):
+class CallNode(Strict):
     """A call of what `teq_graph.saving.targets` knows; arguments as `teq_graph.saving.arguments` writes them."""
 
     op: Literal["call_function"] = "call_function"
     name: Identifier
     target: Text
     args: list[JsonValue]
-    kwargs: dict[Identifier, JsonValue] = {}
+    kwargs: dict[Identifier, JsonValue] = Field(default_factory=dict)
 
 
-class OutputNode(_Strict):
+class OutputNode(Strict):
     """The leaves of the result."""
 
     op: Literal["output"] = "output"
@@ -66,7 +62,7 @@ class OutputNode(_Strict):
 Node = Annotated[PlaceholderNode | TensorNode | CallNode | OutputNode, Field(discriminator="op")]
 
 
-class Tree(_Strict):
+class Tree(Strict):
     """The structure of inputs or results; a leaf is None.
 
     `keys` are those of mappings; `type` is that of a named tuple or of another class, as `module:name`, `context` what
@@ -80,14 +76,14 @@ class Tree(_Strict):
     context: JsonValue = None
 
 
-class Scaled(_Strict):
+class Scaled(Strict):
     """A `ScaledTensor`: its name, and which tensor of the tensors' file is its index."""
 
     name: Text
     index: Text
 
 
-class Site(_Strict):
+class Site(Strict):
     """An `Equivalence`; `scale` is a tensor of the tensors' file."""
 
     producer: Text
@@ -98,7 +94,7 @@ class Site(_Strict):
     scale: Text | None
 
 
-class Graph(_Strict):
+class Graph(Strict):
     """The file of the graph: the arguments of its `forward`; the structures of what it takes, `(args, kwargs)`, and
     gives; its nodes in order; the leaves of the inputs that the model was captured with; the equivalences."""
 
@@ -110,24 +106,7 @@ class Graph(_Strict):
     equivalences: list[Site]
 
 
-class Layer(_Strict):
-    """A `LayerCache`."""
-
-    key_heads: Count
-    key_dim: Count
-    value_heads: Count
-    value_dim: Count
-
-
-class Decoder(_Strict):
-    """A `DecoderShape`."""
-
-    layers: Annotated[list[Layer], Field(min_length=1)]
-    vocab_size: Count
-    max_positions: Count | None
-
-
-class Description(_Strict):
+class Description(Strict):
     """The description of the directory. `modules` define types and operators of the graph; `device` is where the
     tensors were; `files` are sizes and checksums; of `provenance` nothing is computed."""
 

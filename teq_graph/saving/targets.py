@@ -37,6 +37,7 @@ NUMBER_FUNCTIONS: dict[str, Any] = {
 """What torch.export traces of computations with sizes. Shifts, whose result may be larger than any memory, are not
 among them; of powers only those to a small number."""
 
+OF_NUMBERS = frozenset(NUMBER_FUNCTIONS.values())
 FUNCTIONS: dict[str, Any] = {**NUMBER_FUNCTIONS, "operator.getitem": operator.getitem}
 LARGEST_POWER = 8
 
@@ -80,7 +81,7 @@ def target_of(name: str, modules: Collection[str]) -> Any:
 
 def check_call(target: Any, args: Sequence[Any]) -> None:
     """Raises ValueError for a call of a function of numbers with something else, or of a large power."""
-    if target in NUMBER_FUNCTIONS.values():
+    if target in OF_NUMBERS:
         numbers = args[0] if target is torch.sym_sum and args else args
         if not all(isinstance(arg, int | float | Node) for arg in numbers):
             raise ValueError(f"{_NAMES[target]} has arguments that are no numbers")

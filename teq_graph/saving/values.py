@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.graph.tensors import node_tensor
 from teq_graph.graph.tracing import without_dispatch_cache
-from teq_graph.saving.targets import NUMBER_FUNCTIONS
+from teq_graph.saving.targets import OF_NUMBERS
 
 Sizes = Sequence[int | str] | None
 """Of a tensor's dimensions: a number, or a text where it may vary; equal texts are equal sizes."""
@@ -57,7 +57,7 @@ def give_values(graph_module: GraphModule, examples: Sequence[Any], sizes: Seque
 
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:
-    counts = target in NUMBER_FUNCTIONS.values()
+    counts = target in OF_NUMBERS
     if counts and not all(isinstance(arg, _NUMBERS) for arg in pytree.tree_leaves((args, kwargs))):
         raise ValueError(f"{target.__name__} is called with something that is no number")
     result = target(*args, **kwargs)

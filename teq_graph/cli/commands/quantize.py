@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -22,7 +22,6 @@ from teq_graph.system.directories import reserved
 # torch, transformers and onnxruntime take seconds to import: only inside the command.
 if TYPE_CHECKING:
     from teq_graph.estimate import Estimate
-    from teq_graph.loading import LoadedModel
 
 COMPILED_DIRECTORY = "compiled"
 
@@ -168,7 +167,16 @@ def quantize(
             return
         watch.lap("quantize")
         known = {"command": shlex.join(["teq-graph", *context.obj]), "preset": None if training is None else preset}
-        _export(compiled, output, loaded, model, known, dtype, accuracy_level, overwrite)
+        with progress.task("Exporting to ONNX"):
+            from teq_graph.provenance import describe_source
+
+            compiled.export_onnx(
+                output,
+                dtype=cast(Any, dtype),
+                accuracy_level=accuracy_level,
+                overwrite=overwrite,
+                provenance={"source": describe_source(loaded, model), **known},
+            )
         watch.lap("export")
         result = Quantized(loaded.name, str(loaded.model.dtype), output, compiled, training, calibration, watch)
         try:
@@ -184,35 +192,6 @@ def quantize(
         finally:
             # OUT is complete from the export on, whatever becomes of the rest.
             result.show(as_json)
-
-
-def _export(
-    compiled: teq_graph.CompiledModel,
-    output: Path,
-    loaded: LoadedModel,
-    model: str,
-    known: dict[str, Any],
-    dtype: str,
-    accuracy_level: int,
-    overwrite: bool,
-) -> None:
-    """Write OUT, with all that is known of where it comes from."""
-    with progress.task("Exporting to ONNX"):
-        from teq_graph.onnx.export import export_onnx
-        from teq_graph.provenance import describe_source
-
-        export_onnx(
-            compiled.captured,
-            output,
-            dtype=dtype,
-            accuracy_level=accuracy_level,
-            tokenizer=compiled.tokenizer,
-            config=compiled.config,
-            generation_config=compiled.generation_config,
-            report=compiled.report,
-            provenance={"source": describe_source(loaded, model), **known},
-            overwrite=overwrite,
-        )
 
 
 def _perplexities(

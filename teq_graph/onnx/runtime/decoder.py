@@ -18,7 +18,7 @@ from teq_graph.errors import InputError, ModelFileError, one_line
 from teq_graph.onnx.directory import GENERATION_FILE, Metadata
 from teq_graph.onnx.runtime import arguments, on_device
 from teq_graph.onnx.runtime.generation import chat_template
-from teq_graph.onnx.runtime.generation.decoding import Continuation, DecoderSession
+from teq_graph.onnx.runtime.generation.decoding import Continuation, DecoderSession, never
 from teq_graph.onnx.runtime.generation.device_decoding import DeviceSession
 from teq_graph.onnx.runtime.generation.options import NEUTRAL, GenerationOptions, is_neutral
 from teq_graph.onnx.runtime.generation.sampling import Sampler
@@ -30,10 +30,6 @@ from teq_graph.system.files import read_json
 T = TypeVar("T")
 CHAT_TEMPLATE_FILE = "chat_template.jinja"  # as transformers names it
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | npt.NDArray[Any]
-
-
-def _never() -> bool:
-    return False
 
 
 def load(
@@ -150,7 +146,7 @@ class OnnxDecoder:
         max_new_tokens: int | None = None,
         generation_config: Any = None,
         callback: Callable[[int, int], None] | None = None,
-        cancelled: Callable[[], bool] = _never,
+        cancelled: Callable[[], bool] = never,
         **options: Any,
     ) -> Any:
         """Continue a prompt, or a batch of prompts at once.
@@ -185,7 +181,7 @@ class OnnxDecoder:
         max_new_tokens: int | None = None,
         generation_config: Any = None,
         text: bool | None = None,
-        cancelled: Callable[[], bool] = _never,
+        cancelled: Callable[[], bool] = never,
         **options: Any,
     ) -> Stream[Any]:
         """Continue one prompt, giving each piece as soon as it is there; arguments and errors as for `generate`.

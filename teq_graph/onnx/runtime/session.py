@@ -62,13 +62,13 @@ def open_directory(
     if verify:
         verify_files(path, METADATA_FILE, VERIFIED)
     try:
-        source: str | bytes = str(model)
-        if metadata.decoder is not None and (changed := with_chosen_logits(model)) is not None:
-            source = changed
         options.add_session_config_entry(_EXTERNAL_TENSORS, str(path))
-        session = open_on_device(model, metadata, options, providers, _try) or onnxruntime.InferenceSession(
-            source, sess_options=options, providers=list(providers)
-        )
+        session = open_on_device(model, metadata, options, providers, _try)
+        if session is None:
+            changed = None if metadata.decoder is None else with_chosen_logits(model)
+            session = onnxruntime.InferenceSession(
+                changed or str(model), sess_options=options, providers=list(providers)
+            )
     except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
         raise ModelFileError(f"{model} cannot be loaded: {one_line(error)}") from error
     if (difference := _difference(session, metadata)) is not None:

@@ -28,6 +28,11 @@ PREFILL_TOKENS = {"cpu": 128, "cuda": 512}
 _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 
 
+def never() -> bool:
+    """What is never cancelled."""
+    return False
+
+
 @dataclasses.dataclass
 class Continuation:
     """A prompt and what follows it.
@@ -91,7 +96,7 @@ class DecoderSession:
         count: int,
         sampler: Sampler,
         lookup: int = 0,
-        cancelled: Callable[[], bool] = lambda: False,
+        cancelled: Callable[[], bool] = never,
     ) -> Iterator[tuple[int, int, str]]:
         """(row, token, text) as they are generated, `count` tokens for each row at most.
 
@@ -224,10 +229,9 @@ class DecoderSession:
 
         Before it is made: the system gives out zeros that it does not have, and ends the process once they are used.
         """
-        numbers = sum(heads * dim for layer in self.shape.layers for heads, dim in layer.sizes)
         # Unless they are one, past and present are there at the same time.
         copies = 1 if self.metadata.shared_buffers else 2
-        each = batch * copies * numbers * tensors.array_type(self._dtype).itemsize
+        each = batch * copies * self.shape.cached_numbers * tensors.array_type(self._dtype).itemsize
         available = memory.available_bytes()
         if available is not None and positions * each > available:
             raise InputError(
