@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from teq_graph import pipeline
+from teq_graph.analysis.blocks import find_blocks
 from teq_graph.analysis.equivalences import Findings, find_equivalences
 from teq_graph.calibration import calibration_batches, check_source
 from teq_graph.capture import CapturedGraph, capture, check_model
@@ -119,6 +120,7 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     estimator.tell_size()
     stages = training.stages_for(analysis.specs.values()) if training is not None else ()
     tables = quantize_tables(analysis, clip="clip" in stages)
+    blocks = [block.linears for block in find_blocks(captured, analysis.findings.equivalences)]
     result = TrainingResult(analysis.findings.equivalences, {}, (), None)
     learns = result.equivalences or any(stage != "teq" for stage in stages)
     if training is not None and analysis.specs and stages and learns:
@@ -130,7 +132,7 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     phase = pipeline.quantize(analysis.specs, result.weights, tables)
     stored = pipeline.run(phase, captured.graph_module).of(QuantizeLinears) | tables
     asked = settings(quantization, training, stages, calibration)
-    report = make_report(analysis, result, floats, stored)
+    report = make_report(analysis, blocks, result, floats, stored)
     return CompiledModel(
         captured=captured,
         equivalences=result.equivalences,
@@ -192,11 +194,15 @@ def quantize_tables(analysis: Analysis, clip: bool) -> dict[str, QuantizedWeight
 
 
 def make_report(
-    analysis: Analysis, result: TrainingResult, floats: Mapping[str, Tensor], stored: Mapping[str, QuantizedWeight]
+    analysis: Analysis,
+    blocks: Sequence[tuple[str, ...]],
+    result: TrainingResult,
+    floats: Mapping[str, Tensor],
+    stored: Mapping[str, QuantizedWeight],
 ) -> Report:
-    """What was done, from the weights in float, scales folded in, and as they are stored."""
+    """What was done, from the linears of each block, and the weights in float, scales folded in, and as stored."""
     return Report(
-        weights=report_weights(analysis.weights, analysis.findings.scaled, floats, stored),
+        weights=report_weights(analysis.weights, analysis.findings.scaled, floats, stored, {}),
         sites=report_sites(result.equivalences),
         refusals=analysis.findings.refusals,
         blocks=result.blocks,
@@ -204,6 +210,7 @@ def make_report(
         bytes_before=analysis.bytes,
         bytes_after=tensor_bytes(analysis.captured.graph_module),
         notes=analysis.notes,
+        graph=tuple(blocks),
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import html
+import itertools
 import math
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +24,39 @@ from teq_graph.weight_plan import PlannedWeight
 REPORT_FILE = "report.json"
 """Beside a saved graph, and in an exported directory."""
 
+ROUNDED = "rounded to nearest"
+"""What errors before every stage are called."""
+
+SHARES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+"""Of the channels, whose quantiles tell how scales are distributed."""
+
+_POINTS = 100
+"""Of a training curve at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The losses of `steps` training steps. Each of `losses` is the mean of steps that follow each other."""
+
+    steps: int
+    losses: tuple[float, ...]
+
+    @classmethod
+    def of(cls, losses: Sequence[float]) -> Curve:
+        """Of one loss a step, thinned where they are many."""
+        points = min(_POINTS, len(losses))
+        edges = [len(losses) * point // points for point in range(points + 1)] if points else []
+        return cls(len(losses), tuple(sum(losses[a:b]) / (b - a) for a, b in itertools.pairwise(edges)))
+
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
     """One equivalence. Where its scale was trained: the range of the scale, and its spread, the standard deviation
-    of log2; 0 where training went back to ones. `trained` is False where the scale was left out of training."""
+    of log2; 0 where training went back to ones. `trained` is False where the scale was left out of training.
+
+    `consumers` names the weights whose columns it multiplies. `quantiles` are those of log2 of a trained scale, at
+    `SHARES` of its channels.
+    """
 
     producer: str
     kind: ProducerKind
@@ -35,6 +65,8 @@ class SiteReport:
     smallest: float = 1.0
     largest: float = 1.0
     spread: float = 0.0
+    consumers: tuple[str, ...] = ()
+    quantiles: tuple[float, ...] = ()
 
     @property
     def folded(self) -> bool:
@@ -47,7 +79,9 @@ class WeightReport:
     """One weight of the graph. `spec` is None where it stays in float, for the `reason` given.
 
     `scaled`: an equivalence scales some of its columns. `tied`: an embedding table that a linear reads, too. `error` is
-    ‖dequantized − float‖ / ‖float‖ of the weight as it was quantized, scales included.
+    ‖dequantized − float‖ / ‖float‖ of the weight as it was quantized, scales included. `stages` holds, where codes were
+    chosen on calibration data, the squared relative error of the linear's output after each stage, `ROUNDED` first, for
+    inputs as the float model has them.
     """
 
     name: str
@@ -60,6 +94,7 @@ class WeightReport:
     error: float | None = None
     bytes_before: int = 0
     bytes_after: int = 0
+    stages: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +107,8 @@ class BlockReport:
     after: float
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
     """Stage -> error after it, in the order in which they ran."""
+    curves: dict[str, Curve] = dataclasses.field(default_factory=dict)
+    """Stage that trains -> its losses."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -80,7 +117,7 @@ class Report:
 
     `sites` are the equivalences found, `refusals` the producers that have none; `weights` all weights of products and
     lookups; `distillation` the whole model's loss where it was distilled; `notes` say what else a user should know;
-    `settings` are what was asked for, as plain data.
+    `settings` are what was asked for, as plain data. `graph` names the linears of each block of the graph, in order.
     """
 
     weights: tuple[WeightReport, ...]
@@ -93,6 +130,7 @@ class Report:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    graph: tuple[tuple[str, ...], ...] = ()
 
     @property
     def linears(self) -> tuple[WeightReport, ...]:
@@ -139,7 +177,7 @@ class Report:
         count = len(self.blocks)
         sums: dict[str, float] = collections.defaultdict(float)
         for block in self.blocks:
-            sums["rounded to nearest"] += block.before / count
+            sums[ROUNDED] += block.before / count
             # A stage that a block went without changed nothing there.
             error = block.before
             for stage in dict.fromkeys(stage for other in self.blocks for stage in other.stages):
@@ -247,11 +285,19 @@ def report_sites(equivalences: Iterable[Equivalence]) -> tuple[SiteReport, ...]:
 
 
 def _report_site(site: Equivalence) -> SiteReport:
+    report = SiteReport(site.producer, site.kind, site.channels, consumers=site.linears)
     if site.scale is None:
-        return SiteReport(site.producer, site.kind, site.channels)
+        return report
     scale = site.scale.detach().float().cpu()
-    spread = float(scale.log2().std(correction=0))
-    return SiteReport(site.producer, site.kind, site.channels, True, float(scale.min()), float(scale.max()), spread)
+    quantiles = np.quantile(scale.log2().numpy(), SHARES)
+    return dataclasses.replace(
+        report,
+        trained=True,
+        smallest=float(scale.min()),
+        largest=float(scale.max()),
+        spread=float(scale.log2().std(correction=0)),
+        quantiles=tuple(round(float(value), 4) for value in quantiles),
+    )
 
 
 def report_weights(
@@ -259,9 +305,12 @@ def report_weights(
     scaled: Collection[str],
     floats: Mapping[str, Tensor],
     stored: Mapping[str, QuantizedWeight],
+    stages: Mapping[str, dict[str, float]],
 ) -> tuple[WeightReport, ...]:
-    """Errors and sizes of the planned weights: `floats` as they were, `stored` as they are kept, by name."""
-    return tuple(_report_weight(weight, weight.name in scaled, floats[weight.name], stored) for weight in plan)
+    """Errors and sizes of the planned weights: `floats` as they were, `stored` as they are kept, and the errors after
+    each of the `stages`, by name."""
+    reports = (_report_weight(weight, weight.name in scaled, floats[weight.name], stored) for weight in plan)
+    return tuple(dataclasses.replace(report, stages=stages.get(report.name, {})) for report in reports)
 
 
 def _report_weight(

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from teq_graph.errors import InputError
-from teq_graph.system.files import shown
+from teq_graph.system.files import finite, shown
 
 if TYPE_CHECKING:
     from teq_graph.analysis.attention import AttentionRefusal, Attentions
@@ -252,7 +252,7 @@ def print_json(content: Any) -> None:
     """Print `content` as indented JSON."""
     # Where standard output cannot say every character, JSON's own escapes can.
     takes_all = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    text = json.dumps(content, indent=2, ensure_ascii=not takes_all)
+    text = json.dumps(finite(content), indent=2, ensure_ascii=not takes_all)
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,24 @@ _LARGEST_JSON = 2**26
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON."""
+    """Write `content` as indented JSON that `read_json` reads; see `finite` for what is no number there."""
     # A name that is not UTF-8 holds lone surrogates; what takes their place is JSON's own escape.
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def finite(content: Any) -> Any:
+    """`content` with "NaN", "Infinity" and "-Infinity" for what JSON has no numbers for, as in protobuf's JSON.
+
+    A model that is quantized too far can have an infinite perplexity, which is worth saying.
+    """
+    if isinstance(content, Mapping):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return "NaN" if math.isnan(content) else "Infinity" if content > 0 else "-Infinity"
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:
