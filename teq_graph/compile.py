@@ -202,7 +202,7 @@ def make_report(
 ) -> Report:
     """What was done, from the linears of each block, and the weights in float, scales folded in, and as stored."""
     return Report(
-        weights=report_weights(analysis.weights, analysis.findings.scaled, floats, stored, {}),
+        weights=report_weights(analysis.weights, analysis.findings.scaled, floats, stored, result.linear_errors),
         sites=report_sites(result.equivalences),
         refusals=analysis.findings.refusals,
         blocks=result.blocks,

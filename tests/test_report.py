@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import html.parser
+import json
+import math
+from pathlib import Path
 
+import numpy as np
 import pytest
-from support.compiling import SMALL, TRAINING, compile_llama, compile_mlp
+import torch
+from support.compiling import DYNAMIC, LLAMA, SMALL, TRAINING, compile_llama, compile_mlp, mlp
+from torch import Tensor
 
 import teq_graph
-from teq_graph.config import WeightSpec
-from teq_graph.report import Report, SiteReport, WeightReport
+from teq_graph import pipeline
+from teq_graph.compile import analyze
+from teq_graph.config import TrainingConfig, WeightSpec
+from teq_graph.graph.tensors import get_tensor
+from teq_graph.passes.insert_scales import InsertScales
+from teq_graph.quantization import fake_quantize
+from teq_graph.report import ROUNDED, SHARES, BlockReport, Curve, Report, SiteReport, WeightReport
+from teq_graph.system.files import finite, read_json, write_json
+from teq_graph.training.linear_errors import factors_of
+from teq_graph.training.tensors import StretchTensors
 
 VOID = {"br", "hr", "img", "input", "link", "meta"}
 
@@ -90,3 +104,119 @@ def test_html_is_escaped() -> None:
     )
     checker = checked(report.to_html(evil))
     assert evil in checker.cells and "script" not in checker.seen
+
+
+# ------------------------------------------------------------------------------------------------------------ contents
+
+
+def test_the_graph_and_what_each_site_feeds(llama: teq_graph.CompiledModel) -> None:
+    report = llama.report
+    assert [len(linears) for linears in report.graph] == [7, 7, 1]
+    assert {name for linears in report.graph for name in linears} == {weight.name for weight in report.linears}
+    for site, equivalence in zip(report.sites, llama.equivalences, strict=True):
+        assert site.consumers == equivalence.linears
+        if equivalence.scale is None:  # that of the norm before the vocabulary projection, which stays in float
+            assert not site.trained and site.quantiles == ()
+            continue
+        expected = np.quantile(equivalence.scale.log2().double().numpy(), SHARES)
+        assert site.quantiles == pytest.approx(expected, abs=1e-4)
+        assert (2 ** site.quantiles[0], 2 ** site.quantiles[-1]) == pytest.approx((site.smallest, site.largest), 1e-3)
+
+
+def test_every_training_stage_has_its_curve(llama: teq_graph.CompiledModel) -> None:
+    assert [list(block.curves) for block in llama.report.blocks] == [["teq", "tune"]] * 2
+    for curve in (curve for block in llama.report.blocks for curve in block.curves.values()):
+        assert (curve.steps, len(curve.losses)) == (TRAINING.steps, TRAINING.steps)
+    distilled = compile_mlp(training=dataclasses.replace(TRAINING, stages=("clip", "distill"))).report
+    assert distilled.distillation is not None and list(distilled.distillation.curves) == ["distill"]
+    assert compile_mlp(training=dataclasses.replace(TRAINING, stages=("clip",))).report.blocks[0].curves == {}
+
+
+def test_curves_are_thinned_to_means() -> None:
+    losses = torch.rand(1234, dtype=torch.float64).tolist()
+    curve = Curve.of(losses)
+    assert curve.steps == 1234 and len(curve.losses) == 100
+    sizes = np.diff([1234 * point // 100 for point in range(101)])
+    assert float(np.dot(curve.losses, sizes)) == pytest.approx(sum(losses))
+    assert Curve.of(losses[:100]).losses == tuple(losses[:100]) and Curve.of([]) == Curve(0, ())
+
+
+def relative(output: Tensor, target: Tensor) -> float:
+    """By its definition, in float64."""
+    lost = (output - target).square().mean(-1) / target.square().mean(-1)
+    return float(lost.mean())
+
+
+@pytest.mark.parametrize("stages", [("gptq",), ("teq",), ("teq", "clip", "gptq", "tune")], ids="+".join)
+def test_errors_of_linears_are_those_of_their_outputs(stages: tuple[str, ...]) -> None:
+    model, x = mlp(), torch.randn(64, 20)
+    training = TrainingConfig(stages=stages, steps=5, batch_size=64)
+    compiled = teq_graph.compile(model, (x,), ({0: DYNAMIC},), [(x,)], SMALL, training)
+    reports = {weight.name: weight for weight in compiled.report.linears}
+    if stages == ("teq",):
+        assert all(report.stages == {} for report in reports.values())
+        return
+    moved = [name for site in compiled.report.sites if site.folded for name in (site.producer, *site.consumers)]
+    for name, report in reports.items():
+        layer = int(name.split(".")[0])
+        weight = model[layer].weight.detach().double()
+        with torch.no_grad():
+            read = model[:layer](x).double()
+        rounded = fake_quantize(weight.float(), WeightSpec(4, 16)).double()
+        wanted = [ROUNDED, *(stage for stage in stages if stage != "teq" or name in moved)]
+        assert list(report.stages) == wanted
+        assert report.stages[ROUNDED] == pytest.approx(relative(read @ rounded.T, read @ weight.T), rel=1e-3)
+        assert report.stages["gptq"] < report.stages[ROUNDED]
+
+
+def test_factors_are_what_the_graph_multiplies_by() -> None:
+    analysis = analyze(LLAMA.build())
+    captured, specs = analysis.captured, analysis.specs
+    before = {name: get_tensor(captured.graph_module, name).clone() for name in specs}
+    nodes = [node for node in captured.graph_module.graph.nodes if node.op == "call_function"]
+    inserted = pipeline.run(pipeline.insert_scales(analysis.findings.equivalences, specs), captured.graph_module).of(
+        InsertScales
+    )
+    scales = {name: get_tensor(captured.graph_module, name) for name in inserted.scales}
+    assert factors_of(inserted, scales, list(specs)) == {}
+    for name in inserted.scales[1:]:
+        scales[name].data.uniform_(0.5, 2)
+    factors = factors_of(inserted, scales, list(specs))
+    tensors = StretchTensors(inserted, nodes)
+    constants = tensors.constants()
+    assert 0 < len(factors) < len(specs)
+    for name, weight in before.items():
+        expected = tensors.scaled(name, constants)
+        torch.testing.assert_close(weight * factors.get(name, torch.ones(())), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_reports_survive_json(llama: teq_graph.CompiledModel, tmp_path: Path) -> None:
+    write_json(tmp_path / "report.json", llama.report.to_dict())
+    assert Report.from_dict(read_json(tmp_path / "report.json")) == llama.report
+
+
+def test_reports_of_earlier_versions_are_read(llama: teq_graph.CompiledModel) -> None:
+    data = llama.report.to_dict()
+    del data["graph"]
+    for kind, names in {"sites": ("consumers", "quantiles"), "weights": ("stages",), "blocks": ("curves",)}.items():
+        for entry in data[kind]:
+            for name in names:
+                del entry[name]
+    older = Report.from_dict(json.loads(json.dumps(data)))
+    assert older.sites[0].consumers == () and older.blocks[0].curves == {} and older.weights[0].stages == {}
+    assert str(older) == str(llama.report)
+
+
+def test_what_is_no_number_of_json_is_read_back(tmp_path: Path) -> None:
+    block = BlockReport(("a",), math.inf, -math.inf, {"clip": math.nan}, {"tune": Curve(2, (math.inf, 1.0))})
+    write_json(tmp_path / "report.json", {**Report((), blocks=(block,)).to_dict(), "other": [{"value": (math.nan,)}]})
+    assert "NaN" in (tmp_path / "report.json").read_text()
+    content = read_json(tmp_path / "report.json")
+    assert content["other"] == [{"value": ["NaN"]}]
+    (found,) = Report.from_dict(content).blocks
+    assert (found.before, found.after) == (math.inf, -math.inf) and math.isnan(found.stages["clip"])
+    assert found.curves["tune"].losses == (math.inf, 1.0)
+    assert finite({"a": 1.5, "b": [2, None, True, "x"]}) == {"a": 1.5, "b": [2, None, True, "x"]}

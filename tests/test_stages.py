@@ -89,7 +89,7 @@ def loss(problem: BlockProblem, choice: Choice) -> float:
 
 def tuned(problem: BlockProblem, choice: Choice, **options: Any) -> Choice:
     config = TrainingConfig(**{"steps": 60, **options})
-    return tune(problem, choice, config, torch.Generator().manual_seed(3), Task("tuning", None))
+    return tune(problem, choice, config, torch.Generator().manual_seed(3), Task("tuning", None))[0]
 
 
 def check_grids(problem: BlockProblem, choice: Choice) -> None:

@@ -16,8 +16,10 @@ from teq_graph.graph.execution import Values, advance, run
 from teq_graph.graph.nodes import arguments_of, operand_of
 from teq_graph.graph.tensors import get_tensor
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertedScales
+from teq_graph.report import Curve
 from teq_graph.system import memory
 from teq_graph.system.progress import Task
+from teq_graph.training.linear_errors import LinearErrors, factors_of
 from teq_graph.training.losses import LOSS_BATCHES, mean_loss, relative_error
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.reference import FloatReference, TargetOf
@@ -45,6 +47,8 @@ class BlockTrainer:
 
     def __post_init__(self) -> None:
         self.tensors = StretchTensors(self.inserted, self.block.nodes)
+        self.curves: dict[str, Curve] = {}
+        self.linear_errors: dict[str, dict[str, float]] = {}
 
     def error(self) -> float:
         """The block's error as it is now, on a few batches."""
@@ -61,7 +65,7 @@ class BlockTrainer:
         for number, parameter in zip(numbers, learned, strict=True):
             parameter.data.copy_(starting_scale(self.inserted, number, self.config, samples, reference, self.specs))
         nodes = [*self.tensors.weight_nodes, *self.block.nodes]
-        optimize(
+        self.curves["teq"] = optimize(
             [Learned(learned, self.config.learning_rate or LEARNING_RATE)],
             functools.partial(self._loss, nodes, {}),
             len(self.values),
@@ -79,20 +83,27 @@ class BlockTrainer:
         return error
 
     def choose_codes(
-        self, names: Sequence[str], floats: Sequence[str], stages: Sequence[str], before: float
+        self,
+        names: Sequence[str],
+        floats: Sequence[str],
+        stages: Sequence[str],
+        before: float,
+        samples: Mapping[str, Tensor],
     ) -> tuple[Choice, dict[str, float], float]:
         """Codes for the weights `names` by the stages: of the results on the way the one with the least error, the
         error after each stage, and the least. Rounded to nearest it is `before`.
 
-        The gains and biases `floats` may change, too.
+        The gains and biases `floats` may change, too. `samples` are inputs of the linears, for the report.
         """
         problem = self._problem(names, floats)
         best = choice = round_to_nearest(problem)
         least, errors = before, dict[str, float]()
+        linear_errors = self._linear_errors(problem, choice, samples)
 
         def measure(stage: str) -> None:
             nonlocal best, least
             memory.trim()
+            linear_errors.measure(stage, choice)
             self._use(choice, problem)
             errors[stage] = self.error()
             if errors[stage] < least:
@@ -104,9 +115,10 @@ class BlockTrainer:
         # Tuning does not read the moments: their memory is free for its activations.
         problem = dataclasses.replace(problem, moments={}, means={})
         if "tune" in stages and self.config.steps:
-            choice = tune(problem, choice, self.config, self.generator, self.bar)
+            choice, self.curves["tune"] = tune(problem, choice, self.config, self.generator, self.bar)
             measure("tune")
         self._use(best, problem)
+        self.linear_errors = linear_errors.by_name
         return best, errors, least
 
     # ---------------------------------------------------------------------------------------------------- pieces
@@ -144,6 +156,12 @@ class BlockTrainer:
             loss_of,
             len(self.values),
         )
+
+    def _linear_errors(self, problem: BlockProblem, rounded: Choice, samples: Mapping[str, Tensor]) -> LinearErrors:
+        weights = {name: get_tensor(self.graph_module, name) for name in problem.weights}
+        scales = {name: get_tensor(self.graph_module, name) for name in self.inserted.scales}
+        factors = factors_of(self.inserted, scales, list(weights))
+        return LinearErrors(problem, weights, factors, samples, rounded)
 
     def _moments(self, weights: Mapping[str, Tensor], constants: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Second moments [K, K] and means [K] of what the linear of each weight reads, float32, over all batches."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from teq_graph.config import TrainingConfig
 from teq_graph.errors import NumericsError
+from teq_graph.report import Curve
 from teq_graph.system.progress import Task
 
 GROUP_SCALE_RATE = 5e-4
@@ -37,9 +38,9 @@ def optimize(
     steps: int | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     smallest: float | None = None,
-) -> None:
+) -> Curve:
     """Adam for `steps` (or the configured) steps on the loss of one batch each, in shuffled order; linear warm-up
-    and decay. Values are kept at or above `smallest`.
+    and decay. Values are kept at or above `smallest`. Returns the losses.
 
     Raises NumericsError where the loss is not finite.
     """
@@ -49,12 +50,14 @@ def optimize(
     optimizer = torch.optim.Adam(groups, betas=betas, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(step, steps, config.warmup))
     order: list[int] = []
+    losses: list[float] = []
     for _ in range(steps):
         order = order or torch.randperm(batches, generator=generator).tolist()
         loss = loss_of(order.pop())
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NumericsError(f"training loss is {value}: accepted are finite losses; lower learning_rate")
+        losses.append(value)
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -67,6 +70,7 @@ def optimize(
         bar.advance(1, note=f"loss {value:.3g}")
     for tensor in tensors:
         tensor.requires_grad_(False)
+    return Curve.of(losses)
 
 
 def decay(step: int, steps: int, warmup: float) -> float:

@@ -62,13 +62,15 @@ class TrainingResult:
 
     `equivalences` are those that were given, each with its learned scale, None where none was trained. `weights` are
     the codes that the stages chose, by name; what is not there is yet to be rounded. `blocks` tells the error of each
-    block that was trained, or the loss where scales learned from the whole model; `distillation` that model's loss.
+    block that was trained, or the loss where scales learned from the whole model; `distillation` that model's loss;
+    `linear_errors` those of each weight after each stage, by name.
     """
 
     equivalences: tuple[Equivalence, ...]
     weights: Mapping[str, QuantizedWeight]
     blocks: tuple[BlockReport, ...]
     distillation: BlockReport | None
+    linear_errors: Mapping[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 class Trainer:
@@ -117,6 +119,7 @@ class Trainer:
         self.trained: set[int] = set()
         self.reports: list[BlockReport] = []
         self.distillation: BlockReport | None = None
+        self.linear_errors: dict[str, dict[str, float]] = {}
         self.weights: dict[str, QuantizedWeight] = {}
         self.floats: dict[str, Tensor] = {}
 
@@ -131,7 +134,7 @@ class Trainer:
             self._train_blocks(by_block)
         if "distill" in self.stages and self.config.steps:
             self._distill()
-        return TrainingResult(self._fold(), self.weights, tuple(self.reports), self.distillation)
+        return TrainingResult(self._fold(), self.weights, tuple(self.reports), self.distillation, self.linear_errors)
 
     # ------------------------------------------------------------------------------------------------ objectives
 
@@ -193,10 +196,11 @@ class Trainer:
             self.trained.update(scales)
         if weights:
             floats = [name for name in trainer.tensors.gains_and_biases() if name in self.own[index]]
-            choice, errors, error = trainer.choose_codes(weights, floats, by_block, error)
+            choice, errors, error = trainer.choose_codes(weights, floats, by_block, error, samples)
             self._keep(choice)
             stages |= errors
-        return BlockReport(trainer.block.linears, before, error, stages)
+            self.linear_errors |= trainer.linear_errors
+        return BlockReport(trainer.block.linears, before, error, stages, trainer.curves)
 
     def _train_model(self) -> None:
         """The paper's recipe: one loss over the whole model, here for all scales at once."""
@@ -230,7 +234,7 @@ class Trainer:
                     learned[number].data.copy_(start)
         rate = self.config.learning_rate or MODEL_LEARNING_RATE
         with task("training scales", self.config.steps) as bar:
-            optimize(
+            curve = optimize(
                 [Learned(learned, rate)],
                 loss_of,
                 len(self.batches),
@@ -242,7 +246,7 @@ class Trainer:
             )
         after = mean_loss(loss_of, len(self.batches))
         self.trained.update(range(len(learned)))
-        self.reports.append(BlockReport(tuple(self.specs), before, after, {"teq": after}))
+        self.reports.append(BlockReport(tuple(self.specs), before, after, {"teq": after}, {"teq": curve}))
 
     def _distill(self) -> None:
         """The whole model once more, for the floats that are left."""
@@ -278,9 +282,9 @@ class Trainer:
             return relative_error([values[node] for node in outputs], target)
 
         dtypes = {name: weight.dtype for name, weight in weights.items()}
-        choice, before, after = distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator)
+        choice, before, after, curve = distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator)
         self._keep(choice)
-        self.distillation = BlockReport(tuple(self.specs), before, after, {"distill": after})
+        self.distillation = BlockReport(tuple(self.specs), before, after, {"distill": after}, {"distill": curve})
 
     # ---------------------------------------------------------------------------------------------------- pieces
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from teq_graph import quantization
 from teq_graph.config import TrainingConfig, WeightSpec
 from teq_graph.quantization import Grid, LearnedWeight, dequantize, find_clipped_grid, find_grid, quantize
+from teq_graph.report import Curve
 from teq_graph.system.progress import Task
 from teq_graph.training.optimize import FLOAT_RATE, GROUP_SCALE_RATE, Learned, optimize
 
@@ -112,8 +113,8 @@ CHOOSING: Mapping[str, Callable[[BlockProblem, Choice], Choice]] = {"clip": clip
 
 def tune(
     problem: BlockProblem, choice: Choice, config: TrainingConfig, generator: torch.Generator, bar: Task
-) -> Choice:
-    """Codes, scales, zero points, gains and biases together learn to give the float block's output."""
+) -> tuple[Choice, Curve]:
+    """Codes, scales, zero points, gains and biases together learn to give the float block's output; and the losses."""
     weights = {
         name: LearnedWeight.start(problem.weights[name], *chosen, problem.scale_dtype(name))
         for name, chosen in choice.codes.items()
@@ -136,11 +137,12 @@ def tune(
         "floats": Learned([vector.change for vector in floats.values()], FLOAT_RATE * pace),
     }
     groups = [learned[name] for name in config.tuned]
+    curve = Curve.of(())
     # Symmetric weights have no zero points to tune, and not every block has floats.
     if any(group.tensors for group in groups):
-        optimize(groups, loss_of, problem.batches, config, generator, bar)
+        curve = optimize(groups, loss_of, problem.batches, config, generator, bar)
     codes = {name: weight.result() for name, weight in weights.items()}
-    return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()})
+    return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()}), curve
 
 
 class LearnedVector:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from teq_graph.config import TrainingConfig
 from teq_graph.quantization import Grid, dequantize, round_scales
+from teq_graph.report import Curve
 from teq_graph.system.progress import task
 from teq_graph.training.losses import LOSS_BATCHES, mean_loss
 from teq_graph.training.optimize import FLOAT_RATE, GROUP_SCALE_RATE, Learned, optimize
@@ -29,8 +30,8 @@ def distill(
     batches: int,
     config: TrainingConfig,
     generator: torch.Generator,
-) -> tuple[Choice, float, float]:
-    """Group scales and floats that bring the loss down; the loss before, and as they are.
+) -> tuple[Choice, float, float, Curve]:
+    """Group scales and floats that bring the loss down; the loss before, as they are, and on the way.
 
     `dtypes` are those in which each weight's scales are stored, and `loss_of` takes the number of a batch and what
     gives a tensor of `start` as it is now. What does not bring the loss down is not kept.
@@ -52,12 +53,12 @@ def distill(
         Learned([vector.change for vector in floats.values()], FLOAT_RATE),
     ]
     with task("distilling", config.steps) as bar:
-        optimize(learned, loss, batches, config, generator, bar)
+        curve = optimize(learned, loss, batches, config, generator, bar)
     after = mean_loss(loss, measured)
     if after >= before:
-        return start, before, before
+        return start, before, before, curve
     codes = {name: weight.result() for name, weight in weights.items()}
-    return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()}), before, after
+    return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()}), before, after, curve
 
 
 class _ScaledCodes:
