@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import html
 import itertools
 import math
 import operator
@@ -218,22 +217,15 @@ class Report:
         return f"Report({self.summary()})"
 
     def _repr_html_(self) -> str:
-        """For notebooks: the lines of `str`, and each weight."""
+        """For notebooks: what `to_html` gives."""
         return self.to_html()
 
     def to_html(self, title: str = "Report") -> str:
-        """A fragment of HTML that needs nothing else: `title`, the lines of `str`, and a table of the weights."""
-        lines = _html_rows(self._lines())
-        weights = _html_rows(
-            (w.name, "×".join(map(str, w.shape)), str(w.spec or w.reason), "" if w.error is None else f"{w.error:.2%}")
-            for w in self.weights
-        )
-        return (
-            f"<div><p><b>{html.escape(title)}</b></p><table>{lines}</table>"
-            f"<details><summary>{len(self.weights)} weights</summary><table>"
-            "<tr><th>weight</th><th>shape</th><th>stored as</th><th>error</th></tr>"
-            f"{weights}</table></details></div>"
-        )
+        """A fragment of HTML that needs nothing else: `title`, the lines of `str`, the blocks' errors, and a table of
+        the weights."""
+        from teq_graph.reporting.page import render_fragment
+
+        return render_fragment(self, title, self._lines())
 
     def __str__(self) -> str:
         return "\n".join(f"{label:<14}{value}" for label, value in self._lines())
@@ -264,13 +256,6 @@ class Report:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def _html_rows(rows: Iterable[Sequence[str]]) -> str:
-    cells = (
-        "".join(f'<td style="text-align: left">{html.escape(cell, quote=True)}</td>' for cell in row) for row in rows
-    )
-    return "".join(f"<tr>{row}</tr>" for row in cells)
 
 
 def _schema() -> Any:

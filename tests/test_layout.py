@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"analysis"},
     {"weight_plan", "passes", "evaluation"},
     {"report", "pipeline", "write_back", "saving"},
-    {"calibration", "provenance"},
+    {"calibration", "provenance", "reporting"},
     {"training"},
     {"compiled", "estimate", "onnx"},
     {"compile", "serving"},

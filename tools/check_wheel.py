@@ -24,7 +24,7 @@ for module in pkgutil.walk_packages(teq_graph.__path__, "teq_graph."):
 
 def expected_files() -> set[str]:
     """What the wheel is to hold, from the folders of the checkout."""
-    package = {path for path in (ROOT / "teq_graph").rglob("*") if path.suffix in {".py", ".typed"}}
+    package = {path for path in (ROOT / "teq_graph").rglob("*") if path.suffix in {".py", ".typed", ".html", ".css"}}
     files = {path.relative_to(ROOT).as_posix() for path in package}
     for folder, suffixes in (("passes", {".py"}), ("kernels", KERNEL_SUFFIXES)):
         found = {path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes}

@@ -12,6 +12,7 @@ from teq_graph.cli.commands.evaluate import evaluate
 from teq_graph.cli.commands.generate import generate
 from teq_graph.cli.commands.inspect import inspect
 from teq_graph.cli.commands.quantize import quantize
+from teq_graph.cli.commands.report import report
 from teq_graph.cli.commands.serve import serve
 
 # click's base of all errors of usage; typer has it under different names from version to version
@@ -33,7 +34,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-for command in (inspect, quantize, generate, serve, evaluate):
+for command in (inspect, quantize, report, generate, serve, evaluate):
     app.command()(command)
 
 

@@ -21,6 +21,16 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text in one step: afterwards the file is whole, or as it was. Raises OSError where that fails."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staging.write_text(text, encoding="utf-8", errors="backslashreplace")
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def finite(content: Any) -> Any:
     """`content` with "NaN", "Infinity" and "-Infinity" for what JSON has no numbers for, as in protobuf's JSON.
 
