@@ -210,7 +210,7 @@ class Report:
         specs = [spec for spec, _ in counts.most_common(3)]
         at = f" at {', '.join(specs)}{' …' if len(counts) > 3 else ''}" if specs else ""
         size = f"{self.bytes_after / 1e6:,.0f} MB" if self.bytes_after >= 1e7 else f"{self.bytes_after / 1e3:,.0f} kB"
-        linears, sites = _counted(len(self.quantized), "linear"), _counted(len(self.sites), "equivalence")
+        linears, sites = counted(len(self.quantized), "linear"), counted(len(self.sites), "equivalence")
         return f"{linears}{at}, {sites}, {size}"
 
     def __repr__(self) -> str:
@@ -254,7 +254,8 @@ class Report:
         return lines + [("note", note) for note in self.notes]
 
 
-def _counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
+    """As in `1 linear` and `2 linears`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 

@@ -94,7 +94,7 @@ print(sorted({"torch", "transformers", "onnx", "onnxruntime", "numpy"} & set(sys
     assert process.returncode == 0, errors
     lines = printed.splitlines()
     assert lines[-2:] == [f"teq-graph {teq_graph.__version__}", "[]"]
-    for command in ("inspect", "quantize", "generate", "evaluate"):
+    for command in ("inspect", "quantize", "report", "generate", "evaluate"):
         assert any(line.startswith(f"  {command} ") and not line.endswith("...") for line in lines)
 
 
@@ -341,6 +341,14 @@ def test_what_fails_after_the_export_takes_nothing_away(
     complete = f"{tmp_path / 'out'} is complete, but without compiled: " if failing == "save" else ""
     assert errors == f"error: {complete}no space left\n"
     assert run(["generate", str(tmp_path / "out"), "-p", "x", "--max-new-tokens", "2"]) == 0
+
+
+def test_the_report_of_what_quantize_wrote(out: Path, quantized: tuple[Path, str]) -> None:
+    assert run(["report", str(out)]) == 0
+    page = out.with_name("copy.html").read_text(encoding="utf-8")
+    for value in re.findall(r"(\d+\.\d\d) (?:float|quantized)", quantized[1]):
+        assert value in page
+    assert "teq-graph" in page and "tune" in page
 
 
 def test_an_encoder_is_quantized_without_perplexity(

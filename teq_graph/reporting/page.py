@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from teq_graph.errors import ModelFileError, one_line
-from teq_graph.report import REPORT_FILE, ROUNDED, BlockReport, Report, WeightReport
+from teq_graph.report import REPORT_FILE, ROUNDED, BlockReport, Report, WeightReport, counted
 from teq_graph.reporting.charts import Chart, Series, box_chart, line_chart
 from teq_graph.reporting.layout import block_tables, depths, role, short
 from teq_graph.system.files import finite, shown
@@ -266,6 +266,7 @@ def _environment() -> jinja2.Environment:
     filters: dict[str, Callable[..., Any]] = {
         "number": _number,
         "bytes": _bytes,
+        "counted": counted,
         "short": short,
         "shape": lambda shape: "×".join(map(str, shape)),
     }
