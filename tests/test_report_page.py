@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html.parser
 import json
 import math
+import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.compiling import TRAINING, compile_llama, compile_mlp
 
@@ -449,6 +451,37 @@ def test_damaged_directories_are_refused(kind: str, out: Path, refused: Callable
     damage(out)
     assert message in refused(out)
     assert [path.name for path in out.parent.iterdir() if path != out] == []
+
+
+HOSTILE = [
+    *(None, True, 0, -1, 10**400, 2**70, 1e308, -1e308, 1e-320),
+    *("NaN", "Infinity", "", EVIL, "x" * 5000, "\0", "\ud800"),
+    *([], {}, [[]], {"a": 1}, [1e308] * 9),
+]
+
+
+def places(content: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in `content` with each of its keys."""
+    for key, value in list(content.items() if isinstance(content, dict) else enumerate(content)):
+        yield content, key
+        if isinstance(value, dict | list):
+            yield from places(value)
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_hostile_values_are_shown_or_refused(seed: int, exported: Path, tmp_path: Path) -> None:
+    choose = random.Random(seed)
+    shutil.copytree(exported, tmp_path / "out", dirs_exist_ok=True)
+    name = choose.choice(["report.json", "teq_graph.json"])
+    content = json.loads((exported / name).read_text(encoding="utf-8"))
+    for _ in range(choose.randint(1, 3)):
+        container, key = choose.choice(list(places(content)))
+        container[key] = choose.choice(HOSTILE)
+    rewritten(tmp_path / "out", name, json.dumps(content))
+    with contextlib.suppress(ModelFileError):
+        text = render_page(read_directory(tmp_path / "out"))
+        checked(text.encode("utf-8", "backslashreplace").decode())
 
 
 def test_names_that_no_file_has(refused: Callable[..., str]) -> None:
