@@ -188,7 +188,7 @@ def test_factors_are_what_the_graph_multiplies_by() -> None:
     assert 0 < len(factors) < len(specs)
     for name, weight in before.items():
         expected = tensors.scaled(name, constants)
-        torch.testing.assert_close(weight * factors.get(name, torch.ones(())), expected)
+        torch.testing.assert_close(math.prod(factors.get(name, []), start=weight), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

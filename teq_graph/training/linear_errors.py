@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,15 +17,15 @@ from teq_graph.training.stages.codes import BlockProblem, Choice
 class LinearErrors:
     """Weight -> stage -> relative error of its linear's output on samples [T, K] of the float model's inputs.
 
-    weights: [N, K] without scales. `factors`: what `problem` multiplies their elements by. `rounded`: the choice that
-    only rounds, as the scales' training did.
+    weights: [N, K] without scales. `factors`: what `problem` multiplies their elements by, one after the other.
+    `rounded`: the choice that only rounds, as the scales' training did.
     """
 
     def __init__(
         self,
         problem: BlockProblem,
         weights: Mapping[str, Tensor],
-        factors: Mapping[str, Tensor],
+        factors: Mapping[str, Sequence[Tensor]],
         samples: Mapping[str, Tensor],
         rounded: Choice,
     ) -> None:
@@ -42,8 +42,8 @@ class LinearErrors:
     def _measure(self, stage: str, choice: Choice, names: list[str]) -> None:
         for name in names:
             quantized = dequantize(*choice.codes[name])
-            if name in self.factors:
-                quantized = quantized.div_(self.factors[name])
+            for factor in self.factors.get(name, ()):
+                quantized = quantized.div_(factor)
             self.by_name[name][stage] = self._error(name, quantized)
 
     def _error(self, name: str, quantized: Tensor) -> float:
@@ -53,12 +53,13 @@ class LinearErrors:
             return float(relative_error([next(outputs)], [next(outputs)]))
 
 
-def factors_of(inserted: InsertedScales, scales: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+def factors_of(inserted: InsertedScales, scales: Mapping[str, Tensor], names: list[str]) -> dict[str, list[Tensor]]:
     """What the elements of each weight are multiplied by, of those that a scale other than ones reaches.
 
-    scales: those of `inserted`, by name.
+    scales: those of `inserted`, by name. Factors of rows and of columns stay apart: together they are as large as the
+    weight.
     """
-    factors: dict[str, Tensor] = {}
+    factors: dict[str, list[Tensor]] = {}
     for equivalence, scale_name in zip(inserted.equivalences, inserted.scales, strict=True):
         scale = scales[scale_name].detach()
         if bool((scale == 1).all()):
@@ -67,5 +68,5 @@ def factors_of(inserted: InsertedScales, scales: Mapping[str, Tensor], names: li
             for scaled in group:
                 if scaled.name in names:
                     factor = spread_scale(scale, scaled.index.to(scale.device)).pow(power)
-                    factors[scaled.name] = factors[scaled.name] * factor if scaled.name in factors else factor
+                    factors.setdefault(scaled.name, []).append(factor)
     return factors
