@@ -141,8 +141,8 @@ def _least_squares(groups: Tensor, share: Tensor, levels: int, dtype: torch.dtyp
 
     Where S are the elements that get +-scale and the others 0, the best scale is the mean of |w| over S, and takes
     (sum of share |w|)^2 / (sum of share) off the error. Codes are nearest where S are the largest magnitudes, so the
-    optimum is the best number of these (arXiv 1605.04711, section 2.2, approximates it). With two levels S is everything
-    (arXiv 1603.05279, section 3.1).
+    optimum is the best number of these (arXiv 1605.04711 approximates it). With two levels S is everything (arXiv
+    1603.05279).
     """
     sizes, order = groups.abs().sort(dim=-1, descending=True)
     share = share.expand_as(groups).gather(-1, order).clamp_(min=1e-12)
