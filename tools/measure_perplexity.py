@@ -40,7 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--levels", type=int, help="3 (ternary) or 2 (binary) of the symmetric codes of --bits 2")
+    parser.add_argument("--symmetric", action="store_true", help="without zero points")
+    parser.add_argument("--levels", type=int, help="3 (ternary) or 2 (binary), for --bits 2 --symmetric")
     parser.add_argument("--tokens", type=int, default=16 * 512)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--samples", type=int, help="sequences; the preset's if absent")
@@ -62,7 +63,7 @@ def training_of(args: argparse.Namespace, method: str) -> teq_graph.TrainingConf
 
 def spec_of(args: argparse.Namespace, bits: int) -> WeightSpec:
     """How every linear is quantized."""
-    return WeightSpec(bits, args.group_size, symmetric=args.levels is not None, levels=args.levels)
+    return WeightSpec(bits, args.group_size, args.symmetric, args.levels)
 
 
 def measure(args: argparse.Namespace, method: str, bits: int) -> dict[str, Any]:
