@@ -36,9 +36,9 @@ def spread_scale(scale: Tensor, index: Tensor) -> Tensor:
     return spread(scale.clamp(min=SMALLEST_SCALE), index)
 
 
-def fake_quantize_weight(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
+def fake_quantize_weight(weight: Tensor, bits: int, group_size: int, symmetric: bool, levels: int | None) -> Tensor:
     """`fake_quantize` with arguments that a graph can hold."""
-    return fake_quantize(weight, WeightSpec(bits, group_size, symmetric))
+    return fake_quantize(weight, WeightSpec(bits, group_size, symmetric, levels))
 
 
 class InsertScales(GraphPass[InsertedScales]):
@@ -77,7 +77,7 @@ class InsertScales(GraphPass[InsertedScales]):
                 scaled_nodes[name] = value
                 if name in self.specs:
                     spec = self.specs[name]
-                    settings = (spec.bits, spec.group_size, spec.symmetric)
+                    settings = (spec.bits, spec.group_size, spec.symmetric, spec.levels)
                     value = graph_module.graph.call_function(fake_quantize_weight, (value, *settings))
                     quantized[name] = value
                 value.meta["val"] = source.meta["val"]

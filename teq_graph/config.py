@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 from teq_graph.errors import ConfigError, brief
 
 BITS = (2, 3, 4, 8)
+LEVELS = {3: "ternary", 2: "binary"}
+"""Grids of fewer levels than codes, with their names."""
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
 DTYPES = ("float32", "float16", "bfloat16")
 """Of floats, as users name them."""
@@ -52,21 +54,31 @@ class WeightSpec:
 
     `group_size` input channels share a scale (and a zero point if not `symmetric`); -1 is one group per
     output channel. Symmetric codes use the fixed zero point `2**(bits - 1)`.
+
+    `levels`, an experiment, keeps symmetric 2-bit codes to those that stand for -1, 0 and 1 (3, ternary: 1.58 bits of
+    information) or -1 and 1 (2, binary: 1 bit), times a scale of least squared error; storage stays that of 2 bits.
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = False
+    levels: int | None = None
 
     def __post_init__(self) -> None:
         _set(self, "bits", integer_of("bits", self.bits, BITS, f"{BITS}"))
         accepted = f"{GROUP_SIZES} (-1: one group per output channel)"
         _set(self, "group_size", integer_of("group_size", self.group_size, GROUP_SIZES, accepted))
         _check_flag("symmetric", self.symmetric)
+        if self.levels is not None:
+            levels = integer_of("levels", self.levels, LEVELS, "None, 3 (ternary) and 2 (binary)")
+            _set(self, "levels", levels)
+            if self.bits != 2 or not self.symmetric:
+                raise ConfigError(f"levels={levels}: accepted with bits=2 and symmetric=True")
 
     def __str__(self) -> str:
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"W{self.bits}{group}{' sym' if self.symmetric else ''}"
+        grid = LEVELS[self.levels] if self.levels else "sym" if self.symmetric else ""
+        return f"W{self.bits}{group} {grid}".rstrip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +86,8 @@ class QuantizationConfig:
     """Which linears and embeddings are quantized, and how.
 
     `skip` and `overrides` take shell patterns (`fnmatch`) over the name of a weight in the model, for example
-    `"*.mlp.*"`; an override is a mapping with any of `bits`, `group_size`, `symmetric`, and the last matching one wins.
+    `"*.mlp.*"`; an override is a mapping with any of `bits`, `group_size`, `symmetric` and `levels`, and the last
+    matching one wins. One that sets `bits` takes all their levels where it names none.
     `quantize_lm_head` includes the projection onto the vocabulary; where it is tied to the embedding, it becomes a
     separate, quantized copy, unless `quantize_embedding` lets both read one.
 
@@ -85,6 +98,8 @@ class QuantizationConfig:
     `target_bits`, from 2 to 8, takes the place of `bits`: each linear gets the bits that serve the calibration loss
     best, and the average over all quantized weights is at most this (of codes alone, without scales and zero points).
     Linears whose override sets `bits` keep these, and count; so do embeddings, with `bits` where no override sets them.
+
+    `levels=3` (ternary) or `levels=2` (binary) with `bits=2` and `symmetric=True` is an experiment, see `WeightSpec`.
     """
 
     bits: int = 4
@@ -95,15 +110,19 @@ class QuantizationConfig:
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     target_bits: float | None = None
     quantize_embedding: bool = False
+    levels: int | None = None
 
     def __post_init__(self) -> None:
-        spec = WeightSpec(self.bits, self.group_size, self.symmetric)
+        spec = WeightSpec(self.bits, self.group_size, self.symmetric, self.levels)
         _set(self, "bits", spec.bits)
         _set(self, "group_size", spec.group_size)
+        _set(self, "levels", spec.levels)
         least, most = min(BITS), max(BITS)
         accepted = f"None and numbers from {least} to {most}"
         if self.target_bits is not None:
             _set(self, "target_bits", _real("target_bits", self.target_bits, accepted, least, most))
+            if self.levels is not None:
+                raise ConfigError(f"levels={self.levels}: bits are not chosen for it; accepted is target_bits=None")
         for name in ("quantize_lm_head", "quantize_embedding"):
             _check_flag(name, getattr(self, name))
         _set(self, "skip", _strings("skip", self.skip, "a sequence of patterns, not one string"))
@@ -111,7 +130,7 @@ class QuantizationConfig:
 
     def _checked_overrides(self) -> dict[str, dict[str, Any]]:
         overrides: object = self.overrides
-        accepted = "a mapping of patterns to mappings with any of bits, group_size and symmetric"
+        accepted = "a mapping of patterns to mappings with any of bits, group_size, symmetric and levels"
         if not isinstance(overrides, Mapping):
             raise ConfigError(f"overrides={brief(overrides)}: accepted is {accepted}")
         fields = {field.name for field in dataclasses.fields(WeightSpec)}
@@ -127,7 +146,9 @@ class QuantizationConfig:
         return checked
 
     def _merge(self, override: Mapping[str, Any]) -> WeightSpec:
-        values = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        values: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        if "bits" not in override:
+            values["levels"] = self.levels
         return WeightSpec(**{**values, **override})
 
     def spec_for(self, weight_name: str) -> WeightSpec | None:
@@ -138,7 +159,7 @@ class QuantizationConfig:
 
     def chooses_bits_of(self, weight_name: str) -> bool:
         """Whether the bits of the weight called `weight_name` are chosen to meet `target_bits`."""
-        return self.target_bits is not None and "bits" not in self._override_for(weight_name)
+        return self.target_bits is not None and not {"bits", "levels"} & set(self._override_for(weight_name))
 
     def _override_for(self, weight_name: str) -> Mapping[str, Any]:
         override: Mapping[str, Any] = {}

@@ -309,6 +309,14 @@ def test_the_embedding_is_quantized_where_asked(tiny: Path, out: Path, capsys: p
     assert metadata["weights"] == {"4/32": 5 * LAYERS + 1}  # per layer k and v are one, and gate and up
 
 
+def test_ternary_and_binary_where_asked(tiny: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    levels = ["--bits", "2", "--symmetric", "--levels", "3", "--override", "*.down_proj.*:bits=2,levels=2"]
+    options = ["--group-size", "32", "--method", "rtn", "--no-evaluate", "--overwrite"]
+    assert run(["quantize", str(tiny), "-o", str(out), *levels, *options]) == 0
+    assert f"{6 * LAYERS} W2g32 ternary, {LAYERS} W2g32 binary" in capsys.readouterr().out
+    assert json.loads((out / "teq_graph.json").read_text(encoding="utf-8"))["provenance"]["quantization"]["levels"] == 3
+
+
 def test_links_and_missing_folders_on_the_way_to_the_output(
     bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -475,6 +483,8 @@ MISSING = "no/such/model"  # the options are looked at before the model, or its 
     [
         (["--bits", "5"], "bits=5: accepted are (2, 3, 4, 8)"),
         (["--bits", "many"], "'--bits'"),
+        (["--bits", "2", "--levels", "3"], "levels=3: accepted with bits=2 and symmetric=True"),
+        (["--bits", "2", "--symmetric", "--levels", "5"], "levels=5: accepted are None, 3 (ternary) and 2 (binary)"),
         (["--group-size", "100"], "group_size=100: accepted are (16, 32"),
         (["--steps", "-1"], "steps=-1: accepted are integers from 0 to"),
         (["--batch-size", "0"], "--batch-size 0: accepted are 1 to"),

@@ -16,6 +16,7 @@ from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTenso
 from teq_graph.analysis.equivalences.find import find_equivalences
 from teq_graph.capture import CapturedGraph
 from teq_graph.errors import EquivalenceError
+from teq_graph.graph.tensors import set_tensor
 
 HEADS, DIM = 4, 4
 Forward = Callable[..., Any]
@@ -368,6 +369,25 @@ def test_only_a_cache_that_is_appended_to_carries_scales(variant: str, monkeypat
 
 
 # ---------------------------------------------------------------------------------------------- pass and its algebra
+
+
+def test_powers_of_two_change_no_bit() -> None:
+    def forward(s: Net, x: Tensor) -> Tensor:
+        y = s.norm(x)
+        x = x + s.o(merge(by_sdpa(heads(s.q(y), HEADS), heads(s.k(y), HEADS), heads(s.v(y), HEADS))))
+        return x + s.down(functional.silu(s.gate(y)) * s.up(y).relu())
+
+    layers = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), WIDTH)
+    captured = capture_small(Net(forward, norm=nn.LayerNorm(WIDTH), **layers), torch.randn(2, 5, WIDTH))
+    found = find(captured).equivalences
+    assert len(found) == 3
+    graph_module, inputs = captured.graph_module, (torch.randn(3, 7, WIDTH),)
+    expected = run(graph_module, inputs)
+    for site in found:
+        scale = 2.0 ** torch.randint(-3, 4, (site.channels,))
+        for name, value in site.apply(graph_module.state_dict(), scale).items():
+            set_tensor(graph_module, name, value)
+    assert torch.equal(run(graph_module, inputs), expected)
 
 
 def test_the_analysis_leaves_the_graph_alone() -> None:

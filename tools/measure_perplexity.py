@@ -11,6 +11,7 @@ one is their ablation.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from peers.job import peak_bytes
 
 import teq_graph
 from teq_graph.cli import options
-from teq_graph.config import PRESETS
+from teq_graph.config import PRESETS, WeightSpec
 from teq_graph.evaluation import divergence, perplexity
 from teq_graph.loading import load_model
 
@@ -39,6 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--symmetric", action="store_true", help="without zero points")
+    parser.add_argument("--levels", type=int, help="3 (ternary) or 2 (binary), for --bits 2 --symmetric")
     parser.add_argument("--tokens", type=int, default=16 * 512)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--samples", type=int, help="sequences; the preset's if absent")
@@ -58,6 +61,11 @@ def training_of(args: argparse.Namespace, method: str) -> teq_graph.TrainingConf
     return options.training(preset, stages, {} if method == options.RTN else changed)
 
 
+def spec_of(args: argparse.Namespace, bits: int) -> WeightSpec:
+    """How every linear is quantized."""
+    return WeightSpec(bits, args.group_size, args.symmetric, args.levels)
+
+
 def measure(args: argparse.Namespace, method: str, bits: int) -> dict[str, Any]:
     """One row, in this process."""
     loaded = load_model(args.model)
@@ -71,7 +79,7 @@ def measure(args: argparse.Namespace, method: str, bits: int) -> dict[str, Any]:
             float_model,
             calibration=args.calibration,
             tokenizer=loaded.tokenizer,
-            quantization=teq_graph.QuantizationConfig(bits=bits, group_size=args.group_size),
+            quantization=teq_graph.QuantizationConfig(**dataclasses.asdict(spec_of(args, bits))),
             training=training_of(args, method),
         )
         size = model.report.bytes_after
@@ -118,7 +126,7 @@ def main() -> None:
     for method, bits in rows:
         command = [sys.executable, *sys.argv, "--row", f"{method}:{bits}"]
         result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        weights = "float32" if method == "float" else f"W{bits}g{args.group_size}"
+        weights = "float32" if method == "float" else str(spec_of(args, bits))
         lines.append(line_of(json.loads(result.stdout.splitlines()[-1]), method, weights))
         print(lines[-1], flush=True)
     table = "\n".join(lines)

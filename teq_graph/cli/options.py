@@ -47,7 +47,7 @@ def overrides(options: Sequence[str] | None) -> dict[str, dict[str, Any]]:
             except (ValueError, RecursionError):
                 pattern = ""
         if not pattern:
-            accepted = "PATTERN:NAME=VALUE,… with bits, group_size and symmetric (true or false)"
+            accepted = "PATTERN:NAME=VALUE,… with bits, group_size, symmetric (true or false) and levels"
             raise ConfigError(f"--override {brief(option)}: accepted is {accepted}")
         result[pattern] = values
     return result

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from teq_graph.config import WeightSpec
-from teq_graph.quantization.grid import Grid, find_grid, split_groups
+from teq_graph.quantization.grid import Grid, find_grid, find_least_squares_grid, split_groups
 
 STEPS = 20
 NARROWEST = 0.5
@@ -20,7 +22,10 @@ def find_clipped_grid(
 
     The error is the squared difference to the weight, each column weighted by its `importance` [K] >= 0 (the mean
     square of the input channel); all columns count alike where it is None. The whole range is among those tried.
+    Of two or three levels it is the least error of all ranges.
     """
+    if spec.levels is not None:
+        return find_least_squares_grid(weight, spec, scale_dtype, importance)
     weight = weight.detach().to(torch.float32)
     best: Grid | None = None
     best_error = torch.empty(0)
@@ -36,7 +41,7 @@ def find_clipped_grid(
         zeros = best.zero_points
         if zeros is not None and grid.zero_points is not None:
             zeros = torch.where(better, grid.zero_points, zeros)
-        best = Grid(torch.where(better, grid.scales, best.scales), zeros, best.bits, best.block_size)
+        best = dataclasses.replace(best, scales=torch.where(better, grid.scales, best.scales), zero_points=zeros)
     assert best is not None
     return best
 
@@ -50,6 +55,6 @@ def _group_errors(weight: Tensor, grid: Grid, importance: Tensor | None) -> Tens
         split_groups(weight, grid.block_size), split_groups(columns, grid.block_size), strict=True
     ):
         scale, zero = grid.scales[:, of, None], zeros[:, of, None]
-        rounded = (groups / scale).round_().add_(zero).clamp_(0, 2**grid.bits - 1).sub_(zero).mul_(scale)
+        rounded = grid.codes.nearest(groups / scale, zero).sub_(zero).mul_(scale)
         errors.append(rounded.sub_(groups).square_().mul_(share).sum(-1))
     return torch.cat(errors, dim=1)

@@ -30,7 +30,6 @@ def gptq(weight: Tensor, moments: Tensor, grid: Grid, damping: float = DAMPING) 
     scales = _per_column(grid.scales, grid.block_size, k)[:, order]
     zeros = _per_column(grid.zero_points_as_float(), grid.block_size, k)[:, order]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    last_code = 2**grid.bits - 1
     for first in range(0, k, COLUMNS):
         within = slice(first, min(first + COLUMNS, k))
         # Contiguous columns: the inner loop works on one at a time.
@@ -39,7 +38,7 @@ def gptq(weight: Tensor, moments: Tensor, grid: Grid, damping: float = DAMPING) 
         for offset, column in enumerate(columns):
             at = first + offset
             scale, zero = scales[:, at], zeros[:, at]
-            code = (column / scale).round_().add_(zero).clamp_(0, last_code)
+            code = grid.codes.nearest(column / scale, zero)
             codes[:, order[at]] = code.to(torch.uint8)
             errors[offset] = (column - (code - zero) * scale) / factor[at, at]
             columns[offset + 1 :] -= factor[at, at + 1 : within.stop, None] * errors[offset]

@@ -5,7 +5,7 @@ Along K, each `block_size` elements of a weight [N, K] share a scale and a zero 
     w = (q - zero_point) * scale,    q = clamp(round(w / scale) + zero_point, 0, 2**bits - 1),
 
 which is what com.microsoft::MatMulNBits computes. Where K is no multiple of the block, the last group is
-shorter; nothing here sees padding.
+shorter; nothing here sees padding. Grids of two or three `levels` use some of the codes of 2 bits (`Codes`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from teq_graph.config import WeightSpec
 from teq_graph.errors import ConfigError, InputError, NumericsError
+from teq_graph.quantization.codes import Codes
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,12 +35,19 @@ class Grid:
 
     scales: float32 [N, nb], finite and not zero; a negative scale is legal.
     zero_points: uint8 [N, nb]; None for symmetric codes, whose zero point is `2**(bits - 1)`.
+    levels: how many of the codes are used; None for all of them.
     """
 
     scales: Tensor
     zero_points: Tensor | None
     bits: int
     block_size: int
+    levels: int | None = None
+
+    @property
+    def codes(self) -> Codes:
+        """The codes that may be used."""
+        return Codes.of(self.bits, self.levels)
 
     def zero_points_as_float(self) -> Tensor:
         """Zero points, float32 [N, nb], also where they are implied."""
@@ -90,11 +98,14 @@ def find_grid(weight: Tensor, spec: WeightSpec, scale_dtype: torch.dtype = torch
     Asymmetric: `scale = (max - min) / (2**bits - 1)` and `zero_point = round(-min / scale)`, where max and min
     include 0. Symmetric: `scale = extreme / -2**(bits - 1)`, where extreme is the signed value of the largest
     magnitude, so that it is exact and the scale may be negative (as in llama.cpp's Q4_0 and onnxruntime).
+    Two or three levels: `find_least_squares_grid`.
     Scales are representable in `scale_dtype`, in which they are to be stored.
 
     Raises InputError for a weight that is not a floating-point matrix, NumericsError for NaN, infinity, scales that
     overflow `scale_dtype`, and codes that would stand for infinity.
     """
+    if spec.levels is not None:
+        return find_least_squares_grid(weight, spec, scale_dtype)
     _check_weight(weight)
     block = resolve_block_size(weight.shape[1], spec.group_size)
     fits = [
@@ -103,13 +114,48 @@ def find_grid(weight: Tensor, spec: WeightSpec, scale_dtype: torch.dtype = torch
     scales = torch.cat([fit.scale for fit in fits], dim=1)
     # A scale that is rounded up can take the outermost code past the largest number.
     outermost = 2 ** (spec.bits - 1) if spec.symmetric else 2**spec.bits - 1
-    if not bool((scales * outermost).isfinite().all()):
-        raise NumericsError(
-            f"weight {tuple(weight.shape)}: NaN or infinity in the weight, its {scale_dtype} scales or the values "
-            "of its codes; accepted are finite numbers"
-        )
+    _check_finite(weight, scales * outermost, scale_dtype)
     zero_points = None if spec.symmetric else torch.cat([fit.zero for fit in fits], dim=1).to(torch.uint8)
     return Grid(scales, zero_points, spec.bits, block)
+
+
+def find_least_squares_grid(
+    weight: Tensor, spec: WeightSpec, scale_dtype: torch.dtype = torch.float32, importance: Tensor | None = None
+) -> Grid:
+    """The grid of two or three levels of least squared error to a weight [N, K], each column weighted by its
+    `importance` [K] >= 0; all count alike where it is None. Raises as `find_grid` does."""
+    assert spec.levels is not None
+    _check_weight(weight)
+    block = resolve_block_size(weight.shape[1], spec.group_size)
+    source = weight.detach().to(torch.float32)
+    columns = torch.ones_like(source[:1]) if importance is None else importance[None].to(source)
+    pairs = zip(split_groups(source, block), split_groups(columns, block), strict=True)
+    fits = [_least_squares(groups, share, spec.levels, scale_dtype) for (groups, _), (share, _) in pairs]
+    scales = torch.cat(fits, dim=1)
+    _check_finite(weight, scales, scale_dtype)
+    return Grid(scales, None, spec.bits, block, spec.levels)
+
+
+def _least_squares(groups: Tensor, share: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
+    """The scale of groups [N, g, B], of which each element counts by its `share`: [N, g].
+
+    Where S are the elements that get +-scale and the others 0, the best scale is the mean of |w| over S, and takes
+    (sum of share |w|)^2 / (sum of share) off the error. Codes are nearest where S are the largest magnitudes, so the
+    optimum is the best number of these (arXiv 1605.04711 approximates it). With two levels S is everything (arXiv
+    1603.05279).
+    """
+    sizes, order = groups.abs().sort(dim=-1, descending=True)
+    share = share.expand_as(groups).gather(-1, order).clamp_(min=1e-12)
+    total = share.cumsum(-1)
+    # Sums of squares of the largest numbers would overflow.
+    unit = sizes[..., :1].clamp(min=torch.finfo(torch.float32).smallest_normal)
+    weighted = (sizes / unit).mul_(share).cumsum(-1)
+    if levels == 3:
+        best = (weighted / total.sqrt()).argmax(-1, keepdim=True)
+        weighted, total = weighted.gather(-1, best), total.gather(-1, best)
+    scale = weighted[..., -1] / total[..., -1] * unit[..., 0]
+    # Two levels are never 0: in a group of zeros they are as small as can be.
+    return round_scales(torch.where(scale == 0, torch.finfo(dtype).smallest_normal, scale), dtype)
 
 
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
@@ -122,8 +168,7 @@ def quantize(weight: Tensor, grid: Grid) -> Tensor:
     for (groups, of), (target, _) in zip(
         split_groups(source, grid.block_size), split_groups(codes, grid.block_size), strict=True
     ):
-        steps = (groups / grid.scales[:, of, None]).round_()
-        target.copy_(steps.add_(zeros[:, of, None]).clamp_(0, 2**grid.bits - 1))
+        target.copy_(grid.codes.nearest(groups / grid.scales[:, of, None], zeros[:, of, None]))
     return codes
 
 
@@ -155,6 +200,8 @@ def fake_quantize(
     _check_weight(weight)
     if gradient not in ("identity", "range"):
         raise ConfigError(f'gradient={gradient!r}: accepted are "identity" and "range"')
+    if spec.levels is not None:
+        return _fake_quantize_few(weight.float(), spec, spec.levels, gradient, scale_dtype).to(weight.dtype)
     # Casts and copies stay outside, so that autograd owns them.
     apply: Callable[..., Tensor] = _FakeQuantize.apply
     rounded = apply(weight.to(torch.float32).contiguous(), spec, gradient, scale_dtype)
@@ -270,6 +317,25 @@ def _add_where_equal(out: Tensor, weight: Tensor, bound: Tensor, amount: Tensor,
     out.addcmul_(work, share[..., None])
 
 
+def _fake_quantize_few(weight: Tensor, spec: WeightSpec, levels: int, gradient: Gradient, dtype: torch.dtype) -> Tensor:
+    """`fake_quantize` to two or three levels: what is kept passes its gradient on as it is, what is clipped to its
+    scale, and that to the elements that it is the mean of."""
+    codes, middle = Codes.of(spec.bits, levels), torch.tensor(2.0 ** (spec.bits - 1))
+    results = []
+    for groups, _ in split_groups(weight, resolve_block_size(weight.shape[1], spec.group_size)):
+        with torch.no_grad():
+            scale = _least_squares(groups, torch.ones_like(groups[:1, :1]), levels, dtype)[..., None]
+            near = codes.round(groups / scale, middle)
+            kept = near == near.clamp(codes.first, codes.last)
+            signs = near.clamp_(codes.first, codes.last).sub_(middle)
+            rounded = signs * scale
+            error = torch.where(kept, signs - groups / scale, signs)
+        moving = (signs / signs.square().sum(-1, keepdim=True).clamp(min=1) * groups).sum(-1, keepdim=True)
+        through = (groups,) if gradient == "identity" else (kept * groups, error * moving)
+        results.append(sum((part - part.detach() for part in through), rounded).flatten(1))
+    return torch.cat(results, dim=1)
+
+
 def split_groups(matrix: Tensor, block: int) -> Iterator[tuple[Tensor, slice]]:
     """Views [N, g, B] of [N, K], and the blocks they are: the whole blocks, then the shorter last one."""
     k = matrix.shape[1]
@@ -290,6 +356,14 @@ def _tiles(matrix: Tensor, block: int) -> Iterator[Tensor]:
 def _check_weight(weight: Tensor) -> None:
     if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise InputError(f"weight {tuple(weight.shape)} {weight.dtype}: accepted are floating-point [N, K], not empty")
+
+
+def _check_finite(weight: Tensor, values: Tensor, scale_dtype: torch.dtype) -> None:
+    if not bool(values.isfinite().all()):
+        raise NumericsError(
+            f"weight {tuple(weight.shape)}: NaN or infinity in the weight, its {scale_dtype} scales or the values "
+            "of its codes; accepted are finite numbers"
+        )
 
 
 def _check_grid(matrix: Tensor, grid: Grid) -> None:

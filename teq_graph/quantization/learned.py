@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teq_graph.quantization.codes import Codes
 from teq_graph.quantization.grid import TILE, Grid, round_scales
 
 MARGIN = 0.01
@@ -39,6 +40,7 @@ class LearnedWeight:
     bits: int
     block_size: int
     scale_dtype: torch.dtype
+    levels: int | None = None
 
     @classmethod
     def start(cls, weight: Tensor, codes: Tensor, grid: Grid, scale_dtype: torch.dtype) -> LearnedWeight:
@@ -46,7 +48,8 @@ class LearnedWeight:
         zero = grid.zero_points_as_float()
         value = _grouped(codes.to(torch.float32), grid.block_size) - zero[..., None]
         latent = _grouped(weight.detach().to(torch.float32), grid.block_size) / grid.scales[..., None]
-        latent = latent.clamp(value - (0.5 - MARGIN), value + (0.5 - MARGIN))
+        reach = grid.codes.step / 2 - MARGIN
+        latent = latent.clamp(value - reach, value + reach)
         latent.view(len(weight), -1)[:, weight.shape[1] :] = 0
         return cls(
             latent,
@@ -58,6 +61,7 @@ class LearnedWeight:
             grid.bits,
             grid.block_size,
             scale_dtype,
+            grid.levels,
         )
 
     def value(self) -> Tensor:
@@ -66,19 +70,19 @@ class LearnedWeight:
         scale = self.step * self.log_scale.exp()
         scale = scale + (round_scales(scale.detach(), self.scale_dtype) - scale.detach())
         apply: Callable[..., Tensor] = _Quantize.apply
-        value = apply(self.latent, self.log_scale, scale, self.zero, self.bits)
+        value = apply(self.latent, self.log_scale, scale, self.zero, Codes.of(self.bits, self.levels))
         return value.flatten(1)[:, : self.k]
 
     @torch.no_grad()
     def result(self) -> tuple[Tensor, Grid]:
         """Codes uint8 [N, K] and their grid: `dequantize` of them is `value`."""
         scales = round_scales(self.step * self.log_scale.exp(), self.scale_dtype)
-        last = 2**self.bits - 1
-        zero = self.zero.round().clamp(0, last)
-        codes = (self.latent * torch.exp(-self.log_scale)[..., None]).round_().add_(zero[..., None]).clamp_(0, last)
+        codes = Codes.of(self.bits, self.levels)
+        zero = self.zero.round().clamp(codes.first, codes.last)
+        nearest = codes.nearest(self.latent * torch.exp(-self.log_scale)[..., None], zero[..., None])
         zero_points = None if self.symmetric else zero.to(torch.uint8)
-        grid = Grid(scales, zero_points, self.bits, self.block_size)
-        return codes.flatten(1)[:, : self.k].to(torch.uint8), grid
+        grid = Grid(scales, zero_points, self.bits, self.block_size, self.levels)
+        return nearest.flatten(1)[:, : self.k].to(torch.uint8), grid
 
 
 def _grouped(matrix: Tensor, block: int) -> Tensor:
@@ -98,16 +102,16 @@ class _Quantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, log_scale: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-        shrink, last = torch.exp(-log_scale), 2**bits - 1
-        zero = zero.round().clamp_(0, last)
+    def forward(ctx: Any, latent: Tensor, log_scale: Tensor, scale: Tensor, zero: Tensor, codes: Codes) -> Tensor:
+        shrink = torch.exp(-log_scale)
+        zero = zero.round().clamp_(codes.first, codes.last)
         value = torch.empty_like(latent)
         for rows in _row_runs(latent):
             z, target = zero[rows, :, None], value[rows]
             torch.mul(latent[rows], shrink[rows, :, None], out=target)
-            target.round_().add_(z).clamp_(0, last).sub_(z).mul_(scale[rows, :, None])
+            codes.nearest(target, z).sub_(z).mul_(scale[rows, :, None])
         ctx.save_for_backward(latent, shrink, scale, zero, value)
-        ctx.last = last
+        ctx.codes = codes
         return value
 
     @staticmethod
@@ -120,8 +124,8 @@ class _Quantize(torch.autograd.Function):
             g, s, out = grad[rows], scale[rows], to_latent[rows]
             # Which are kept is computed again, as floats: comparing into booleans, and multiplying by them, is not
             # vectorised.
-            codes = (latent[rows] * shrink[rows, :, None]).round_().add_(zero[rows, :, None])
-            torch.eq(codes.clamp(0, ctx.last), codes, out=out).mul_(g)
+            codes = ctx.codes.round(latent[rows] * shrink[rows, :, None], zero[rows, :, None])
+            torch.eq(codes.clamp(ctx.codes.first, ctx.codes.last), codes, out=out).mul_(g)
             to_zero[rows] = s * (out.sum(-1) - g.sum(-1))
             to_scale[rows] = (g * value[rows]).sum(-1) / s
             out.mul_((s * shrink[rows])[..., None])

@@ -34,12 +34,12 @@ def _move(node: Node, trace: Trace) -> Labels | None:
 
 
 def _keep(node: Node, trace: Trace) -> Labels | None:
-    """Same shape out as in: casts between floating-point types, copies, positively homogeneous functions."""
+    """Copies, casts between floating-point types and functions with f(s x) = s f(x): labels stay as they are."""
     return trace.labels_of(node.args[0]) if trace.values.env[node].is_floating_point() else None
 
 
 def _index(node: Node, trace: Trace) -> Labels | None:
-    """Where the indices depend on the inputs, they may pick only along dimensions that share one scale."""
+    """Run on the labels; indices that depend on the inputs may pick only along dimensions that share one scale."""
     values = arguments_of(node)
     labels = trace.labels_of(values["self"])
     if labels is None:
@@ -67,12 +67,14 @@ def _is_fixed(node: Node) -> bool:
 
 
 def _get_item(node: Node, trace: Trace) -> Labels | None:
+    """One result of an op that has several."""
     source, index = operands_of(node)
     item = trace.labels[source][index]
     return item if item is not None else torch.full(trace.values.env[node].shape, -1)
 
 
 def _pad(node: Node, trace: Trace) -> Labels | None:
+    """Padding with zeros, which carry no label."""
     values = arguments_of(node)
     labels = trace.labels_of(values["self"])
     if labels is None or values["value"] not in (0, None) or values.get("mode", "constant") != "constant":
@@ -81,7 +83,7 @@ def _pad(node: Node, trace: Trace) -> Labels | None:
 
 
 def _concatenate(node: Node, trace: Trace) -> Labels | None:
-    """Unlabelled parts stay unlabelled, except a cached tensor that this very op prolongs."""
+    """Parts keep their labels; a cached tensor that this very op prolongs takes those of what is appended."""
     parts, dim = arguments_of(node)["tensors"], arguments_of(node)["dim"]
     grown = grown_cache(node, trace)
     result = []
@@ -137,6 +139,7 @@ def _multiply(node: Node, trace: Trace) -> Labels | None:
 
 
 def _divide(node: Node, trace: Trace) -> Labels | None:
+    """A labelled numerator over an unlabelled divisor."""
     numerator = trace.labels_of(node.args[0])
     if numerator is None or trace.labels_of(node.args[1]) is not None:
         return None
@@ -144,7 +147,7 @@ def _divide(node: Node, trace: Trace) -> Labels | None:
 
 
 def _add(node: Node, trace: Trace) -> Labels | None:
-    """Two values with the same labels; or a constant, which is then scaled along."""
+    """Two values with the same labels; or a labelled one and a constant, which is then divided along."""
     shape = trace.values.env[node].shape
     a, b = operands_of(node)[:2]
     labels_a, labels_b = trace.labels_of(a), trace.labels_of(b)
@@ -164,6 +167,11 @@ def _add(node: Node, trace: Trace) -> Labels | None:
     return labels.expand(shape)
 
 
+def _subtract(node: Node, trace: Trace) -> Labels | None:
+    """As adding, but for a constant that is subtracted from."""
+    return None if is_tensor_constant(node.args[0]) else _add(node, trace)
+
+
 def _reduce_to(labels: Tensor, shape: torch.Size) -> Tensor | None:
     """The labels of a tensor of `shape` that broadcasts to `labels`, where they agree over the broadcast."""
     lead = labels.dim() - len(shape)
@@ -173,6 +181,7 @@ def _reduce_to(labels: Tensor, shape: torch.Size) -> Tensor | None:
 
 
 def _masked_fill(node: Node, trace: Trace) -> Labels | None:
+    """A labelled value filled with zeros, where an unlabelled mask says."""
     labels = trace.labels_of(node.args[0])
     if labels is None or node.args[2] != 0 or trace.labels_of(node.args[1]) is not None:
         return None
@@ -180,6 +189,7 @@ def _masked_fill(node: Node, trace: Trace) -> Labels | None:
 
 
 def _where(node: Node, trace: Trace) -> Labels | None:
+    """Two branches with the same labels, or one and zeros, chosen by an unlabelled condition."""
     condition, *branches = operands_of(node)
     if trace.labels_of(condition) is not None:
         return None
@@ -271,7 +281,7 @@ RULES: dict[Any, Rule] = {
     aten.div.Tensor: _divide,
     aten.div.Scalar: _divide,
     aten.add.Tensor: _add,
-    aten.sub.Tensor: lambda node, trace: None if is_tensor_constant(node.args[0]) else _add(node, trace),
+    aten.sub.Tensor: _subtract,
     aten.masked_fill.Scalar: _masked_fill,
     aten.where.self: _where,
     aten.where.ScalarOther: _where,

@@ -44,6 +44,10 @@ def quantize(
         int, typer.Option(metavar="N", help=f"Input channels that share a scale: {GROUP_SIZES}; -1 is all of them.")
     ] = QuantizationConfig.group_size,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Without zero points.")] = False,
+    levels: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Experimental: 3 (ternary) or 2 (binary), for --bits 2 --symmetric."),
+    ] = None,
     lm_head: LmHead = False,
     embedding: Embedding = False,
     skip: Skip = None,
@@ -119,7 +123,15 @@ def quantize(
     for calibration.
     """
     quantization = QuantizationConfig(
-        bits, group_size, symmetric, lm_head, tuple(skip or ()), options.overrides(override), target_bits, embedding
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        quantize_lm_head=lm_head,
+        skip=tuple(skip or ()),
+        overrides=options.overrides(override),
+        target_bits=target_bits,
+        quantize_embedding=embedding,
+        levels=levels,
     )
     trained = {
         "objective": objective,

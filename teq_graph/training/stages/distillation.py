@@ -6,6 +6,7 @@ model's own logits for a target, and gains and biases learning too.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
@@ -75,4 +76,4 @@ class _ScaledCodes:
 
     def result(self) -> tuple[Tensor, Grid]:
         scales = round_scales(self.grid.scales * self.log_scale.exp(), self.dtype)
-        return self.codes, Grid(scales, self.grid.zero_points, self.grid.bits, self.grid.block_size)
+        return self.codes, dataclasses.replace(self.grid, scales=scales)
