@@ -13,6 +13,7 @@ from teq_graph.cli.commands.generate import generate
 from teq_graph.cli.commands.inspect import inspect
 from teq_graph.cli.commands.quantize import quantize
 from teq_graph.cli.commands.serve import serve
+from teq_graph.cli.commands.transform import transform
 
 # click's base of all errors of usage; typer has it under different names from version to version
 UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -33,7 +34,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-for command in (inspect, quantize, generate, serve, evaluate):
+for command in (inspect, quantize, transform, generate, serve, evaluate):
     app.command()(command)
 
 
