@@ -170,7 +170,7 @@ def check_linears(names: Iterable[str], model: Any, quantization: QuantizationCo
                 raise format_.refusal(f"{name} is a Conv1D of transformers", "torch.nn.Linear")
             if not isinstance(module, nn.Linear) or (module is head and not quantization.quantize_lm_head):
                 continue
-            if module is head and model.config.tie_word_embeddings:
+            if module is head and module.weight is model.get_input_embeddings().weight:
                 raise format_.refusal(f"{name} is tied to the embedding", "a projection of its own, or one in float")
             spec = quantization.spec_for(f"{name}.weight")
             if spec is None and isinstance(format_, GPTQ):

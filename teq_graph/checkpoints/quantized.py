@@ -106,8 +106,7 @@ def _quantized_linears(
         if module is None or spec is None or shared[id(module.weight)] > 1:
             raise form.refusal(f"{name} is no weight of one torch.nn.Linear", "models in which each has its own")
         codes, scales, zero_points = (
-            None if values[part] is None else node_tensor(values[part]).cpu()
-            for part in ("b", "scales", "zero_points")
+            None if values[part] is None else node_tensor(values[part]).cpu() for part in ("b", "scales", "zero_points")
         )
         assert codes is not None and scales is not None
         weight = QuantizedWeight(

@@ -142,14 +142,12 @@ def quantize(
     measured = options.text(text, tokens) if evaluate else None
     watch = console.Stopwatch()
     with reserved(output, overwrite):
+        from teq_graph.checkpoints.formats import check_linears, check_quantization
         from teq_graph.loading import load_model
 
+        check_quantization(formats, quantization)
         loaded = load_model(model)
-        if formats:
-            from teq_graph.checkpoints.formats import check_linears, check_quantization
-
-            check_quantization(formats, quantization)
-            check_linears(formats, loaded.model, quantization)
+        check_linears(formats, loaded.model, quantization)
         if training is not None:
             options.check_trainable(loaded, calibration)
         ids = None if measured is None or loaded.tokenizer is None else options.tokenize(loaded.tokenizer, measured)
