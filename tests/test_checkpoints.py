@@ -275,6 +275,7 @@ def test_a_transformed_model_is_an_ordinary_one(dtype: str | None, error: float,
     assert ("lm_head.weight" in tensors) != tied
     assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype or 'float32'}"}
     assert transformed.dtype == torch.float32
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     loaded = load_model(out)
     assert loaded.stored_dtype == (dtype or "float32")
     assert {*dict(loaded.model.named_parameters())} == {*dict(model.named_parameters())}

@@ -66,6 +66,9 @@ def write_directory(
             model.save_pretrained(staging, state_dict=state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
+        for file in staging.glob("*.safetensors"):
+            # safetensors makes files for the owner alone; these are as readable as their folder.
+            file.chmod(staging.stat().st_mode & 0o666)
         origin = {**known(None, model.config), **(provenance or {})}
         write_json(staging / CHECKPOINT, {"format_version": FORMAT_VERSION, **description, "provenance": origin})
     return target
