@@ -15,7 +15,7 @@ from teq_graph.capture import check_model
 from teq_graph.capture.pretrained import is_pretrained
 from teq_graph.checkpoints import FORMAT_VERSION
 from teq_graph.config import DTYPES, check_choice, check_type
-from teq_graph.errors import InputError, NumericsError, brief
+from teq_graph.errors import InputError, NumericsError, brief, one_line
 from teq_graph.loading import quiet_transformers
 from teq_graph.provenance import provenance as known
 from teq_graph.system.directories import CHECKPOINT, new_directory
@@ -60,10 +60,15 @@ def write_directory(
     """Write the tensors of `state` with the configuration of `model`."""
     check_type("directory", directory, (str, os.PathLike), "a path")
     check_type("overwrite", overwrite, bool, "True or False")
+    from safetensors import SafetensorError
+
     target = Path(directory)
     with new_directory(target, overwrite, CHECKPOINT) as staging:
         with quiet_transformers():
-            model.save_pretrained(staging, state_dict=state)
+            try:
+                model.save_pretrained(staging, state_dict=state)
+            except SafetensorError as error:  # a full disk is no OSError there
+                raise OSError(one_line(error)) from error
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
         for file in staging.glob("*.safetensors"):
