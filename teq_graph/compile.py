@@ -153,8 +153,8 @@ def transform(
     """A copy of `model`, of the same class and with the same float output, whose weights are easier to quantize.
 
     The scales are trained for `quantization` and folded into the copy's parameters; nothing is quantized.
-    The arguments are those of `compile`. The copy is input for any other quantizer; `checkpoints.save_float` writes one
-    of transformers with its tokenizer.
+    The arguments are those of `compile`. The copy is input for any other quantizer; `save_float` of
+    `teq_graph.checkpoints.directory` writes one of transformers with its tokenizer.
 
     Raises ConfigError where there is no scale to train: no equivalence is found, or none whose tensors are parameters.
     """
