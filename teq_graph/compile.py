@@ -155,22 +155,58 @@ def transform(
     """A copy of `model`, of the same class and with the same float output, whose weights are easier to quantize.
 
     The scales are trained for `quantization` and folded into the copy's parameters; nothing is quantized.
-    The arguments are those of `compile`. The copy is input for any other quantizer.
+    The arguments are those of `compile`. The copy is input for any other quantizer; `save_float` of
+    `teq_graph.checkpoints.directory` writes one of transformers with its tokenizer.
+
+    Raises ConfigError where there is no scale to train: no equivalence is found, or none whose tensors are parameters.
     """
+    return transform_with_sites(
+        model, example_inputs, dynamic_shapes, calibration, quantization, training, tokenizer
+    ).model
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformed:
+    """A transformed model, what was folded into it, and how many equivalences more its graph has."""
+
+    model: nn.Module
+    report: Report
+    left: int
+
+
+def transform_with_sites(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    calibration: Any = None,
+    quantization: QuantizationConfig = QuantizationConfig(),
+    training: TrainingConfig = TrainingConfig(),
+    tokenizer: Any = None,
+) -> Transformed:
+    """What `transform` does, with what was learned."""
     check_type("training", training, TrainingConfig, "a TrainingConfig, as trained scales are all that changes")
     _check_arguments(quantization, tokenizer, calibration)
     check_model(model)  # before it is copied
     result = copy.deepcopy(model)
     analysis = analyze(result, example_inputs, dynamic_shapes, quantization)
     captured = analysis.captured
-    found = tuple(e for e in analysis.findings.equivalences if can_write_back(captured.graph_module, e, result))
-    if found:
-        batches = calibration_batches(calibration, captured, training, tokenizer, example_inputs)
-        if quantization.target_bits is not None:
-            analysis = with_chosen_bits(analysis, batches, quantization.target_bits, training.seed)
-        Trainer(captured, found, analysis.specs, batches, dataclasses.replace(training, stages=("teq",))).run()
-        write_back(captured.graph_module, found, result)
-    return result
+    sites = analysis.findings.equivalences
+    found = tuple(e for e in sites if can_write_back(captured.graph_module, e, result))
+    if not found:
+        name, count = type(model).__name__, len(sites)
+        why = f"none of its {count} equivalences is over parameters alone" if sites else "it has no equivalence"
+        raise ConfigError(
+            f"{name}: {why}, so there is no scale to train; accepted are models that inspect finds some in"
+        )
+    if not analysis.specs:
+        raise ConfigError("skip leaves no linear to quantize, for which scales could be trained; accepted are some")
+    batches = calibration_batches(calibration, captured, training, tokenizer, example_inputs)
+    if quantization.target_bits is not None:
+        analysis = with_chosen_bits(analysis, batches, quantization.target_bits, training.seed)
+    learned = Trainer(captured, found, analysis.specs, batches, dataclasses.replace(training, stages=("teq",))).run()
+    write_back(captured.graph_module, found, result)
+    report = Report(weights=(), sites=report_sites(learned.equivalences), blocks=learned.blocks)
+    return Transformed(result, report, len(sites) - len(found))
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces

@@ -37,11 +37,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode, its tokenizer where it has one, and a short name for reports."""
+    """A model in eval mode, its tokenizer where it has one, and a short name for reports.
+
+    `stored_dtype` is that of its weights in the files, where its configuration says so.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     name: str
+    stored_dtype: str | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -160,7 +164,7 @@ def _load(
     """
     with progress.task(f"Loading {name}"), quiet_transformers():
         try:
-            model = _load_weights(source, directory, dtype, where)
+            model, stored_dtype = _load_weights(source, directory, dtype, where)
         except ModelFileError:
             raise
         except Exception as error:  # transformers, safetensors, gguf and the hub raise whatever they like
@@ -177,10 +181,10 @@ def _load(
             except ModelFileError as error:
                 if tokenizer_expected or _CUSTOM_CODE in str(error):
                     raise
-    return LoadedModel(model, tokenizer, name)
+    return LoadedModel(model, tokenizer, name, stored_dtype)
 
 
-def _load_weights(source: str, directory: str, dtype: str, where: dict[str, Any]) -> PreTrainedModel:
+def _load_weights(source: str, directory: str, dtype: str, where: dict[str, Any]) -> tuple[PreTrainedModel, str | None]:
     import transformers
     from transformers import AutoConfig, PreTrainedConfig
 
@@ -189,6 +193,7 @@ def _load_weights(source: str, directory: str, dtype: str, where: dict[str, Any]
         check_layers(source, PreTrainedConfig.get_config_dict(directory, **where)[0])
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False, **where)
     _refuse_kernels(source, config)
+    stored_dtype = None if config.dtype is None else str(config.dtype).removeprefix("torch.")
     options: dict[str, Any] = {"config": config, "dtype": getattr(torch, dtype), "trust_remote_code": False, **where}
     if "gguf_file" in where:
         # plain weights, whatever kernels are installed; the config then holds no trace of the file's own
@@ -209,7 +214,7 @@ def _load_weights(source: str, directory: str, dtype: str, where: dict[str, Any]
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelFileError(f"model {source!r}: weight {missing[0]!r}{more} missing from the files")
     model.eval()
-    return model
+    return model, stored_dtype
 
 
 def _refuse_kernels(source: str, config: Any) -> None:

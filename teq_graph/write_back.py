@@ -46,6 +46,34 @@ def write_back(graph_module: GraphModule, equivalences: tuple[Equivalence, ...],
             parameters[source].copy_(value)
 
 
+def write_back_all(graph_module: GraphModule, model: nn.Module) -> None:
+    """Copy every float tensor of the graph that has changed since it was captured into the parameters of `model`.
+
+    Constants that several tensors went into are left out: their value does not tell what each would be.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    for name in sorted(names):
+        origin = Origin.of(graph_module, name)
+        if len(origin.sources) != 1 or origin.sources[0] not in parameters:
+            continue
+        parameter = parameters[origin.sources[0]]
+        value = _unfolded(graph_module, name)
+        if value is None or torch.equal(_folded(origin, parameter.detach()), get_tensor(graph_module, name)):
+            continue
+        with torch.no_grad():
+            parameter.copy_(value)
+
+
+def _folded(origin: Origin, source: Tensor) -> Tensor:
+    """What the graph's constant is for this value of its one source."""
+    value = source
+    for target, args, kwargs in origin.steps or ():
+        place = args.index(None)
+        value = target(*args[:place], value, *args[place + 1 :], **kwargs)
+    return value
+
+
 def _unfolded(graph_module: GraphModule, name: str) -> Tensor | None:
     """The value of its source that gives the graph's tensor `name`; None where it cannot be told."""
     steps = Origin.of(graph_module, name).steps

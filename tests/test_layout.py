@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
     {"calibration", "provenance", "reporting"},
     {"training"},
     {"compiled", "estimate", "onnx"},
+    {"checkpoints"},
     {"compile", "serving"},
     {"cli"},
 ]

@@ -14,6 +14,7 @@ from teq_graph.cli.commands.inspect import inspect
 from teq_graph.cli.commands.quantize import quantize
 from teq_graph.cli.commands.report import report
 from teq_graph.cli.commands.serve import serve
+from teq_graph.cli.commands.transform import transform
 
 # click's base of all errors of usage; typer has it under different names from version to version
 UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -34,7 +35,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-for command in (inspect, quantize, report, generate, serve, evaluate):
+for command in (inspect, quantize, transform, report, generate, serve, evaluate):
     app.command()(command)
 
 

@@ -127,8 +127,8 @@ def check_calibration(calibration: str | None, text: Path | None) -> None:
         )
 
 
-def check_trainable(loaded: LoadedModel, calibration: str | None) -> None:
-    """Refuse a model that has no text to calibrate on."""
+def check_trainable(loaded: LoadedModel, calibration: str | None, otherwise: str = "--method rtn") -> None:
+    """Refuse a model that has no text to calibrate on; `otherwise` works without one, empty where nothing does."""
     if calibration is None and not loaded.is_causal:
         kind = type(loaded.model).__name__
         reason = f"is a {kind}, and only a causal language model writes text to calibrate on"
@@ -136,7 +136,8 @@ def check_trainable(loaded: LoadedModel, calibration: str | None) -> None:
         reason = "has no tokenizer to read --calibration with"
     else:
         return
-    accepted = "--method rtn" if loaded.tokenizer is None else "--calibration FILE and --method rtn"
+    ways = [*(["--calibration FILE"] if loaded.tokenizer is not None else []), *filter(None, [otherwise])]
+    accepted = " and ".join(ways) or "nothing; in Python, token tensors"
     raise ConfigError(f"model {loaded.name!r} {reason}; on the command line, accepted for it: {accepted}")
 
 

@@ -21,7 +21,7 @@ class Quantized:
     """A directory that was written, and what is known of it so far.
 
     `perplexity`: {"values": {of what: value}, "text", "tokens", "context"}, why there is none, or None where none was
-    asked for. `saved`: where the compiled model was saved as well.
+    asked for. `saved`: where the compiled model was saved as well. `formats`: where the codes were, by format.
     """
 
     model: str
@@ -33,6 +33,7 @@ class Quantized:
     watch: console.Stopwatch
     perplexity: dict[str, Any] | str | None = None
     saved: Path | None = None
+    formats: dict[str, Path] = dataclasses.field(default_factory=dict)
 
     def show(self, as_json: bool) -> None:
         """Print it."""
@@ -53,6 +54,7 @@ class Quantized:
             "model": self.model,
             "output": str(self.output),
             "compiled": None if self.saved is None else str(self.saved),
+            "formats": {name: str(path) for name, path in self.formats.items()},
             "bytes_before": report.bytes_before,
             "bytes_on_disk": sum(sizes.values()),
             "files": sizes,
@@ -88,6 +90,7 @@ class Quantized:
             lines += [("perplexity", values), ("", f"{where}; context {self.perplexity['context']}")]
         if self.saved is not None:
             lines.append(("compiled", f"{console.path(self.saved)}, for teq_graph.load"))
+        lines += [(name, f"{console.path(path)}, for transformers") for name, path in self.formats.items()]
         return [*lines, ("time", str(self.watch))]
 
     def _attention(self) -> dict[str, Any] | None:

@@ -62,6 +62,15 @@ def unpack_zero_points(packed: Tensor, bits: int, blocks: int) -> Tensor:
     return _unpack(padded, bits)[:, :blocks]
 
 
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes uint8 [R, C] to int32 [R, ceil(C * bits / 32)]: each row is one bit stream, and ends in zero bits."""
+    _check_bits(bits)
+    rows, columns = codes.shape
+    padded = torch.zeros(rows, -(-columns // 32) * 32, dtype=torch.uint8, device=codes.device)
+    padded[:, :columns] = codes
+    return _pack(padded, bits).view(torch.int32)[:, : -(-columns * bits // 32)].contiguous()
+
+
 def _pack(codes: Tensor, bits: int) -> Tensor:
     """[N, 8m] codes -> [N, m * bits] bytes."""
     # A fresh tensor: the caller's is not written to, and int64 may start only at multiples of 8.

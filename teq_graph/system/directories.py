@@ -28,9 +28,10 @@ from teq_graph.errors import ExportError, one_line
 from teq_graph.system.files import read_json, shown, write_json
 from teq_graph.system.manifest import FILES, entries_of, list_files, walk
 
-EXPORTED, SAVED = "teq_graph.json", "compiled.json"
-DESCRIPTIONS = (EXPORTED, SAVED)
-"""The files that describe a directory of ours, and list its files: of an exported one, and of a saved one."""
+EXPORTED, SAVED, CHECKPOINT = "teq_graph.json", "compiled.json", "checkpoint.json"
+DESCRIPTIONS = (EXPORTED, SAVED, CHECKPOINT)
+"""The files that describe a directory of ours, and list its files: of an exported one, of a saved one, and of one in a
+form that other packages read."""
 
 _LOCK, _NEW, _OLD = "lock", "new", "old"
 

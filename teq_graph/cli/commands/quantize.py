@@ -11,10 +11,32 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import teq_graph
+from teq_graph.checkpoints import FORMATS
 from teq_graph.cli import console, opening, options
 from teq_graph.cli.outcome import Quantized
-from teq_graph.cli.parameters import Embedding, Json, LmHead, Model, Skip, TextFile, Tokens
-from teq_graph.config import ACCURACY_LEVELS, BITS, DTYPES, GROUP_SIZES, STAGES, QuantizationConfig, TrainingConfig
+from teq_graph.cli.parameters import (
+    BatchSize,
+    Bits,
+    Calibration,
+    Embedding,
+    GroupSize,
+    Init,
+    Json,
+    Length,
+    LmHead,
+    Model,
+    Objective,
+    Override,
+    Samples,
+    Seed,
+    Skip,
+    Steps,
+    Symmetric,
+    TargetBits,
+    TextFile,
+    Tokens,
+)
+from teq_graph.config import ACCURACY_LEVELS, DTYPES, STAGES, QuantizationConfig, TrainingConfig
 from teq_graph.errors import ConfigError, ExportError
 from teq_graph.system import progress
 from teq_graph.system.directories import reserved
@@ -26,24 +48,14 @@ if TYPE_CHECKING:
 COMPILED_DIRECTORY = "compiled"
 
 
-def _default(name: str) -> str:
-    """What the help says of an option whose default is TrainingConfig's."""
-    return f"[default: {getattr(TrainingConfig, name)}]"
-
-
 def quantize(
     context: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write.")],
-    bits: Annotated[int, typer.Option(metavar="N", help=f"Bits of a weight: {BITS}.")] = QuantizationConfig.bits,
-    target_bits: Annotated[
-        float | None,
-        typer.Option(metavar="N", help="Instead, bits for each linear by what it does to the loss, N on average."),
-    ] = None,
-    group_size: Annotated[
-        int, typer.Option(metavar="N", help=f"Input channels that share a scale: {GROUP_SIZES}; -1 is all of them.")
-    ] = QuantizationConfig.group_size,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="Without zero points.")] = False,
+    bits: Bits = QuantizationConfig.bits,
+    target_bits: TargetBits = None,
+    group_size: GroupSize = QuantizationConfig.group_size,
+    symmetric: Symmetric = False,
     levels: Annotated[
         int | None,
         typer.Option(metavar="N", help="Experimental: 3 (ternary) or 2 (binary), for --bits 2 --symmetric."),
@@ -51,12 +63,7 @@ def quantize(
     lm_head: LmHead = False,
     embedding: Embedding = False,
     skip: Skip = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN:…", help="As in '*.mlp.*:bits=8,group_size=32'; repeatable, the last match wins."
-        ),
-    ] = None,
+    override: Override = None,
     preset: Annotated[
         str,
         typer.Option(
@@ -70,32 +77,14 @@ def quantize(
             help=f"rtn only rounds; else any of {', '.join(STAGES)} joined by +.  [default: the preset's]",
         ),
     ] = None,
-    objective: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"block or model.  {_default('objective')}")
-    ] = None,
-    init: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"ones, weight or activation.  {_default('init')}")
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", help=f"Training steps of each block.  {_default('steps')}"),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Text file or data set NAME[:CONFIG]:SPLIT.  [default: the model's own samples]"
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Calibration sequences.  {_default('samples')}")
-    ] = None,
-    length: Annotated[int | None, typer.Option(metavar="N", help=f"Tokens of each.  {_default('length')}")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Sequences per step.  {_default('batch_size')}")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Seed of sampling and training.  {_default('seed')}")
-    ] = None,
+    objective: Objective = None,
+    init: Init = None,
+    steps: Steps = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    length: Length = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
     dtype: Annotated[
         str,
         typer.Option(metavar="NAME", help="Of what stays in float: float32, float16 or bfloat16."),
@@ -103,6 +92,14 @@ def quantize(
     accuracy_level: Annotated[
         int, typer.Option(metavar="0-4", help="MatMulNBits computes in int8 at 4, in float32 at 1.")
     ] = 4,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help=f"Also write OUT/NAME, safetensors for transformers: {' or '.join(FORMATS)}; repeatable.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if quantize wrote it before.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it will take, as the first block tells, and stop there.")
@@ -144,6 +141,9 @@ def quantize(
     }
     options.check_choice("dtype", dtype, DTYPES)
     options.check_choice("accuracy-level", accuracy_level, ACCURACY_LEVELS)
+    formats = list(dict.fromkeys(formats or ()))
+    for name in formats:
+        options.check_choice("format", name, FORMATS)
     training = options.training(preset, method, {"calibration": calibration, **trained})
     if training is None and target_bits is not None:
         raise ConfigError(f"--target-bits {target_bits}: no effect with --method {method}, which calibrates nothing")
@@ -154,9 +154,12 @@ def quantize(
     measured = options.text(text, tokens) if evaluate else None
     watch = console.Stopwatch()
     with reserved(output, overwrite):
+        from teq_graph.checkpoints.formats import check_linears, check_quantization
         from teq_graph.loading import load_model
 
+        check_quantization(formats, quantization)
         loaded = load_model(model)
+        check_linears(formats, loaded.model, quantization)
         if training is not None:
             options.check_trainable(loaded, calibration)
         ids = None if measured is None or loaded.tokenizer is None else options.tokenize(loaded.tokenizer, measured)
@@ -177,21 +180,33 @@ def quantize(
         if dry_run:
             estimate.show(output, as_json)
             return
+        if "gptq" in formats:
+            from teq_graph.checkpoints.quantized import round_scales
+
+            round_scales(compiled)  # before anything is written: all formats hold the same values
         watch.lap("quantize")
-        known = {"command": shlex.join(["teq-graph", *context.obj]), "preset": None if training is None else preset}
         with progress.task("Exporting to ONNX"):
             from teq_graph.provenance import describe_source
 
+            provenance = {
+                "source": describe_source(loaded, model),
+                "command": shlex.join(["teq-graph", *context.obj]),
+                "preset": None if training is None else preset,
+            }
             compiled.export_onnx(
                 output,
                 dtype=cast(Any, dtype),
                 accuracy_level=accuracy_level,
                 overwrite=overwrite,
-                provenance={"source": describe_source(loaded, model), **known},
+                provenance=provenance,
             )
         watch.lap("export")
         result = Quantized(loaded.name, str(loaded.model.dtype), output, compiled, training, calibration, watch)
         try:
+            for name in formats:
+                result.formats[name] = _save_codes(compiled, loaded.model, output, name, provenance)
+            if formats:
+                watch.lap("formats")
             if measured is not None and ids is not None and compiled.captured.decoder is not None:
                 level = None if dtype == "bfloat16" else accuracy_level  # onnxruntime has it on GPUs only
                 result.perplexity = _perplexities(loaded.model, compiled, output, measured, ids, level)
@@ -250,6 +265,16 @@ def _save(compiled: teq_graph.CompiledModel, output: Path) -> Path:
             return compiled.save(output / COMPILED_DIRECTORY)
     except ExportError as error:
         raise ExportError(f"{output} is complete, but without {COMPILED_DIRECTORY}: {error}") from error
+
+
+def _save_codes(compiled: Any, model: Any, output: Path, name: str, provenance: dict[str, Any]) -> Path:
+    from teq_graph.checkpoints.quantized import save_codes
+
+    try:
+        with progress.task(f"Writing {name}"):
+            return save_codes(compiled, model, output / name, name, provenance=provenance)
+    except (ConfigError, ExportError) as error:
+        raise ExportError(f"{output} is complete, but without {name}: {error}") from error
 
 
 class _Stop(Exception):  # noqa: N818  nothing went wrong
