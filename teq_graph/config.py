@@ -29,18 +29,19 @@ STAGES = (*BLOCK_STAGES, "distill")
 TUNED = ("rounding", "group_scales", "zero_points", "floats")
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"stages": ("clip", "gptq")},
+    "fast": {"stages": ("teq", "clip", "gptq")},
     "default": {},
     "best": {
         "stages": ("teq", "clip", "gptq", "tune", "distill"),
-        "steps": 200,
-        "scale_steps": 50,
+        "steps": 120,
         "samples": 128,
-        "length": 512,
     },
 }
 """What `TrainingConfig.preset` sets."""
 
+
+SCALES_SHARE = 0.3
+"""Of the steps that tune a block: as many train its scales before."""
 
 MOST = 2**31 - 1
 """Of anything that is counted."""
@@ -251,7 +252,10 @@ class TrainingConfig:
     @property
     def steps_of_scales(self) -> int:
         """Steps that train the scales of a block."""
-        return self.steps if self.scale_steps is None else self.scale_steps
+        if self.scale_steps is not None:
+            return self.scale_steps
+        codes_follow = self.stages is None or any(stage in self.stages for stage in ("clip", "gptq", "tune"))
+        return math.ceil(SCALES_SHARE * self.steps) if codes_follow else self.steps
 
     @property
     def learns_by_block(self) -> bool:
@@ -263,7 +267,7 @@ class TrainingConfig:
         """The stages, those of the widest codes in `specs` being the default."""
         if self.stages is not None:
             return self.stages
-        return ("clip", "gptq", "tune") if any(spec.bits <= 4 for spec in specs) else ("clip", "gptq")
+        return ("teq", "clip", "gptq", "tune") if any(spec.bits <= 4 for spec in specs) else ("clip", "gptq")
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

@@ -11,7 +11,7 @@ shorter; nothing here sees padding. Grids of two or three `levels` use some of t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -48,6 +48,13 @@ class Grid:
     def codes(self) -> Codes:
         """The codes that may be used."""
         return Codes.of(self.bits, self.levels)
+
+    @classmethod
+    def cat(cls, grids: Sequence[Grid]) -> Grid:
+        """The grid of all rows, one after the other, of grids with the same codes and blocks."""
+        zeros = [grid.zero_points for grid in grids if grid.zero_points is not None]
+        scales = torch.cat([grid.scales for grid in grids])
+        return dataclasses.replace(grids[0], scales=scales, zero_points=torch.cat(zeros) if zeros else None)
 
     def zero_points_as_float(self) -> Tensor:
         """Zero points, float32 [N, nb], also where they are implied."""

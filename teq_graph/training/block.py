@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -121,6 +122,11 @@ class BlockTrainer:
         self.linear_errors = linear_errors.by_name
         return best, errors, least
 
+    def fast_products(self) -> AbstractContextManager[object]:
+        """Products that are as exact as the block's codes."""
+        names = set(self.tensors.linears.values())
+        return fast_products([get_tensor(self.graph_module, name) for name in names], [self.specs[n] for n in names])
+
     # ---------------------------------------------------------------------------------------------------- pieces
 
     def _use(self, choice: Choice, problem: BlockProblem) -> None:
@@ -132,7 +138,8 @@ class BlockTrainer:
 
     def _loss(self, nodes: Sequence[Node], constants: Mapping[Node, object], number: int) -> Tensor:
         env = {**self.values[number], **constants}
-        run(nodes, env)
+        with self.fast_products():
+            run(nodes, env)
         return relative_error([env[node] for node in self.block.outputs], self.target_of(number))
 
     def _problem(self, names: Sequence[str], floats: Sequence[str]) -> BlockProblem:
@@ -170,11 +177,10 @@ class BlockTrainer:
         # Nothing reads what comes after them, the block's last product mostly.
         inside = [index for index, node in enumerate(self.block.nodes) if node in sources]
         nodes = self.block.nodes[: max(inside, default=-1) + 1]
-        specs = [self.specs[name] for name in weights]
         moments: dict[Node, Tensor] = {}
         means: dict[Node, Tensor] = {}
         for values in self.values:
-            with torch.no_grad(), fast_products(weights.values(), specs):
+            with torch.no_grad(), self.fast_products():
                 env = advance(nodes, {**values, **constants}, sources)
             for source in sources:
                 read = env[source].reshape(-1, env[source].shape[-1]).float()

@@ -170,7 +170,7 @@ class Trainer:
                     report = self._train_block(trainer, scales[index], weights[index], index, by_block, samples)
                     self.reports.append(report)
                 constants = trainer.tensors.constants()
-                with torch.no_grad():
+                with torch.no_grad(), trainer.fast_products():
                     for number in range(len(values)):
                         after = advance(block.nodes, {**values[number], **constants}, kept[index])
                         values[number] = shared(after, values[0])

@@ -89,11 +89,17 @@ def clip(problem: BlockProblem, choice: Choice) -> Choice:
 
 
 def gptq(problem: BlockProblem, choice: Choice) -> Choice:
-    """GPTQ on the chosen grids."""
+    """GPTQ on the chosen grids, of all weights at once that read the same and have groups alike."""
+    alike: dict[tuple[int, WeightSpec], list[str]] = {}
+    for name in problem.weights:
+        alike.setdefault((id(problem.moments[name]), problem.specs[name]), []).append(name)
     codes = {}
-    for name, weight in problem.weights.items():
-        grid = choice.codes[name][1]
-        codes[name] = (quantization.gptq(weight, problem.moments[name], grid), grid)
+    for names in alike.values():
+        grids = [choice.codes[name][1] for name in names]
+        rows = torch.cat([problem.weights[name] for name in names])
+        chosen = quantization.gptq(rows, problem.moments[names[0]], Grid.cat(grids))
+        parts = chosen.split([len(grid.scales) for grid in grids])
+        codes |= {name: (part, grid) for name, part, grid in zip(names, parts, grids, strict=True)}
     return dataclasses.replace(choice, codes=codes)
 
 
@@ -126,8 +132,7 @@ def tune(
         return {**values, **{name: vector.value() for name, vector in floats.items()}}
 
     def loss_of(number: int) -> Tensor:
-        with fast_products(problem.weights.values(), problem.specs.values()):
-            return problem.loss_of(number, tensors())
+        return problem.loss_of(number, tensors())
 
     pace = (config.tuning_rate or LATENT_RATE) / LATENT_RATE
     learned = {
@@ -161,6 +166,8 @@ class LearnedVector:
 def fast_products(weights: Iterable[Tensor], specs: Iterable[WeightSpec]) -> contextlib.AbstractContextManager[object]:
     """Products in bfloat16 where the hardware has them and 8 significant bits are more than the codes have."""
     weights = tuple(weights)
+    if not weights:
+        return contextlib.nullcontext()
     device = weights[0].device.type
     has = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
     coarse = all(spec.bits <= 4 for spec in specs)
