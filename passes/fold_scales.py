@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -16,11 +18,14 @@ class FoldScales(GraphPass[tuple[Tensor, ...]]):
     """norm(x; w / s), linear(·; fake_quantize(W · s))   becomes   norm(x; w'), linear(·; W')
 
     with w' = w / s and W' = W · s as new tensors: the ops the graph had before `InsertScales`, in float.
+    Tensors in `left` stay as they are: their values come from elsewhere, and scaled copies of them all would be as
+    large as the model.
     The result's value holds the scales, one tensor [channels] for each equivalence.
     """
 
-    def __init__(self, inserted: InsertedScales) -> None:
+    def __init__(self, inserted: InsertedScales, left: Collection[str] = ()) -> None:
         self.inserted = inserted
+        self.left = left
 
     def call(self, graph_module: GraphModule) -> PassResult[tuple[Tensor, ...]]:
         learned = tuple(
@@ -29,7 +34,7 @@ class FoldScales(GraphPass[tuple[Tensor, ...]]):
         for name, scaled in self.inserted.scaled.items():
             result = self.inserted.quantized.get(name, scaled)
             source = scaled_tensor(scaled)
-            if scaled is not source:
+            if scaled is not source and name not in self.left:
                 with torch.no_grad():
                     folded = evaluate_constant(scaled)
                 if not torch.isfinite(folded).all():

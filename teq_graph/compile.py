@@ -236,9 +236,11 @@ def make_report(
     floats: Mapping[str, Tensor],
     stored: Mapping[str, QuantizedWeight],
 ) -> Report:
-    """What was done, from the linears of each block, and the weights in float, scales folded in, and as stored."""
+    """What was done, from the linears of each block, and the weights in float and as stored."""
     return Report(
-        weights=report_weights(analysis.weights, analysis.findings.scaled, floats, stored, result.linear_errors),
+        weights=report_weights(
+            analysis.weights, analysis.findings.scaled, floats, stored, result.weight_errors, result.linear_errors
+        ),
         sites=report_sites(result.equivalences),
         refusals=analysis.findings.refusals,
         blocks=result.blocks,

@@ -191,9 +191,10 @@ class TrainingConfig:
         distance to the float model's outputs for any other.
     `init`: `"ones"`, `"weight"` (1/sqrt of each input channel's largest weight, as in the paper) or
     `"activation"` (a search over powers of the mean activation magnitude, as AWQ does).
-    `steps` counts optimizer steps of each stage that trains (per block, but for the model objective and `"distill"`);
-    0 keeps the initial scales. `scale_steps` are those of the scales where they differ. `learning_rate` is that of the
-    scales; `tuning_rate` that of rounding, in codes per step, with the rates of all else that is tuned in proportion.
+    `steps` counts optimizer steps of each stage that trains (per block, but for the model objective and `"distill"`).
+    `scale_steps` are those of a block's scales: 0 keeps the initial ones, and None takes three tenths of `steps` where
+    codes are chosen after them, else all. `learning_rate` is that of the scales; `tuning_rate` that of rounding, in
+    codes per step, with the rates of all else that is tuned in proportion.
     `samples` and `length` shape the calibration set where it is cut from text or sampled.
     """
 
@@ -238,10 +239,10 @@ class TrainingConfig:
     def preset(cls, name: str, **options: Any) -> TrainingConfig:
         """A configuration by what it may cost, changed by `options`.
 
-        `"fast"` trains nothing: some two forward passes per calibration token and one Cholesky factor per linear.
-        `"default"` trains each block for 50 steps. `"best"` trains each block for 200 steps on four times the text and
-        then the whole model, which has to fit in memory with its gradients: tens of times the time of `"default"`, and
-        5 GB for a model of 135 million parameters on 4 rows of 256 tokens at a time.
+        `"fast"` trains a block's scales for 15 steps and chooses its codes. `"default"` then trains codes and grids
+        for 50. `"best"` trains each block for 36 and 120 steps on twice the text, and then the whole model, which has
+        to fit in memory with its gradients: several times the time of `"default"`, and 5 GB for a model of 135
+        million parameters on 4 rows of 256 tokens at a time.
         """
         check_choice("preset", name, tuple(PRESETS))
         accepted = [field.name for field in dataclasses.fields(cls)]

@@ -76,9 +76,9 @@ def insert_scales(equivalences: Sequence[Equivalence], specs: Mapping[str, Weigh
     return Phase("insert scales", (InsertScales(equivalences, specs),))
 
 
-def fold_scales(inserted: InsertedScales) -> Phase:
-    """After training: the same ops as before, over scaled weights."""
-    return Phase("fold scales", (FoldScales(inserted),))
+def fold_scales(inserted: InsertedScales, left: Collection[str]) -> Phase:
+    """After training: the same ops as before, over scaled weights, but for those `left` as they are."""
+    return Phase("fold scales", (FoldScales(inserted, left),))
 
 
 def quantize(

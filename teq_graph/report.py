@@ -291,16 +291,21 @@ def report_weights(
     scaled: Collection[str],
     floats: Mapping[str, Tensor],
     stored: Mapping[str, QuantizedWeight],
+    errors: Mapping[str, float],
     stages: Mapping[str, dict[str, float]],
 ) -> tuple[WeightReport, ...]:
-    """Errors and sizes of the planned weights: `floats` as they were, `stored` as they are kept, and the errors after
-    each of the `stages`, by name."""
-    reports = (_report_weight(weight, weight.name in scaled, floats[weight.name], stored) for weight in plan)
+    """Errors and sizes of the planned weights: `floats` as they were, `stored` as they are kept, their `errors` where
+    these are known already, and those after each of the `stages`, by name."""
+    reports = (_report_weight(weight, weight.name in scaled, floats[weight.name], stored, errors) for weight in plan)
     return tuple(dataclasses.replace(report, stages=stages.get(report.name, {})) for report in reports)
 
 
 def _report_weight(
-    weight: PlannedWeight, scaled: bool, original: Tensor, stored: Mapping[str, QuantizedWeight]
+    weight: PlannedWeight,
+    scaled: bool,
+    original: Tensor,
+    stored: Mapping[str, QuantizedWeight],
+    errors: Mapping[str, float],
 ) -> WeightReport:
     size = original.numel() * original.element_size()
     report = WeightReport(
@@ -308,7 +313,13 @@ def _report_weight(
     )
     if weight.spec is None:
         return report
-    kept, wanted = stored[weight.name], original.float()
+    kept, error = stored[weight.name], errors.get(weight.name)
+    error = weight_error(kept, original) if error is None else error
+    return dataclasses.replace(report, error=error, bytes_after=kept.nbytes)
+
+
+def weight_error(kept: QuantizedWeight, weight: Tensor) -> float:
+    """‖dequantized − weight‖ / ‖weight‖."""
     with torch.no_grad():
-        error = (kept.dequantize().to(wanted.device) - wanted).norm() / wanted.norm().clamp(min=1e-30)
-    return dataclasses.replace(report, error=float(error), bytes_after=kept.nbytes)
+        wanted = weight.float()
+        return float((kept.dequantize().to(wanted.device) - wanted).norm() / wanted.norm().clamp(min=1e-30))

@@ -111,6 +111,12 @@ def babyllama(data_dir: Path) -> LoadedModel:
     return load_model(data_dir / "models" / "babyllama-1m")
 
 
+@pytest.fixture
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training as on a processor without products in bfloat16, so that errors are those of a definition in float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedModel:
     """SmolLM2-135M-Instruct; shared by the tests of a session, so copy it before changing it."""

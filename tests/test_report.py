@@ -126,8 +126,9 @@ def test_the_graph_and_what_each_site_feeds(llama: teq_graph.CompiledModel) -> N
 
 def test_every_training_stage_has_its_curve(llama: teq_graph.CompiledModel) -> None:
     assert [list(block.curves) for block in llama.report.blocks] == [["teq", "tune"]] * 2
-    for curve in (curve for block in llama.report.blocks for curve in block.curves.values()):
-        assert (curve.steps, len(curve.losses)) == (TRAINING.steps, TRAINING.steps)
+    for block in llama.report.blocks:
+        for stage, steps in (("teq", TRAINING.steps_of_scales), ("tune", TRAINING.steps)):
+            assert (block.curves[stage].steps, len(block.curves[stage].losses)) == (steps, steps)
     distilled = compile_mlp(training=dataclasses.replace(TRAINING, stages=("clip", "distill"))).report
     assert distilled.distillation is not None and list(distilled.distillation.curves) == ["distill"]
     assert compile_mlp(training=dataclasses.replace(TRAINING, stages=("clip",))).report.blocks[0].curves == {}

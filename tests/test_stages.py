@@ -214,6 +214,7 @@ def last_error(compiled: Any, model: nn.Module, batches: list[Any], first_only: 
     return total / len(batches)
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("stages", COMBINATIONS, ids="+".join)
 @pytest.mark.parametrize("name", ["Llama (GQA)", "OPT", "BERT (post-LN)"])
 def test_the_compiled_model_is_what_was_chosen(name: str, stages: tuple[str, ...]) -> None:

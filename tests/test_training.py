@@ -169,6 +169,7 @@ def test_a_block_that_training_would_harm_keeps_ones(batches: list[Any]) -> None
         assert report.after < report.before or torch.equal(scale, torch.ones_like(scale))
 
 
+@pytest.mark.usefixtures("float32_products")
 def test_the_reported_error_is_the_blocks_own(batches: list[Any]) -> None:
     """Of the first block, whose input is the float one: recomputed here from the definition."""
     model = mlp()
@@ -403,3 +404,20 @@ def test_errors_after_each_stage(batches: list[Any]) -> None:
     for block in result.blocks:
         assert block.after == min(block.before, *block.stages.values())
         assert len(set(block.stages.values())) == len(block.stages), "each stage is measured by itself"
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="the processor has no products in bfloat16")
+def test_products_in_bfloat16_change_errors_by_less_than_rounding_does(
+    batches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fast = mlp(), []
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        fast.append(train(model, batches, only_scales(steps=0))[1].blocks[0].before)
+    assert fast[0] != fast[1] and fast[0] == pytest.approx(fast[1], rel=0.03)
+
+
+def test_scales_take_part_of_the_steps_where_codes_follow() -> None:
+    steps = {stages: TrainingConfig(steps=50, stages=stages).steps_of_scales for stages in (None, ("teq",))}
+    assert steps == {None: 15, ("teq",): 50}
+    assert TrainingConfig(stages=("teq", "gptq"), scale_steps=7).steps_of_scales == 7

@@ -50,6 +50,7 @@ class BlockTrainer:
         self.tensors = StretchTensors(self.inserted, self.block.nodes)
         self.curves: dict[str, Curve] = {}
         self.linear_errors: dict[str, dict[str, float]] = {}
+        self.weights: Mapping[str, Tensor] = {}
 
     def error(self) -> float:
         """The block's error as it is now, on a few batches."""
@@ -97,6 +98,7 @@ class BlockTrainer:
         The gains and biases `floats` may change, too. `samples` are inputs of the linears, for the report.
         """
         problem = self._problem(names, floats)
+        self.weights = problem.weights
         best = choice = round_to_nearest(problem)
         least, errors = before, dict[str, float]()
         linear_errors = self._linear_errors(problem, choice, samples)

@@ -32,7 +32,7 @@ from teq_graph.graph.tensors import clone_graph, get_tensor, replace_tensors, se
 from teq_graph.passes.fold_scales import FoldScales
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
 from teq_graph.quantization import QuantizedWeight
-from teq_graph.report import BlockReport
+from teq_graph.report import BlockReport, weight_error
 from teq_graph.system import memory
 from teq_graph.system.progress import task
 from teq_graph.training.block import BlockTrainer, starting_scale
@@ -63,7 +63,8 @@ class TrainingResult:
     `equivalences` are those that were given, each with its learned scale, None where none was trained. `weights` are
     the codes that the stages chose, by name; what is not there is yet to be rounded. `blocks` tells the error of each
     block that was trained, or the loss where scales learned from the whole model; `distillation` that model's loss;
-    `linear_errors` those of each weight after each stage, by name.
+    `linear_errors` those of each weight after each stage, by name; `weight_errors` what each of `weights` is off by, as
+    reports have it.
     """
 
     equivalences: tuple[Equivalence, ...]
@@ -71,6 +72,7 @@ class TrainingResult:
     blocks: tuple[BlockReport, ...]
     distillation: BlockReport | None
     linear_errors: Mapping[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    weight_errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Trainer:
@@ -80,7 +82,8 @@ class Trainer:
     blocks read while they train. `after_first_block` is told what that took.
 
     Everything happens on a clone of the graph, so that an exception leaves `captured` as it was. At the end `captured`
-    has the learned scales folded in, and the gains and biases that were tuned; weights are in float.
+    has the learned scales folded in, and the gains and biases that were tuned. Weights are in float; those whose codes
+    were chosen are as they were, as nothing reads them any more.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class Trainer:
         self.distillation: BlockReport | None = None
         self.linear_errors: dict[str, dict[str, float]] = {}
         self.weights: dict[str, QuantizedWeight] = {}
+        self.weight_errors: dict[str, float] = {}
         self.floats: dict[str, Tensor] = {}
 
     def run(self) -> TrainingResult:
@@ -134,7 +138,14 @@ class Trainer:
             self._train_blocks(by_block)
         if "distill" in self.stages and self.config.steps:
             self._distill()
-        return TrainingResult(self._fold(), self.weights, tuple(self.reports), self.distillation, self.linear_errors)
+        return TrainingResult(
+            self._fold(),
+            self.weights,
+            tuple(self.reports),
+            self.distillation,
+            self.linear_errors,
+            self.weight_errors,
+        )
 
     # ------------------------------------------------------------------------------------------------ objectives
 
@@ -197,7 +208,7 @@ class Trainer:
         if weights:
             floats = [name for name in trainer.tensors.gains_and_biases() if name in self.own[index]]
             choice, errors, error = trainer.choose_codes(weights, floats, by_block, error, samples)
-            self._keep(choice)
+            self._keep(choice, trainer.weights)
             stages |= errors
             self.linear_errors |= trainer.linear_errors
         return BlockReport(trainer.block.linears, before, error, stages, trainer.curves)
@@ -283,7 +294,7 @@ class Trainer:
 
         dtypes = {name: weight.dtype for name, weight in weights.items()}
         choice, before, after, curve = distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator)
-        self._keep(choice)
+        self._keep(choice, weights)
         self.distillation = BlockReport(tuple(self.specs), before, after, {"distill": after}, {"distill": curve})
 
     # ---------------------------------------------------------------------------------------------------- pieces
@@ -291,17 +302,20 @@ class Trainer:
     def _inputs(self, number: int) -> Values:
         return self.reference.inputs(number, self.working)
 
-    def _keep(self, choice: Choice) -> None:
-        """In storage's layout: a code for each byte would be the largest of what training keeps."""
+    def _keep(self, choice: Choice, weights: Mapping[str, Tensor]) -> None:
+        """In storage's layout: a code for each byte would be the largest of what training keeps. `weights` are those
+        that the codes stand for."""
         for name, chosen in choice.codes.items():
-            dtype = get_tensor(self.captured.graph_module, name).dtype
-            self.weights[name] = QuantizedWeight.from_codes(*chosen, dtype)
+            kept = QuantizedWeight.from_codes(*chosen, weights[name].dtype)
+            self.weights[name], self.weight_errors[name] = kept, weight_error(kept, weights[name])
         self.floats.update(choice.floats)
 
     def _fold(self) -> tuple[Equivalence, ...]:
         """Gives `captured` what was learned; the equivalences with their scales."""
-        scales = pipeline.run(pipeline.fold_scales(self.inserted), self.working).of(FoldScales)
-        folded = {name: get_tensor(self.working, name) for name in self.inserted.scaled if name not in self.tables}
+        phase = pipeline.fold_scales(self.inserted, self.weights.keys())
+        scales = pipeline.run(phase, self.working).of(FoldScales)
+        taken = {*self.tables, *self.weights}
+        folded = {name: get_tensor(self.working, name) for name in self.inserted.scaled if name not in taken}
         replace_tensors(self.captured.graph_module, {**folded, **self.floats})
         return tuple(
             dataclasses.replace(equivalence, scale=scales[number] if number in self.trained else None)

@@ -93,7 +93,7 @@ def gptq(problem: BlockProblem, choice: Choice) -> Choice:
     alike: dict[tuple[int, WeightSpec], list[str]] = {}
     for name in problem.weights:
         alike.setdefault((id(problem.moments[name]), problem.specs[name]), []).append(name)
-    codes = {}
+    codes: dict[str, tuple[Tensor, Grid]] = {}
     for names in alike.values():
         grids = [choice.codes[name][1] for name in names]
         rows = torch.cat([problem.weights[name] for name in names])
