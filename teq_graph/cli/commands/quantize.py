@@ -67,7 +67,7 @@ def quantize(
     preset: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="How much work to put in: fast, default, or best, which takes tens of times as long."
+            metavar="NAME", help="How much work to put in: fast, default, or best, which takes several times as long."
         ),
     ] = "default",
     method: Annotated[
