@@ -36,8 +36,9 @@ from teq_graph.passes.insert_scales import InsertScales
 from teq_graph.passes.quantize_linears import QuantizeLinears
 
 SIZES = ((2, 4), (3, 6), (4, 10), (3, 7))
-FOUND_IN_EACH = 0.3
-"""Equivalences per network, below which the test has lost its power."""
+FOUND_IN_EACH = 0.15
+"""Equivalences per network, below which the test has lost its power: of 1,000 networks there are 0.39 in each, and 50
+of them, which differ with what else is imported, have had as few as 0.26."""
 
 
 Inputs = list[tuple[Tensor, ...]]

@@ -63,7 +63,7 @@ def test_json_of_quantize(quantized: tuple[Path, dict[str, Any]]) -> None:
     assert (content["quantized"], content["linears"], content["specs"]) == (14, 15, {"W4g16": 14})
     assert content["files"] == {path.name: path.stat().st_size for path in out.iterdir() if path.is_file()}
     assert content["bytes_on_disk"] == sum(content["files"].values())
-    assert content["stages"] == ["clip", "gptq"]
+    assert content["stages"] == ["teq", "clip", "gptq"]
     assert set(content["seconds"]) == {"load", "quantize", "export", "evaluate", "save"}
     assert all(before >= 0 for before in content["block_errors"][0].values())
     assert set(content["perplexity"]["values"]) == {"float", "quantized", "in onnxruntime at accuracy level 4"}
@@ -92,7 +92,7 @@ def test_the_description_says_where_the_model_comes_from(quantized: tuple[Path, 
         "sha256": {name: sha256(tiny / name) for name in ("config.json", "model.safetensors")},
     }
     assert found["command"].startswith(f"teq-graph quantize {tiny} -o '{out}' --group-size 16 ")
-    assert (found["preset"], found["seed"], found["stages"]) == ("fast", 7, ["clip", "gptq"])
+    assert (found["preset"], found["seed"], found["stages"]) == ("fast", 7, ["teq", "clip", "gptq"])
     assert found["calibration"] == {"kind": "file", "name": text.name, "sha256": sha256(text)}
     assert (found["quantization"]["bits"], found["training"]["samples"]) == (4, 4)
     assert found["versions"]["python"] == platform.python_version()

@@ -184,7 +184,7 @@ class Trainer:
                 with torch.no_grad(), trainer.fast_products():
                     for number in range(len(values)):
                         after = advance(block.nodes, {**values[number], **constants}, kept[index])
-                        values[number] = shared(after, values[0])
+                        values[number] = shared(_in_own_dtypes(after), values[0])
                 del trainer, constants
                 memory.trim()
                 if len(self.reports) == 1 and self.after_first_block is not None:
@@ -349,6 +349,11 @@ def _with_outputs(block: Block) -> Block:
     floats = [node for node in block.nodes if _is_float(node)]
     read = {source for node in floats for source in node.all_input_nodes}
     return dataclasses.replace(block, outputs=tuple(node for node in floats if node not in read))
+
+
+def _in_own_dtypes(values: Values) -> Values:
+    """Values as the next block reads them, whatever this one's products were computed in."""
+    return {node: value.to(node.meta["val"].dtype) if _is_float(node) else value for node, value in values.items()}
 
 
 def _is_float(node: Node) -> bool:
