@@ -210,7 +210,7 @@ def _lock(path: Path, target: Path) -> BaseFileLock | None:
         raise ExportError(
             f"{shown(target)} is being written by another process or thread: accepted is another directory"
         ) from None
-    except FileNotFoundError:
+    except (FileNotFoundError, FileExistsError):  # the latter where filelock makes a folder that goes just then
         return None
     except (OSError, NotImplementedError) as error:
         if not there:
