@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -204,7 +206,12 @@ def quantize(
         result = Quantized(loaded.name, str(loaded.model.dtype), output, compiled, training, calibration, watch)
         try:
             for name in formats:
-                result.formats[name] = _save_codes(compiled, loaded.model, output, name, provenance)
+                from teq_graph.checkpoints.quantized import save_codes
+
+                with _beside(output, name, f"Writing {name}"):
+                    result.formats[name] = save_codes(
+                        compiled, loaded.model, output / name, name, provenance=provenance
+                    )
             if formats:
                 watch.lap("formats")
             if measured is not None and ids is not None and compiled.captured.decoder is not None:
@@ -214,7 +221,8 @@ def quantize(
             elif measured is not None:
                 result.perplexity = "not measured: it needs a causal language model with a tokenizer"
             if save_compiled:
-                result.saved = _save(compiled, output)
+                with _beside(output, COMPILED_DIRECTORY, "Saving the compiled model"):
+                    result.saved = compiled.save(output / COMPILED_DIRECTORY)
                 watch.lap("save")
         finally:
             # OUT is complete from the export on, whatever becomes of the rest.
@@ -259,20 +267,12 @@ def _perplexities(
     return measured
 
 
-def _save(compiled: teq_graph.CompiledModel, output: Path) -> Path:
+@contextlib.contextmanager
+def _beside(output: Path, name: str, doing: str) -> Iterator[None]:
+    """Says of what fails to be written inside a complete OUT that OUT is."""
     try:
-        with progress.task("Saving the compiled model"):
-            return compiled.save(output / COMPILED_DIRECTORY)
-    except ExportError as error:
-        raise ExportError(f"{output} is complete, but without {COMPILED_DIRECTORY}: {error}") from error
-
-
-def _save_codes(compiled: Any, model: Any, output: Path, name: str, provenance: dict[str, Any]) -> Path:
-    from teq_graph.checkpoints.quantized import save_codes
-
-    try:
-        with progress.task(f"Writing {name}"):
-            return save_codes(compiled, model, output / name, name, provenance=provenance)
+        with progress.task(doing):
+            yield
     except (ConfigError, ExportError) as error:
         raise ExportError(f"{output} is complete, but without {name}: {error}") from error
 
