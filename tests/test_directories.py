@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from support.command_line import start
 
 from teq_graph.errors import ExportError, ModelFileError
@@ -288,6 +289,22 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
     assert [error for error, code in zip(errors, done, strict=True) if code and HELD not in error] == []
     assert names(tmp_path) == WHOLE
     assert (tmp_path / "out" / "content").read_text() == (tmp_path / "out" / "folder" / "inner").read_text()
+
+
+def test_the_last_owner_removes_its_lock_while_another_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who then holds the lock of a file that is gone holds nothing, and tries again."""
+    acquire, times = FileLock.acquire, itertools.count()
+
+    def after_its_removal(self: FileLock) -> object:
+        held = acquire(self)
+        if next(times) == 0:
+            shutil.rmtree(Path(self.lock_file).parent)
+        return held
+
+    monkeypatch.setattr(FileLock, "acquire", after_its_removal)
+    write(tmp_path / "out")
+    assert names(tmp_path) == WHOLE
+    assert next(times) == 2
 
 
 def test_a_place_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,10 +201,13 @@ def _locked(target: Path) -> Iterator[Path]:
 
 
 def _lock(path: Path, target: Path) -> BaseFileLock | None:
-    """The lock, held; None where its folder is gone. A process that has just ended may still have it for a moment."""
+    """The lock, held; None where its file or folder is gone. A process that has just ended may still have it for a
+    moment."""
     there = path.exists()
     lock = FileLock(path, timeout=0.2, poll_interval=0.05)
     try:
+        path.open("ab").close()
+        file = path.stat()
         lock.acquire()
     except Timeout:
         raise ExportError(
@@ -214,11 +217,19 @@ def _lock(path: Path, target: Path) -> BaseFileLock | None:
         return None
     except (OSError, NotImplementedError) as error:
         if not there:
-            path.unlink(missing_ok=True)
-            path.parent.rmdir()
+            with contextlib.suppress(OSError):  # somebody else has it already
+                path.unlink()
+                path.parent.rmdir()
         reason = f"{one_line(error)}; accepted is a place on a file system with locks"
         raise ExportError(f"{shown(target)} cannot be locked: {reason}") from error
-    return lock
+    # The last owner may have removed the file while this process waited for it: others then lock another one.
+    try:
+        if os.path.samestat(file, path.stat()):
+            return lock
+    except FileNotFoundError:
+        pass
+    lock.release()
+    return None
 
 
 def _check_workshop(workshop: Path) -> None:
