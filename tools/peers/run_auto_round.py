@@ -16,7 +16,6 @@ def runner(job: Job) -> None:
         group_size=job.group_size,
         sym=False,
         dataset=job.batches(),
-        iters=job.iters,
         seqlen=job.calibration.shape[1],
         nsamples=len(job.calibration),
         batch_size=job.batch_size,
@@ -24,7 +23,7 @@ def runner(job: Job) -> None:
         device_map="cpu",
         enable_torch_compile=False,
         amp=False,
-        **job.options,
+        **{"iters": job.iters, **job.options},
     )
     with job.timed():
         model, _ = rounder.quantize()
