@@ -12,7 +12,7 @@ from torch import Tensor
 from teq_graph.quantization.codes import Codes
 from teq_graph.quantization.grid import TILE, Grid, round_scales
 
-MARGIN = 0.01
+MARGIN = 0.02
 """How far inside a code's interval its latent starts at least, in codes."""
 
 

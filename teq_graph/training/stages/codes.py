@@ -22,7 +22,7 @@ from teq_graph.report import Curve
 from teq_graph.system.progress import Task
 from teq_graph.training.optimize import FLOAT_RATE, GROUP_SCALE_RATE, Learned, optimize
 
-LATENT_RATE = 3e-3
+LATENT_RATE = 6e-3
 """Of rounding, in codes per step."""
 ZERO_RATE = 5e-3
 """Of zero points, in codes per step."""
