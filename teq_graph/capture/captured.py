@@ -34,11 +34,15 @@ class LayerCache:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
-    """What a caller must know to drive a captured decoder."""
+    """What a caller must know to drive a captured decoder.
+
+    `recompute_after`: sequences of more tokens are computed with other tables of angles, all their tokens anew.
+    """
 
     layers: tuple[LayerCache, ...]
     vocab_size: int
     max_positions: int | None
+    recompute_after: int | None = None
 
     @property
     def cached_numbers(self) -> int:

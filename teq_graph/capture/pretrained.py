@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +55,36 @@ def is_pretrained(model: nn.Module) -> bool:
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """While a Hugging Face model's configs say that it returns no cache where its caller does not ask for one.
+
+    The cache is an object with a state of its own, which is no value of a graph.
+    """
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()] if is_pretrained(model) else []
+    configs = {id(config): config for config in found if getattr(config, "use_cache", None) is True}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+def call(model: nn.Module, what: str, *args: Any, **kwargs: Any) -> Any:
+    """What `model` gives without gradients; raises CaptureError, with its class and `what` it was given, where it
+    fails."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            return model(*args, **kwargs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the model's Python raises
+        name = type(model.model if isinstance(model, DecoderStep) else model).__name__
+        raise CaptureError(f"{name} fails on {what}: {one_line(error)}") from error
+
+
 def _cache_of(past: Sequence[tuple[Tensor, Tensor]]) -> Any:
     """A growing cache that holds `past`, whatever window the model's own cache would keep: the mask decides."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -86,11 +118,7 @@ def probe_decoder(model: Any) -> DecoderShape | None:
     if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         return None
     tokens = torch.ones(1, 2, dtype=torch.long, device=_device(model))
-    try:
-        with torch.no_grad():
-            output = model(input_ids=tokens, use_cache=True)
-    except Exception as error:  # whatever the model's Python raises
-        raise CaptureError(f"{type(model).__name__} fails on two tokens: {one_line(error)}") from error
+    output = call(model, "two tokens", input_ids=tokens, use_cache=True)
     layers = getattr(_cache_in(output), "layers", None)
     if not layers or not all(isinstance(getattr(layer, "values", None), Tensor) for layer in layers):
         return None
@@ -109,8 +137,9 @@ def counts_positions(model: Any, shape: DecoderShape) -> bool:
         return False
     (tokens, mask, _), _ = decoder_inputs(model, shape)
     past = shape.empty_past(BATCH, float_dtype(model), _device(model))
-    with torch.no_grad():
-        told, own = (DecoderStep(model, told)(tokens, mask[:, :SEQUENCE], past)[0] for told in (True, False))
+    told, own = (
+        call(DecoderStep(model, told), "an empty cache", tokens, mask[:, :SEQUENCE], past)[0] for told in (True, False)
+    )
     return torch.allclose(told.float(), own.float(), rtol=0, atol=1e-3 * magnitude(own), equal_nan=True)
 
 

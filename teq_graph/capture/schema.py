@@ -30,3 +30,4 @@ class Decoder(Strict):
     layers: Annotated[list[Layer], Field(min_length=1)]
     vocab_size: Count
     max_positions: Count | None
+    recompute_after: Count | None = None

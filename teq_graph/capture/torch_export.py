@@ -20,14 +20,17 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from teq_graph.capture.buffers import keep_no_state, table_switch
 from teq_graph.capture.captured import CapturedGraph, magnitude
 from teq_graph.capture.pretrained import (
     DecoderStep,
+    call,
     counts_positions,
     decoder_inputs,
     inputs_from_config,
     is_pretrained,
     probe_decoder,
+    without_cache,
 )
 from teq_graph.errors import CaptureError, NumericsError, one_line
 from teq_graph.graph.tensors import drop_unused, node_tensor, set_tensor
@@ -55,15 +58,17 @@ def capture(
     """Capture `model` (eval mode, real float32/float16/bfloat16 tensors) with torch.export.
 
     Without `example_inputs`, those of a Hugging Face model are made from its config: a causal language model
-    becomes a decoder step with KV cache, others keep their own signature. Parameters are shared with
-    `model`, not copied. Raises CaptureError naming the module and line that torch.export refuses, and
-    NumericsError for weights that are not finite.
+    becomes a decoder step with KV cache, others keep their own signature. With `example_inputs` its result has no
+    cache, unless `use_cache` is among them. Parameters are shared with `model`, not copied. Raises CaptureError for a
+    model that fails on the inputs, naming the module and line where torch.export refuses it, and NumericsError for
+    weights that are not finite.
     """
     check_model(model)
     pretrained = is_pretrained(model)
     if example_inputs is not None:
         args, kwargs = _split_inputs(example_inputs)
-        captured = _export(model, args, kwargs, dynamic_shapes)
+        with without_cache(model):
+            captured = _export(model, args, kwargs, dynamic_shapes)
     elif not pretrained:
         raise CaptureError(
             f"example_inputs=None: {type(model).__name__} is no Hugging Face model whose inputs could be made "
@@ -129,10 +134,15 @@ def _export_decoder(model: nn.Module) -> CapturedGraph | None:
     args, dynamic_shapes = decoder_inputs(model, shape)
     captured = _export(DecoderStep(model, counts_positions(model, shape)), args, {}, dynamic_shapes)
     _strip_prefix(captured.graph_module, "model.")
-    return dataclasses.replace(captured, decoder=shape)
+    switch = table_switch(captured.graph_module)
+    return dataclasses.replace(captured, decoder=dataclasses.replace(shape, recompute_after=switch))
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> CapturedGraph:
+    # First: where the model itself fails, tracing it says less of why. What it sets up on its first call is there then.
+    own_args, own_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    expected = call(model, "its example inputs", *own_args, **own_kwargs)
+    name = type(model.model if isinstance(model, DecoderStep) else model).__name__
     try:
         # Without gradients, no_grad regions of the model stay inline instead of becoming submodules. transformers
         # and torch warn about their own internals while tracing; none of it is in the user's hands.
@@ -142,16 +152,16 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
             if any(map(_changes_in_place, program.graph.nodes)):
                 # Only where it is needed: it traces the program once more, and decomposes nothing.
                 program = program.run_decompositions({})
-            _refuse_state(program)
             graph_module = program.module(check_guards=False)
+            assert isinstance(graph_module, GraphModule)
+            keep_no_state(program, graph_module)
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises whatever the model's Python raises
-        raise CaptureError(f"torch.export refuses {type(model).__name__}{_where(error)}: {_reason(error)}") from error
-    assert isinstance(graph_module, GraphModule)
+        raise CaptureError(f"torch.export refuses {name}{_where(error)}: {_reason(error)}") from error
     adopt(graph_module)
     captured = CapturedGraph(graph_module, args, kwargs, dynamic_shapes)
-    _check_agreement(model, captured)
+    _check_agreement(name, expected, captured)
     return captured
 
 
@@ -184,25 +194,19 @@ def _changes_in_place(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _refuse_state(program: ExportedProgram) -> None:
-    """A graph of values cannot write back to the model's buffers or to its caller's tensors."""
-    signature = program.graph_signature
-    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if changed:
-        raise CaptureError(f"the model changes {changed[0]} in place: accepted are models that keep no state")
-
-
-def _check_agreement(model: nn.Module, captured: CapturedGraph) -> None:
-    """What was captured gives what the model gives, on the inputs that it was captured with."""
+def _check_agreement(name: str, expected: Any, captured: CapturedGraph) -> None:
+    """What was captured gives what the model gave, on the inputs that it was captured with."""
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-        results = [call(*captured.example_args, **captured.example_kwargs) for call in (model, captured.graph_module)]
-    expected, actual = ([x for x in pytree.tree_leaves(r) if isinstance(x, Tensor)] for r in results)
-    for wanted, given in zip(expected, actual, strict=True):
+        actual = captured.graph_module(*captured.example_args, **captured.example_kwargs)
+    wanted_tensors, given_tensors = (
+        [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)] for result in (expected, actual)
+    )
+    for wanted, given in zip(wanted_tensors, given_tensors, strict=True):
         if wanted.shape != given.shape or not torch.allclose(
             given.double(), wanted.double(), rtol=0, atol=AGREEMENT[wanted.dtype] * magnitude(wanted), equal_nan=True
         ):
             raise CaptureError(
-                f"the graph that torch.export made of {type(model).__name__} gives other values than the model: "
+                f"the graph that torch.export made of {name} gives other values than the model: "
                 "accepted are models whose result depends on their inputs alone"
             )
 
@@ -225,6 +229,10 @@ def adopt(graph_module: GraphModule) -> None:
 
 # What torch.export says of a program -> what it means to the owner of a model.
 _MEANINGS = (
+    (
+        r"Found <class '[\w.]*?(?P<type>\w*Cache)'> in output",
+        "its result has a {type}, which holds more than tensors: accepted is use_cache=False",
+    ),
     (r"data-dependent|GuardOnDataDependent|PendingUnbacked", "its control flow or its sizes depend on tensors' values"),
     (
         r"marked (?P<size>\S+) as dynamic but your code specialized it to be a constant \((?P<value>\d+)\)",

@@ -155,7 +155,12 @@ def _describe_decoder(shape: DecoderShape | None) -> Decoder | None:
     if shape is None:
         return None
     layers = [Layer(**dataclasses.asdict(layer)) for layer in shape.layers]
-    return Decoder(layers=layers, vocab_size=shape.vocab_size, max_positions=shape.max_positions)
+    return Decoder(
+        layers=layers,
+        vocab_size=shape.vocab_size,
+        max_positions=shape.max_positions,
+        recompute_after=shape.recompute_after,
+    )
 
 
 def _describe_site(index: int, site: Equivalence, store: TensorStore) -> schema.Site:

@@ -93,6 +93,9 @@ def describe_limits(directory: Path, decoder: DecoderShape) -> list[str]:
     if not (directory / GENAI_FILE).is_file():
         reason = "onnxruntime-genai has one number of KV heads and one head size for all layers, keys and values"
         return [f"without {GENAI_FILE}: {reason}"]
+    limits = []
     if decoder.max_positions is None:
-        return [f"the model names no greatest length; {GENAI_FILE} says {DEFAULT_CONTEXT} tokens"]
-    return []
+        limits.append(f"the model names no greatest length; {GENAI_FILE} says {DEFAULT_CONTEXT} tokens")
+    if (switch := decoder.recompute_after) is not None:
+        limits.append(f"past {switch} tokens, onnxruntime-genai goes on from what it computed for a shorter sequence")
+    return limits

@@ -119,11 +119,23 @@ class DecoderSession:
         cache.best_only = sampler.takes_best
         # The operator that shares buffers takes several new tokens after a past for one sequence only.
         prefill = length if self.metadata.shared_buffers and len(rows) > 1 else PREFILL_TOKENS[self._device]
+        switch = self.shape.recompute_after
+        if switch is not None and length > switch:
+            prefill = length
         # The newest token and its guesses are one part, whose logits are all needed.
-        lookup = min(lookup, prefill - 1) if self.metadata.shared_buffers and len(rows) == 1 else 0
+        guesses = self.metadata.shared_buffers and len(rows) == 1 and switch is None
+        lookup = min(lookup, prefill - 1) if guesses else 0
         guessed: list[int] = []
         seen, left = 0, count
+        tokens_seen = fresh[:, :0]
         while left:
+            if switch is not None:
+                if 0 < seen <= switch < seen + fresh.shape[1]:
+                    fresh, seen = np.concatenate([tokens_seen, fresh], axis=1), 0
+                    prefill = fresh.shape[1]
+                    best_only, cache = cache.best_only, self._new_cache(len(rows), length + count)
+                    cache.best_only = best_only
+                tokens_seen = fresh if seen == 0 else np.concatenate([tokens_seen, fresh], axis=1)
             for start in range(0, fresh.shape[1], prefill):
                 if cancelled():
                     return
