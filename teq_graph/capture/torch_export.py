@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import math
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,15 +22,20 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from teq_graph.capture.buffers import keep_no_state, table_switch
-from teq_graph.capture.captured import CapturedGraph, magnitude
+from teq_graph.capture.captured import CapturedGraph, DecoderShape, magnitude
 from teq_graph.capture.pretrained import (
+    PAST,
     DecoderStep,
     call,
     counts_positions,
     decoder_inputs,
+    generates_text,
     inputs_from_config,
     is_pretrained,
+    longest_text,
+    name_of,
     probe_decoder,
+    short_scans,
     without_cache,
 )
 from teq_graph.errors import CaptureError, NumericsError, one_line
@@ -39,6 +45,9 @@ from teq_graph.system.quiet import quiet
 
 LARGEST_WEIGHT = 1e18
 """float32, which errors and second moments are summed in, holds squares up to 3e38."""
+SCANNED, CHECKED = (35, 521), 530
+"""Tokens of the examples that a scan is captured with: several chunks and a part of one, where these are short, or of
+up to 260 tokens; and those that the graph is compared on with the model."""
 AGREEMENT = collections.defaultdict(float, {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1})
 """Largest difference between graph and model, over the largest value; other types agree exactly."""
 
@@ -75,7 +84,7 @@ def capture(
             "from its config; accepted is a tuple or dict as for torch.export"
         )
     else:
-        captured = _export_decoder(model) or _export(model, *inputs_from_config(model))
+        captured = _export_pretrained(model)
     if pretrained:
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), Tensor):
@@ -126,23 +135,66 @@ def _split_inputs(example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> tuple[
     )
 
 
-def _export_decoder(model: nn.Module) -> CapturedGraph | None:
-    """The model's step over a KV cache; None if it is no decoder-only language model."""
-    shape = probe_decoder(model)
-    if shape is None:
-        return None
-    args, dynamic_shapes = decoder_inputs(model, shape)
-    captured = _export(DecoderStep(model, counts_positions(model, shape)), args, {}, dynamic_shapes)
+def _export_pretrained(model: nn.Module) -> CapturedGraph:
+    """A Hugging Face model with inputs from its config: a decoder-only language model as a step over its cache.
+
+    Where a cache cannot be had, as a graph over whole texts, which says why.
+    """
+    shape, reason = probe_decoder(model), None
+    if shape is not None:
+        try:
+            return _export_decoder(model, shape)
+        except CaptureError as error:
+            if not shape.states:
+                raise
+            reason = str(error)
+    try:
+        captured = _export(model, *inputs_from_config(model))
+        if generates_text(model):
+            args, kwargs, _ = inputs_from_config(model, min(CHECKED, longest_text(model) or CHECKED))
+            _check_at_another_length(model, captured, args, kwargs)
+    except CaptureError as error:
+        # What stands in the way of a cache says more than what stands in the way of doing without.
+        raise error if reason is None else CaptureError(reason) from error
+    return dataclasses.replace(captured, without_cache=reason)
+
+
+def _export_decoder(model: nn.Module, shape: DecoderShape) -> CapturedGraph:
+    """The model's step over a cache."""
+    step = DecoderStep(model, shape.layers, counts_positions(model, shape))
+    if shape.states:
+        with short_scans(model, shape):
+            captured = _export_with_states(step, shape)
+    else:
+        args, dynamic_shapes = decoder_inputs(model, shape)
+        captured = _export(step, args, {}, dynamic_shapes)
     _strip_prefix(captured.graph_module, "model.")
     switch = table_switch(captured.graph_module)
     return dataclasses.replace(captured, decoder=dataclasses.replace(shape, recompute_after=switch))
+
+
+def _export_with_states(step: DecoderStep, shape: DecoderShape) -> CapturedGraph:
+    """A step that scans its tokens, in chunks perhaps: an example of one chunk makes a graph that is wrong for two."""
+    longest = sys.maxsize if shape.max_positions is None else shape.max_positions - PAST
+    reason = None
+    for sequence in SCANNED:
+        args, dynamic_shapes = decoder_inputs(step.model, shape, min(sequence, longest))
+        try:
+            captured = _export(step, args, {}, dynamic_shapes)
+            for length in (1, min(CHECKED, longest)):
+                _check_at_another_length(step, captured, decoder_inputs(step.model, shape, length)[0], {})
+            return captured
+        except CaptureError as error:
+            reason = error
+    assert reason is not None
+    raise reason
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> CapturedGraph:
     # First: where the model itself fails, tracing it says less of why. What it sets up on its first call is there then.
     own_args, own_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     expected = call(model, "its example inputs", *own_args, **own_kwargs)
-    name = type(model.model if isinstance(model, DecoderStep) else model).__name__
+    name = name_of(model)
     try:
         # Without gradients, no_grad regions of the model stay inline instead of becoming submodules. transformers
         # and torch warn about their own internals while tracing; none of it is in the user's hands.
@@ -194,10 +246,22 @@ def _changes_in_place(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def _check_at_another_length(
+    model: nn.Module, captured: CapturedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """The graph gives what the model gives, on other inputs than it was captured with."""
+    own_args, own_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    expected = call(model, "inputs of another length", *own_args, **own_kwargs)
+    _check_agreement(name_of(model), expected, dataclasses.replace(captured, example_args=args, example_kwargs=kwargs))
+
+
 def _check_agreement(name: str, expected: Any, captured: CapturedGraph) -> None:
-    """What was captured gives what the model gave, on the inputs that it was captured with."""
-    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-        actual = captured.graph_module(*captured.example_args, **captured.example_kwargs)
+    """The graph gives what the model gave, on its example inputs."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            actual = captured.graph_module(*captured.example_args, **captured.example_kwargs)
+    except RuntimeError as error:
+        raise CaptureError(f"the graph that torch.export made of {name} fails: {one_line(error)}") from error
     wanted_tensors, given_tensors = (
         [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)] for result in (expected, actual)
     )
@@ -234,6 +298,11 @@ _MEANINGS = (
         "its result has a {type}, which holds more than tensors: accepted is use_cache=False",
     ),
     (r"data-dependent|GuardOnDataDependent|PendingUnbacked", "its control flow or its sizes depend on tensors' values"),
+    (
+        r"marked L\['input_ids'\]\.size\(\)\[1\] as dynamic but your code specialized it to be a constant "
+        r"\((?P<value>\d+)\)",
+        "its Python depends on the number of tokens, as a loop over them does: the graph would take {value} alone",
+    ),
     (
         r"marked (?P<size>\S+) as dynamic but your code specialized it to be a constant \((?P<value>\d+)\)",
         "the model takes {size} = {value} only, which dynamic_shapes says can be any size",
