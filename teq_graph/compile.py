@@ -116,7 +116,7 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
 
     if training is not None and quantization.target_bits is not None:
         analysis = with_chosen_bits(analysis, batches(), quantization.target_bits, training.seed)
-    estimator = Estimator(captured, analysis.weights, analysis.bytes, started, on_estimate)
+    estimator = Estimator(analysis.captured, analysis.weights, analysis.bytes, started, on_estimate, analysis.notes)
     estimator.tell_size()
     stages = training.stages_for(analysis.specs.values()) if training is not None else ()
     tables = quantize_tables(analysis, clip="clip" in stages)
@@ -261,4 +261,6 @@ def _check_arguments(quantization: object, tokenizer: object, calibration: objec
 
 def _notes(model: Any, captured: CapturedGraph) -> Iterator[str]:
     if captured.decoder is None and is_pretrained(model) and model.can_generate():
-        yield "the graph keeps no KV cache: where the model generates text, each token computes the whole text again"
+        why = "" if captured.without_cache is None else f" ({captured.without_cache})"
+        cost = "where the model generates text, each token computes the whole text again"
+        yield f"the graph keeps no KV cache{why}: {cost}"

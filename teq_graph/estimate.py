@@ -20,12 +20,14 @@ from teq_graph.weight_plan import WeightPlan, specs_of
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """`bytes_before` and `bytes_after` of the graph's tensors; seconds of the whole compilation without distillation,
-    and the peak memory of this process in bytes, as the first block tells them: None until it is done."""
+    and the peak memory of this process in bytes, as the first block tells them: None until it is done. `notes` say what
+    the result will not do."""
 
     bytes_before: int
     bytes_after: int
     seconds: float | None = None
     peak_bytes: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Estimator:
@@ -38,12 +40,14 @@ class Estimator:
         bytes_before: int,
         started: float,
         listener: Callable[[Estimate], None] | None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self._started = started
         self._listener = listener
         specs = specs_of(plan)
         self._codes = sum(_stored_bytes(get_tensor(captured.graph_module, name), spec) for name, spec in specs.items())
-        self._size = Estimate(bytes_before, tensor_bytes(captured.graph_module, without=specs) + self._codes)
+        after = tensor_bytes(captured.graph_module, without=specs) + self._codes
+        self._size = Estimate(bytes_before, after, notes=notes)
 
     def tell_size(self) -> None:
         """Of the size, which is known from the start."""

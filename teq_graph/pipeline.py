@@ -29,6 +29,7 @@ from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
 from teq_graph.passes.grow_caches_in_place import GrowCachesInPlace
 from teq_graph.passes.insert_scales import InsertedScales, InsertScales
 from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
+from teq_graph.passes.make_complex_real import MakeComplexReal
 from teq_graph.passes.match_onnxruntime_layout import MatchOnnxruntimeLayout
 from teq_graph.passes.merge_products import MergeProducts
 from teq_graph.passes.normalize_linears import NormalizeLinears
@@ -56,6 +57,8 @@ NORMALIZE = Phase(
     (
         # First: casts that do nothing hide products and norms.
         RemoveNoOps(),
+        # Before all that reads values: no other pass or rule knows complex numbers.
+        MakeComplexReal(),
         # Before constants are folded: `weight.T` must be a linear's operand, not a constant of its own.
         NormalizeLinears(),
         # Before norms: `1 + weight` must be a constant to be a norm's gain.

@@ -109,7 +109,35 @@ def changed_after_dropout(s: Small, x: Tensor) -> tuple[Tensor, Tensor]:
     return functional.dropout(y, 0.1, training=False).add_(1), y * 3
 
 
+def overwritten_buffer(s: Small, x: Tensor) -> Tensor:
+    s.state.copy_(x.mean((0, 1)))
+    return s.linear(x) * s.state
+
+
+def buffer_read_before(s: Small, x: Tensor) -> Tensor:
+    before = s.state * 2
+    s.state.copy_(x.mean((0, 1)))
+    return s.linear(x) * s.state + before
+
+
+def part_of_a_buffer(s: Small, x: Tensor) -> Tensor:
+    s.state[1:].copy_(x.mean((0, 1))[1:])
+    return s.linear(x) * s.state
+
+
+def test_a_buffer_that_is_overwritten_before_it_is_read_is_no_state() -> None:
+    model = Small(overwritten_buffer)
+    captured = capture_small(model, torch.randn(2, 4, WIDTH))
+    for inputs in torch.randn(3, 4, 7, WIDTH):
+        with torch.no_grad():
+            expected = model(inputs)
+        assert relative_error(run(captured.graph_module, (inputs,)), expected) <= 1e-6
+
+
 REFUSED: dict[str, tuple[Forward, str]] = {
+    "a buffer read before": (buffer_read_before, "the model changes state in place"),
+    "part of a buffer": (part_of_a_buffer, "the model changes state in place"),
+    "the model fails": (lambda s, x: s.linear(x[..., 1:]), "Small fails on its example inputs: mat1 and mat2"),
     "the input": (lambda s, x: s.linear(x.add_(1)), "the model changes x in place"),
     "a buffer": (lambda s, x: (s.state.add_(1), s.linear(x + s.state))[1], "the model changes state in place"),
     "a branch": (lambda s, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (s.linear(x),)), "the model uses cond"),
@@ -243,4 +271,33 @@ def test_an_image_model_without_an_image_size() -> None:
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
     with pytest.raises(CaptureError, match="no image_size and num_channels; accepted is a tuple or dict") as caught:
         capture(transformers.ResNetForImageClassification(config).eval())
+    in_one_line(caught)
+
+
+# --------------------------------------------------------------------------------------------- Hugging Face models
+
+
+def base_model(**config: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaModel
+
+    return randomize(LlamaModel(LlamaConfig(**{**GQA, **config})))
+
+
+def test_a_base_model_given_inputs_has_no_cache_in_its_result() -> None:
+    model = base_model()
+    tokens = torch.randint(0, TOKENS["vocab_size"], (2, 7))
+    captured = capture(model, {"input_ids": tokens}, {"input_ids": {0: DYNAMIC, 1: DYNAMIC}})
+    assert model.config.use_cache is True  # type: ignore[union-attr]  # as it was
+    other = torch.randint(0, TOKENS["vocab_size"], (3, 11))
+    args, kwargs = captured.bind({"input_ids": other})
+    with torch.no_grad():
+        result, expected = captured.graph_module(*args, **kwargs), model(other, use_cache=False)
+    assert list(result.keys()) == ["last_hidden_state"]
+    assert relative_error(result.last_hidden_state, expected.last_hidden_state) <= 1e-5
+
+
+def test_a_cache_that_is_asked_for_is_refused_in_one_line() -> None:
+    tokens = torch.randint(0, TOKENS["vocab_size"], (2, 7))
+    with pytest.raises(CaptureError, match=r"its result has a DynamicCache, .* accepted is use_cache=False") as caught:
+        capture(base_model(), {"input_ids": tokens, "use_cache": True})
     in_one_line(caught)

@@ -119,15 +119,11 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         ({"decoder": {"max_positions": "many"}}, "max_positions='many'"),
         ({"decoder": {"max_positions": 10**30}}, "max_positions=1000000000000000000000000000000"),
         ({"decoder": {"layers": 5}}, "layers=5"),
-        ({"decoder": {"layers": [{"key_heads": 1}]}}, r"layers\[0\].key_dim is missing"),
-        (
-            {"decoder": {"layers": [dict.fromkeys(("key_heads", "key_dim", "value_heads", "value_dim"), -1)]}},
-            "key_heads=-1",
-        ),
-        (
-            {"decoder": {"layers": [dict.fromkeys(("key_heads", "key_dim", "value_heads", "value_dim"), 1e12)]}},
-            "key_heads=1000000000000.0",
-        ),
+        ({"decoder": {"layers": [[{"name": "key"}]]}}, r"layers\[0\]\[0\].sizes is missing"),
+        ({"decoder": {"layers": [[{"name": "key", "sizes": [-1, None]}]]}}, r"sizes\[0\]=-1"),
+        ({"decoder": {"layers": [[{"name": "key", "sizes": [1e12, None]}]]}}, r"sizes\[0\]=1000000000000.0"),
+        ({"decoder": {"layers": [[{"name": "key", "sizes": [None, None]}]]}}, "one size at most is null"),
+        ({"decoder": {"layers": [[{"name": "../key", "sizes": [1, None]}]]}}, r"name='\.\./key'"),
     ],
     ids=stable,
 )
@@ -179,11 +175,23 @@ def test_a_description_that_never_ends(stories_dir: Path, tmp_path: Path) -> Non
     ("change", "named"),
     [
         (lambda content: content.update(dtype="float16"), "dtype float16, while the model takes past_key_values.0.key"),
-        (lambda content: content["decoder"]["layers"].pop(), "4 layers, while the model has 10 inputs"),
-        (lambda content: content["decoder"]["layers"].append(content["decoder"]["layers"][0]), "6 layers, while"),
-        (lambda content: content["decoder"].update(layers=content["decoder"]["layers"] * 20_000), "100000 layers"),
-        (lambda content: content["decoder"]["layers"][2].update(key_dim=2**31 - 1), r"of 2147483647 for .*\.2\.key"),
-        (lambda content: content["decoder"]["layers"][1].update(value_heads=3), r"3 heads of 8 for .*\.1\.value"),
+        (lambda content: content["decoder"]["layers"].pop(), "4 layers of 8 caches, while the model has 10 inputs"),
+        (
+            lambda content: content["decoder"]["layers"].append(content["decoder"]["layers"][0]),
+            "6 layers of 12 caches, while",
+        ),
+        (
+            lambda content: content["decoder"].update(layers=content["decoder"]["layers"] * 20_000),
+            "100000 layers of 200000 caches",
+        ),
+        (
+            lambda content: content["decoder"]["layers"][2][0]["sizes"].__setitem__(2, 2**31 - 1),
+            r"2147483647\] for .*\.2\.key",
+        ),
+        (
+            lambda content: content["decoder"]["layers"][1][1]["sizes"].__setitem__(0, 3),
+            r"\[3, None, 8\] for .*\.1\.value",
+        ),
         (lambda content: content["decoder"].update(vocab_size=2**31 - 1), "logits of 2147483647 tokens, while"),
     ],
     ids=["dtype", "a layer less", "a layer more", "many layers", "wide keys", "other heads", "vocabulary"],

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from teq_graph.capture import DecoderShape
-from teq_graph.capture.captured import LayerCache
+from teq_graph.capture.captured import CachedTensor, LayerCache, attention_cache
 from teq_graph.onnx.directory import GENAI_FILE, Metadata
 from teq_graph.onnx.export.genai import DEFAULT_CONTEXT, describe_limits, genai_config
 
-LAYER = LayerCache(2, 16, 2, 16)
+LAYER = attention_cache(2, 16, 2, 16)
 
 
 def metadata(*layers: LayerCache, max_positions: int | None = 64) -> Metadata:
@@ -35,8 +35,13 @@ def test_a_sequence_has_a_greatest_length(max_positions: int | None, tmp_path: P
 
 @pytest.mark.parametrize(
     "layers",
-    [(LAYER, LayerCache(1, 16, 1, 16)), (LayerCache(2, 16, 2, 8),), (LayerCache(2, 16, 1, 16),)],
-    ids=["layers differ", "sizes differ", "heads differ"],
+    [
+        (LAYER, attention_cache(1, 16, 1, 16)),
+        (attention_cache(2, 16, 2, 8),),
+        (attention_cache(2, 16, 1, 16),),
+        ((CachedTensor("conv_state", (32, 3)),),),
+    ],
+    ids=["layers differ", "sizes differ", "heads differ", "states"],
 )
 def test_what_the_format_has_no_words_for(layers: tuple[LayerCache, ...], tmp_path: Path) -> None:
     described = metadata(*layers)

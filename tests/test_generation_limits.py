@@ -61,7 +61,7 @@ def test_a_cache_without_memory(decoder: OnnxDecoder, monkeypatch: pytest.Monkey
     """As for a model without a limit of positions; 5 layers of 4 heads of 8 numbers, for keys and for values."""
     monkeypatch.setattr(decoder, "shape", dataclasses.replace(decoder.shape, max_positions=None))
     monkeypatch.setattr(decoder._decoding, "metadata", dataclasses.replace(decoder.metadata, shared_buffers=shared))
-    each = sum(heads * dim for layer in decoder.shape.layers for heads, dim in layer.sizes) * 4 * (1 if shared else 2)
+    each = decoder.shape.cached_numbers(1) * 4 * (1 if shared else 2)
     assert each == 1280 * (1 if shared else 2)
     monkeypatch.setattr(memory, "available_bytes", lambda: 200 * each + 1)
     accepted = rf"{201 * each:,} bytes; accepted are up to 200 positions, in the {200 * each + 1:,} bytes"

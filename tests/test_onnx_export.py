@@ -162,7 +162,7 @@ def test_one_key_head_for_all_query_heads(tmp_path: Path) -> None:
     sizes = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes, eos_token_id=1, bos_token_id=1))
     captured = prepare(capture(model.eval()))
-    assert captured.decoder is not None and captured.decoder.layers[0].key_heads == 1
+    assert captured.decoder is not None and captured.decoder.layers[0][0].sizes[0] == 1
     check_decoder(captured, open_model(lower(captured).model, tmp_path), 1e-5)
 
 

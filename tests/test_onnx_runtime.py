@@ -272,7 +272,7 @@ def test_prefill_gives_the_last_logits_alone(decoder: OnnxDecoder, monkeypatch: 
     assert decoder.generate(tokens, 3) == expected
     assert shapes == [(1, 1, 512)] * 3
     assert decoder.logits([tokens]).shape == (1, len(tokens), 512)
-    empty = [np.zeros((1, c.key_heads, 0, c.key_dim), np.float32) for c in decoder.shape.layers for _ in range(2)]
+    empty = [np.zeros(one.shape(1, 0), np.float32) for one in decoder.shape.cached]
     session = onnxruntime.InferenceSession(decoder.directory / "model.onnx", providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_inputs()]
     feeds = dict(zip(names, [np.array([tokens]), np.ones((1, len(tokens)), np.int64), *empty], strict=True))

@@ -166,7 +166,7 @@ def _check_memory(captured: CapturedGraph, samples: int, length: int) -> None:
     """Raises ConfigError where text of the model's own does not fit in memory, with the cache that writing it takes."""
     assert captured.decoder is not None
     tokens = torch.empty(0, dtype=torch.int64).element_size() * samples * length
-    needed = tokens + min(samples, WRITTEN_AT_ONCE) * length * captured.decoder.cached_numbers * captured.dtype.itemsize
+    needed = tokens + min(samples, WRITTEN_AT_ONCE) * captured.decoder.cached_numbers(length) * captured.dtype.itemsize
     available = available_bytes()
     if available is not None and needed > available:
         raise ConfigError(

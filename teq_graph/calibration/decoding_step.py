@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teq_graph import pipeline
-from teq_graph.capture import CapturedGraph
+from teq_graph.capture import CachedTensor, CapturedGraph
 from teq_graph.graph.tensors import clone_graph
 from teq_graph.passes.grow_caches_in_place import room_for
 
@@ -32,12 +32,18 @@ def decoding_step(captured: CapturedGraph, positions: int) -> StepFn:
     def step(input_ids: Tensor, past: Any) -> tuple[Tensor, Any]:
         input_ids = input_ids.to(captured.device)
         if past is None:
-            past = [
-                tuple(room_for(len(input_ids), heads, positions, width, like) for heads, width in layer.sizes)
-                for layer in decoder.layers
-            ]
+            past = decoder.by_layer(_beginning(one, len(input_ids), positions, like) for one in decoder.cached)
         args, _ = own.bind({"input_ids": input_ids, "past_key_values": past})
         logits, present = own.graph_module(*args)
         return logits, present
 
     return step
+
+
+def _beginning(tensor: CachedTensor, batch: int, positions: int, like: Tensor) -> Tensor:
+    """What is cached before the first step, with room for so many positions where keys and values grow."""
+    if len(tensor.sizes) == 3 and tensor.growing_axis == 2:
+        heads, _, width = tensor.sizes
+        assert heads is not None and width is not None
+        return room_for(batch, heads, positions, width, like)
+    return like.new_zeros(tensor.shape(batch, 0))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,51 +15,97 @@ from torch.utils import _pytree as pytree
 from teq_graph.errors import InputError, brief, one_line
 from teq_graph.graph.nodes import placeholder_nodes
 
+T = TypeVar("T")
 DECODER_INPUTS = ["input_ids", "attention_mask", "past_key_values"]
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """Shape of one layer's KV cache: key `[b, key_heads, p, key_dim]`, value `[b, value_heads, p, value_dim]`."""
+class CachedTensor:
+    """One tensor `[b, *sizes]` of a layer, which a step takes and gives anew.
 
-    key_heads: int
-    key_dim: int
-    value_heads: int
-    value_dim: int
+    A size of None is the number of positions: that axis is prolonged by a step's tokens, and empty before the first. A
+    tensor without such an axis is a state, which is replaced, and zeros before the first step.
+    """
+
+    name: str
+    sizes: tuple[int | None, ...]
 
     @property
-    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(heads, dim) of the key, and of the value."""
-        return (self.key_heads, self.key_dim), (self.value_heads, self.value_dim)
+    def growing_axis(self) -> int | None:
+        """The axis of positions, counted with the batch's; None for a state."""
+        return self.sizes.index(None) + 1 if None in self.sizes else None
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds for each sequence: of each position, where it grows."""
+        return math.prod(size for size in self.sizes if size is not None)
+
+    def shape(self, batch: int, positions: int) -> tuple[int, ...]:
+        """Its shape after so many positions."""
+        return (batch, *(positions if size is None else size for size in self.sizes))
+
+
+LayerCache = tuple[CachedTensor, ...]
+"""What one layer keeps between steps."""
+
+
+def attention_cache(key_heads: int, key_dim: int, value_heads: int, value_dim: int) -> LayerCache:
+    """Key `[b, key_heads, p, key_dim]` and value `[b, value_heads, p, value_dim]` of attention."""
+    return CachedTensor("key", (key_heads, None, key_dim)), CachedTensor("value", (value_heads, None, value_dim))
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
-    """What a caller must know to drive a captured decoder."""
+    """What a caller must know to drive a captured decoder.
+
+    `recompute_after`: sequences of more tokens are computed with other tables of angles, all their tokens anew.
+    """
 
     layers: tuple[LayerCache, ...]
     vocab_size: int
     max_positions: int | None
+    recompute_after: int | None = None
 
     @property
-    def cached_numbers(self) -> int:
-        """How many numbers the cache holds for each position of a sequence."""
-        return sum(heads * dim for layer in self.layers for heads, dim in layer.sizes)
+    def cached(self) -> tuple[CachedTensor, ...]:
+        """The cached tensors of all layers, in order."""
+        return tuple(tensor for layer in self.layers for tensor in layer)
+
+    @property
+    def cache_names(self) -> tuple[str, ...]:
+        """A name for each of `cached`: its layer's number, and its own name in it."""
+        return tuple(f"{index}.{tensor.name}" for index, layer in enumerate(self.layers) for tensor in layer)
+
+    @property
+    def states(self) -> bool:
+        """Whether anything cached is a state, of which a step cannot be taken back."""
+        return any(tensor.growing_axis is None for tensor in self.cached)
+
+    def cached_numbers(self, positions: int) -> int:
+        """How many numbers the cache holds for a sequence of so many positions."""
+        return sum(tensor.numbers * (1 if tensor.growing_axis is None else positions) for tensor in self.cached)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DecoderShape:
         """The inverse of `dataclasses.asdict`."""
-        return cls(**{**data, "layers": tuple(LayerCache(**layer) for layer in data["layers"])})
+        layers = tuple(tuple(CachedTensor(t["name"], tuple(t["sizes"])) for t in layer) for layer in data["layers"])
+        return cls(**{**data, "layers": layers})
+
+    def by_layer(self, tensors: Iterable[T]) -> list[tuple[T, ...]]:
+        """Something for each of `cached`, in its layers."""
+        each = iter(tensors)
+        return [tuple(next(each) for _ in layer) for layer in self.layers]
+
+    def past_length(self, past: Sequence[Sequence[Tensor]]) -> int | None:
+        """Positions that `past` holds; None where nothing in it grows."""
+        pairs = zip(self.cached, (tensor for layer in past for tensor in layer), strict=True)
+        return next((held.shape[axis] for one, held in pairs if (axis := one.growing_axis) is not None), None)
 
     def empty_past(
         self, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> list[tuple[Tensor, Tensor]]:
-        """A KV cache of no positions, for prefill."""
-
-        def empty(heads: int, dim: int) -> Tensor:
-            return torch.empty(batch, heads, 0, dim, dtype=dtype, device=device)
-
-        return [(empty(*key), empty(*value)) for key, value in (layer.sizes for layer in self.layers)]
+    ) -> list[tuple[Tensor, ...]]:
+        """A cache of no positions, for prefill."""
+        return self.by_layer(torch.zeros(one.shape(batch, 0), dtype=dtype, device=device) for one in self.cached)
 
 
 @dataclasses.dataclass
@@ -66,9 +113,10 @@ class CapturedGraph:
     """A model as a graph, with the inputs it was captured with.
 
     `graph_module` takes `example_args` and `example_kwargs` (any sizes where `dynamic_shapes` says so).
-    A decoder's signature is `(input_ids [b, s], attention_mask [b, p+s], past: [(key, value), …])` →
-    `(logits [b, s, vocab], [(key, value), …])`, all integer inputs int64.
-    `lm_head` names the weight that projects onto the vocabulary, where the model says which it is.
+    A decoder's signature is `(input_ids [b, s], attention_mask [b, p+s], past)` → `(logits [b, s, vocab], present)`,
+    all integer inputs int64; past and present are lists of each layer's cached tensors, as `decoder.layers` says.
+    `lm_head` names the weight that projects onto the vocabulary, where the model says which it is. `without_cache` says
+    why the model's states are no inputs of the graph, where it has some.
     """
 
     graph_module: GraphModule
@@ -77,6 +125,7 @@ class CapturedGraph:
     dynamic_shapes: Any
     decoder: DecoderShape | None = None
     lm_head: str | None = None
+    without_cache: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,7 +226,7 @@ class CapturedGraph:
         """For a decoder: the placeholder of each cached tensor -> the node that gives its successor."""
         if self.decoder is None:
             return {}
-        count = 2 * len(self.decoder.layers)
+        count = len(self.decoder.cached)
         nodes = list(self.graph_module.graph.nodes)
         placeholders = placeholder_nodes(self.graph_module)[-count:]
         outputs = pytree.tree_leaves(nodes[-1].args[0])[-count:]
@@ -192,11 +241,14 @@ def _bind_decoder(captured: CapturedGraph, inputs: Mapping[str, Any]) -> tuple[A
         shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise InputError(f"input_ids={shape}: accepted are integers [batch, sequence], at least one")
     past = inputs.get("past_key_values")
-    past = decoder.empty_past(tokens.shape[0], captured.dtype, tokens.device) if past is None else _pairs(past, decoder)
-    total = past[0][0].shape[2] + tokens.shape[1]
+    past = (
+        decoder.empty_past(tokens.shape[0], captured.dtype, tokens.device) if past is None else _layers(past, decoder)
+    )
+    seen, mask = decoder.past_length(past), inputs.get("attention_mask")
+    # Without an axis of positions, how many were seen is for the caller to know.
+    total = tokens.shape[1] + seen if seen is not None else max(tokens.shape[1], _length(mask))
     if decoder.max_positions is not None and total > decoder.max_positions:
         raise InputError(f"sequence of {total} positions: the model has {decoder.max_positions}")
-    mask = inputs.get("attention_mask")
     if mask is None:
         mask = torch.ones(tokens.shape[0], total, dtype=torch.long, device=tokens.device)
     elif not isinstance(mask, Tensor) or tuple(mask.shape) != (tokens.shape[0], total):
@@ -205,15 +257,28 @@ def _bind_decoder(captured: CapturedGraph, inputs: Mapping[str, Any]) -> tuple[A
     return tokens.long(), mask.long(), past
 
 
-def _pairs(past: Any, decoder: DecoderShape) -> list[tuple[Tensor, Tensor]]:
-    """Key and value of each layer, [b, h, p, d]."""
-    count = len(decoder.layers)
-    if isinstance(past, (list, tuple)) and len(past) == count:
-        pairs = [tuple(layer) if isinstance(layer, (list, tuple)) else () for layer in past]
-        if all(len(pair) == 2 and all(isinstance(x, Tensor) and x.dim() == 4 for x in pair) for pair in pairs):
-            return pairs
-    accepted = f"a list of {count} pairs of tensors [batch, heads, positions, size], as a step returns"
+def _length(mask: Any) -> int:
+    return mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+
+
+def _layers(past: Any, decoder: DecoderShape) -> list[tuple[Tensor, ...]]:
+    """The cached tensors of each layer, in number and rank as the decoder has them."""
+    if isinstance(past, (list, tuple)) and len(past) == len(decoder.layers):
+        layers = [tuple(layer) if isinstance(layer, (list, tuple)) else () for layer in past]
+        if all(map(_fits, layers, decoder.layers)):
+            return layers
+    shapes = dict.fromkeys(", ".join(f"{one.name} {_shown(one)}" for one in layer) for layer in decoder.layers)
+    accepted = f"a list of {len(decoder.layers)}, as a step returns, of tensors ({') or ('.join(shapes)})"
     raise InputError(f"past_key_values={brief(past)}: accepted is {accepted}")
+
+
+def _fits(given: tuple[Any, ...], layer: LayerCache) -> bool:
+    ranks = [tensor.dim() if isinstance(tensor, Tensor) else None for tensor in given]
+    return ranks == [len(one.sizes) + 1 for one in layer]
+
+
+def _shown(tensor: CachedTensor) -> str:
+    return f"[{', '.join(['batch', *('positions' if size is None else str(size) for size in tensor.sizes)])}]"
 
 
 def describe(tensor: Tensor) -> str:

@@ -1,50 +1,64 @@
-"""What Hugging Face models tell about their own inputs; the KV cache as arguments and results."""
+"""What Hugging Face models tell about their own inputs; a decoder's cache as arguments and results."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from teq_graph.capture.caches import cache_argument, cache_in, cache_of, describe, tensors_of
 from teq_graph.capture.captured import DecoderShape, LayerCache, float_dtype, magnitude
 from teq_graph.errors import CaptureError, one_line
 
 # Sizes of the example inputs. Sizes 0 and 1 would be specialised by torch.export, and equal sizes could be
 # mistaken for one another by a reader of the graph.
 BATCH, PAST, SEQUENCE = 2, 3, 4
+CHUNK = 16
+"""Tokens of a scan's chunk at most."""
 
 
 class DecoderStep(nn.Module):
-    """One step of a causal language model over a KV cache of any length, as one traceable function.
+    """One step of a causal language model over a cache of any length, as one traceable function.
 
     With `counts_positions` the model is told each token's position; otherwise it finds them itself.
     """
 
-    def __init__(self, model: nn.Module, counts_positions: bool) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[LayerCache], counts_positions: bool) -> None:
         super().__init__()
         self.model = model
+        self.layers = layers
         self.counts_positions = counts_positions
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, past: Sequence[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        self, input_ids: Tensor, attention_mask: Tensor, past: Sequence[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         positions = {}
         if self.counts_positions:
             # Counted over the mask, so that left padding does not shift them.
             counted = (attention_mask.cumsum(-1) - 1).clamp(min=0)
             positions["position_ids"] = counted[:, -input_ids.shape[1] :]
+        if not any(one.growing_axis for layer in self.layers for one in layer):
+            # States hide what came before.
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=True,
-            **{_cache_argument(self.model): _cache_of(past)},
+            **{cache_argument(self.model): cache_of(self.layers, past)},
             **positions,
         )
-        return output.logits, [(layer.keys, layer.values) for layer in _cache_in(output).layers]
+        present = []
+        for layer, result in zip(past, cache_in(output).layers, strict=True):
+            # A state that is computed in another type is kept in that of the cache.
+            held = (tensors_of(result) or {}).values()
+            present.append(tuple(new.to(old.dtype) for old, new in zip(layer, held, strict=True)))
+        return output.logits, present
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -53,54 +67,90 @@ def is_pretrained(model: nn.Module) -> bool:
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
-def _cache_of(past: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """A growing cache that holds `past`, whatever window the model's own cache would keep: the mask decides."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """While a Hugging Face model's configs say that it returns no cache where its caller does not ask for one.
 
-    cache = DynamicCache()
-    for key, value in past:
-        layer = DynamicLayer()
-        layer.lazy_initialization(key, value)
-        layer.keys, layer.values = key, value
-        cache.layers.append(layer)
-    return cache
-
-
-# What transformers calls the KV cache from 5.24 on, and before.
-_CACHE_NAMES = ("cache", "past_key_values")
-
-
-def _cache_argument(model: nn.Module) -> str:
-    """The name by which the model takes a KV cache."""
-    accepted = inspect.signature(model.forward).parameters
-    return next((name for name in _CACHE_NAMES if name in accepted), _CACHE_NAMES[-1])
+    The cache is an object with a state of its own, which is no value of a graph.
+    """
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()] if is_pretrained(model) else []
+    configs = {id(config): config for config in found if getattr(config, "use_cache", None) is True}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
 
 
-def _cache_in(output: Any) -> Any:
-    """The KV cache among a model's results; None where there is none."""
-    return next((output[name] for name in _CACHE_NAMES if output.get(name) is not None), None)
+@contextlib.contextmanager
+def short_scans(model: nn.Module, shape: DecoderShape) -> Iterator[None]:
+    """While a Hugging Face model's scans over a sequence are cut into chunks of `CHUNK` tokens at most.
+
+    Each step computes whole chunks, however few its tokens are. Nothing changes where chunks of another size give other
+    values.
+    """
+    (args, _), sizes = decoder_inputs(model, shape), {}
+    step = DecoderStep(model, shape.layers, False)
+    before = call(step, "a cache", *args)[0]
+    try:
+        for module in model.modules():
+            size = getattr(module, "chunk_size", None)
+            if isinstance(size, int) and size > CHUNK:
+                sizes[module], module.chunk_size = size, CHUNK  # type: ignore[assignment]
+        after = call(step, "a cache", *args)[0] if sizes else before
+        if not torch.allclose(after.float(), before.float(), rtol=0, atol=1e-3 * magnitude(before), equal_nan=True):
+            _restore(sizes)
+        yield
+    finally:
+        _restore(sizes)
+
+
+def _restore(sizes: Mapping[nn.Module, int]) -> None:
+    for module, size in sizes.items():
+        module.chunk_size = size  # type: ignore[assignment]
+
+
+def call(model: nn.Module, what: str, *args: Any, **kwargs: Any) -> Any:
+    """What `model` gives without gradients; raises CaptureError, with its class and `what` it was given, where it
+    fails."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            return model(*args, **kwargs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the model's Python raises
+        raise CaptureError(f"{name_of(model)} fails on {what}: {one_line(error)}") from error
+
+
+def name_of(model: nn.Module) -> str:
+    """The class of the user's model."""
+    return type(model.model if isinstance(model, DecoderStep) else model).__name__
 
 
 def probe_decoder(model: Any) -> DecoderShape | None:
     """Run two tokens to see which KV cache the model keeps; None if it is no decoder-only language model."""
-    if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+    if not generates_text(model):
         return None
     tokens = torch.ones(1, 2, dtype=torch.long, device=_device(model))
-    try:
-        with torch.no_grad():
-            output = model(input_ids=tokens, use_cache=True)
-    except Exception as error:  # whatever the model's Python raises
-        raise CaptureError(f"{type(model).__name__} fails on two tokens: {one_line(error)}") from error
-    layers = getattr(_cache_in(output), "layers", None)
-    if not layers or not all(isinstance(getattr(layer, "values", None), Tensor) for layer in layers):
+    output = call(model, "two tokens", input_ids=tokens, use_cache=True)
+    layers = describe(cache_in(output))
+    if layers is None:
         return None
-    shapes = [(*layer.keys.shape[1::2], *layer.values.shape[1::2]) for layer in layers]
+    return DecoderShape(layers=layers, vocab_size=output.logits.shape[-1], max_positions=longest_text(model))
+
+
+def generates_text(model: Any) -> bool:
+    """Whether it is a decoder-only language model."""
+    found: bool = model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
+    return found
+
+
+def longest_text(model: Any) -> int | None:
+    """The positions that the model has; None where its config names no limit."""
     config = model.config.get_text_config()
-    return DecoderShape(
-        layers=tuple(LayerCache(*shape) for shape in shapes),
-        vocab_size=output.logits.shape[-1],
-        max_positions=getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None),
-    )
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
 def counts_positions(model: Any, shape: DecoderShape) -> bool:
@@ -109,29 +159,30 @@ def counts_positions(model: Any, shape: DecoderShape) -> bool:
         return False
     (tokens, mask, _), _ = decoder_inputs(model, shape)
     past = shape.empty_past(BATCH, float_dtype(model), _device(model))
-    with torch.no_grad():
-        told, own = (DecoderStep(model, told)(tokens, mask[:, :SEQUENCE], past)[0] for told in (True, False))
+    told, own = (
+        call(DecoderStep(model, shape.layers, told), "an empty cache", tokens, mask[:, :SEQUENCE], past)[0]
+        for told in (True, False)
+    )
     return torch.allclose(told.float(), own.float(), rtol=0, atol=1e-3 * magnitude(own), equal_nan=True)
 
 
-def decoder_inputs(model: nn.Module, shape: DecoderShape) -> tuple[tuple[Any, ...], Any]:
-    """Example arguments and dynamic shapes of a `DecoderStep`."""
+def decoder_inputs(model: nn.Module, shape: DecoderShape, sequence: int = SEQUENCE) -> tuple[tuple[Any, ...], Any]:
+    """Example arguments and dynamic shapes of a `DecoderStep` of so many tokens."""
     device, dtype = _device(model), float_dtype(model)
     generator = torch.Generator().manual_seed(0)
-    past = []
-    for layer in shape.layers:
-        key, value = (torch.randn(BATCH, heads, PAST, dim, generator=generator) for heads, dim in layer.sizes)
-        past.append((key.to(device, dtype), value.to(device, dtype)))
-    tokens = torch.randint(0, shape.vocab_size, (BATCH, SEQUENCE), generator=generator).to(device)
-    mask = torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.long, device=device)
+    past = (torch.randn(one.shape(BATCH, PAST), generator=generator).to(device, dtype) for one in shape.cached)
+    tokens = torch.randint(0, shape.vocab_size, (BATCH, sequence), generator=generator).to(device)
+    mask = torch.ones(BATCH, PAST + sequence, dtype=torch.long, device=device)
     dynamic = torch.export.Dim.DYNAMIC
-    cached = {0: dynamic, 2: dynamic}
-    dynamic_shapes = ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, [(cached, cached)] * len(past))
-    return (tokens, mask, past), dynamic_shapes
+    cached = ({axis: dynamic for axis in (0, one.growing_axis) if axis is not None} for one in shape.cached)
+    dynamic_shapes = ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, shape.by_layer(cached))
+    return (tokens, mask, shape.by_layer(past)), dynamic_shapes
 
 
-def inputs_from_config(model: Any) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    """Example inputs and dynamic shapes of a Hugging Face model that is no decoder."""
+def inputs_from_config(
+    model: Any, length: int = SEQUENCE + 1
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """Example inputs and dynamic shapes of a Hugging Face model that is no decoder, texts of so many tokens."""
     config, device, dtype = model.config, _device(model), float_dtype(model)
     accepted = inspect.signature(model.forward).parameters
     dynamic = torch.export.Dim.DYNAMIC
@@ -152,10 +203,10 @@ def inputs_from_config(model: Any) -> tuple[tuple[Any, ...], dict[str, Any], dic
         names = ["input_ids", "attention_mask"]
         if config.is_encoder_decoder:
             names.append("decoder_input_ids")
-        for name, length in zip(names, (SEQUENCE + 1, SEQUENCE + 1, SEQUENCE), strict=False):
+        for name, size in zip(names, (length, length, length - 1), strict=False):
             if name not in accepted:
                 continue
-            tokens = torch.randint(0, config.get_text_config().vocab_size, (BATCH, length), generator=generator)
+            tokens = torch.randint(0, config.get_text_config().vocab_size, (BATCH, size), generator=generator)
             kwargs[name] = torch.ones_like(tokens) if name == "attention_mask" else tokens
             kwargs[name] = kwargs[name].to(device)
             shapes[name] = {0: dynamic, 1: dynamic}

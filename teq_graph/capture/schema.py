@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -15,18 +15,24 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class Layer(Strict):
-    """A `LayerCache`."""
+class Cached(Strict):
+    """A `CachedTensor`; a size of null is the number of positions, which one axis at most has."""
 
-    key_heads: Count
-    key_dim: Count
-    value_heads: Count
-    value_dim: Count
+    name: Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]
+    sizes: Annotated[list[Count | None], Field(min_length=1, max_length=7)]
+
+    @field_validator("sizes")
+    @classmethod
+    def _one_axis_grows(cls, sizes: list[int | None]) -> list[int | None]:
+        if sizes.count(None) > 1:
+            raise ValueError("one size at most is null")
+        return sizes
 
 
 class Decoder(Strict):
     """A `DecoderShape`."""
 
-    layers: Annotated[list[Layer], Field(min_length=1)]
+    layers: Annotated[list[list[Cached]], Field(min_length=1)]
     vocab_size: Count
     max_positions: Count | None
+    recompute_after: Count | None = None

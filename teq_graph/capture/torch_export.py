@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import math
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,14 +21,22 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from teq_graph.capture.captured import CapturedGraph, magnitude
+from teq_graph.capture.buffers import keep_no_state, table_switch
+from teq_graph.capture.captured import CapturedGraph, DecoderShape, magnitude
 from teq_graph.capture.pretrained import (
+    PAST,
     DecoderStep,
+    call,
     counts_positions,
     decoder_inputs,
+    generates_text,
     inputs_from_config,
     is_pretrained,
+    longest_text,
+    name_of,
     probe_decoder,
+    short_scans,
+    without_cache,
 )
 from teq_graph.errors import CaptureError, NumericsError, one_line
 from teq_graph.graph.tensors import drop_unused, node_tensor, set_tensor
@@ -36,6 +45,9 @@ from teq_graph.system.quiet import quiet
 
 LARGEST_WEIGHT = 1e18
 """float32, which errors and second moments are summed in, holds squares up to 3e38."""
+SCANNED, CHECKED = (35, 521), 530
+"""Tokens of the examples that a scan is captured with: several chunks and a part of one, where these are short, or of
+up to 260 tokens; and those that the graph is compared on with the model."""
 AGREEMENT = collections.defaultdict(float, {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1})
 """Largest difference between graph and model, over the largest value; other types agree exactly."""
 
@@ -55,22 +67,24 @@ def capture(
     """Capture `model` (eval mode, real float32/float16/bfloat16 tensors) with torch.export.
 
     Without `example_inputs`, those of a Hugging Face model are made from its config: a causal language model
-    becomes a decoder step with KV cache, others keep their own signature. Parameters are shared with
-    `model`, not copied. Raises CaptureError naming the module and line that torch.export refuses, and
-    NumericsError for weights that are not finite.
+    becomes a decoder step with KV cache, others keep their own signature. With `example_inputs` its result has no
+    cache, unless `use_cache` is among them. Parameters are shared with `model`, not copied. Raises CaptureError for a
+    model that fails on the inputs, naming the module and line where torch.export refuses it, and NumericsError for
+    weights that are not finite.
     """
     check_model(model)
     pretrained = is_pretrained(model)
     if example_inputs is not None:
         args, kwargs = _split_inputs(example_inputs)
-        captured = _export(model, args, kwargs, dynamic_shapes)
+        with without_cache(model):
+            captured = _export(model, args, kwargs, dynamic_shapes)
     elif not pretrained:
         raise CaptureError(
             f"example_inputs=None: {type(model).__name__} is no Hugging Face model whose inputs could be made "
             "from its config; accepted is a tuple or dict as for torch.export"
         )
     else:
-        captured = _export_decoder(model) or _export(model, *inputs_from_config(model))
+        captured = _export_pretrained(model)
     if pretrained:
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), Tensor):
@@ -121,18 +135,66 @@ def _split_inputs(example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> tuple[
     )
 
 
-def _export_decoder(model: nn.Module) -> CapturedGraph | None:
-    """The model's step over a KV cache; None if it is no decoder-only language model."""
-    shape = probe_decoder(model)
-    if shape is None:
-        return None
-    args, dynamic_shapes = decoder_inputs(model, shape)
-    captured = _export(DecoderStep(model, counts_positions(model, shape)), args, {}, dynamic_shapes)
+def _export_pretrained(model: nn.Module) -> CapturedGraph:
+    """A Hugging Face model with inputs from its config: a decoder-only language model as a step over its cache.
+
+    Where a cache cannot be had, as a graph over whole texts, which says why.
+    """
+    shape, reason = probe_decoder(model), None
+    if shape is not None:
+        try:
+            return _export_decoder(model, shape)
+        except _OtherLengthError:
+            raise  # it would be so without a cache, too
+        except CaptureError as error:
+            if not shape.states:
+                raise
+            reason = str(error)
+    try:
+        captured = _export(model, *inputs_from_config(model))
+        if generates_text(model):
+            args, kwargs, _ = inputs_from_config(model, min(CHECKED, longest_text(model) or CHECKED))
+            _check_at_another_length(model, captured, args, kwargs)
+    except CaptureError as error:
+        # What stands in the way of a cache says more than what stands in the way of doing without.
+        raise error if reason is None else CaptureError(reason) from error
+    return dataclasses.replace(captured, without_cache=reason)
+
+
+def _export_decoder(model: nn.Module, shape: DecoderShape) -> CapturedGraph:
+    """The model's step over a cache."""
+    step = DecoderStep(model, shape.layers, counts_positions(model, shape))
+    if shape.states:
+        with short_scans(model, shape):
+            captured = _export_with_states(step, shape)
+    else:
+        args, dynamic_shapes = decoder_inputs(model, shape)
+        captured = _export(step, args, {}, dynamic_shapes)
     _strip_prefix(captured.graph_module, "model.")
-    return dataclasses.replace(captured, decoder=shape)
+    switch = table_switch(captured.graph_module)
+    return dataclasses.replace(captured, decoder=dataclasses.replace(shape, recompute_after=switch))
+
+
+def _export_with_states(step: DecoderStep, shape: DecoderShape) -> CapturedGraph:
+    """A step that scans its tokens, in chunks perhaps: an example of one chunk makes a graph that is wrong for two."""
+    longest = sys.maxsize if shape.max_positions is None else shape.max_positions - PAST
+    for sequence in SCANNED:
+        args, dynamic_shapes = decoder_inputs(step.model, shape, min(sequence, longest))
+        captured = _export(step, args, {}, dynamic_shapes)
+        try:
+            for length in (1, min(CHECKED, longest)):
+                _check_at_another_length(step, captured, decoder_inputs(step.model, shape, length)[0], {})
+            return captured
+        except _OtherLengthError as error:
+            reason = error
+    raise reason
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> CapturedGraph:
+    # First: where the model itself fails, tracing it says less of why. What it sets up on its first call is there then.
+    own_args, own_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    expected = call(model, "its example inputs", *own_args, **own_kwargs)
+    name = name_of(model)
     try:
         # Without gradients, no_grad regions of the model stay inline instead of becoming submodules. transformers
         # and torch warn about their own internals while tracing; none of it is in the user's hands.
@@ -142,16 +204,20 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
             if any(map(_changes_in_place, program.graph.nodes)):
                 # Only where it is needed: it traces the program once more, and decomposes nothing.
                 program = program.run_decompositions({})
-            _refuse_state(program)
             graph_module = program.module(check_guards=False)
+            assert isinstance(graph_module, GraphModule)
+            keep_no_state(program, graph_module)
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises whatever the model's Python raises
-        raise CaptureError(f"torch.export refuses {type(model).__name__}{_where(error)}: {_reason(error)}") from error
-    assert isinstance(graph_module, GraphModule)
+        raise CaptureError(f"torch.export refuses {name}{_where(error)}: {_reason(error)}") from error
     adopt(graph_module)
     captured = CapturedGraph(graph_module, args, kwargs, dynamic_shapes)
-    _check_agreement(model, captured)
+    if not _agrees(expected, captured):
+        raise CaptureError(
+            f"the graph that torch.export made of {name} gives other values than the model: "
+            "accepted are models whose result depends on their inputs alone"
+        )
     return captured
 
 
@@ -184,27 +250,49 @@ def _changes_in_place(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _refuse_state(program: ExportedProgram) -> None:
-    """A graph of values cannot write back to the model's buffers or to its caller's tensors."""
-    signature = program.graph_signature
-    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if changed:
-        raise CaptureError(f"the model changes {changed[0]} in place: accepted are models that keep no state")
+class _OtherLengthError(CaptureError):
+    """A graph that holds for the number of tokens alone that it was captured with, or few more."""
 
 
-def _check_agreement(model: nn.Module, captured: CapturedGraph) -> None:
-    """What was captured gives what the model gives, on the inputs that it was captured with."""
-    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-        results = [call(*captured.example_args, **captured.example_kwargs) for call in (model, captured.graph_module)]
-    expected, actual = ([x for x in pytree.tree_leaves(r) if isinstance(x, Tensor)] for r in results)
-    for wanted, given in zip(expected, actual, strict=True):
-        if wanted.shape != given.shape or not torch.allclose(
-            given.double(), wanted.double(), rtol=0, atol=AGREEMENT[wanted.dtype] * magnitude(wanted), equal_nan=True
-        ):
-            raise CaptureError(
-                f"the graph that torch.export made of {type(model).__name__} gives other values than the model: "
-                "accepted are models whose result depends on their inputs alone"
-            )
+def _check_at_another_length(
+    model: nn.Module, captured: CapturedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """The graph gives what the model gives, on other inputs than it was captured with, if the model takes them."""
+    own_args, own_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    try:
+        expected = call(model, "inputs of another length", *own_args, **own_kwargs)
+    except CaptureError:
+        return
+    # Not op by op: the model may take another way there, and round differently in its own type.
+    coarsest = AGREEMENT[captured.dtype]
+    if not _agrees(expected, dataclasses.replace(captured, example_args=args, example_kwargs=kwargs), coarsest):
+        raise _OtherLengthError(
+            f"the graph that torch.export made of {name_of(model)} holds for few tokens alone: "
+            "accepted are models whose Python does the same for texts of any length"
+        )
+
+
+def _agrees(expected: Any, captured: CapturedGraph, coarsest: float = 0) -> bool:
+    """Whether the graph gives what the model gave, on its example inputs; floats at least up to `coarsest`."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            actual = captured.graph_module(*captured.example_args, **captured.example_kwargs)
+    except (RuntimeError, IndexError, ValueError):  # sizes that were taken for constants do not fit
+        return False
+    wanted_tensors, given_tensors = (
+        [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)] for result in (expected, actual)
+    )
+    return all(
+        wanted.shape == given.shape
+        and torch.allclose(
+            given.double(),
+            wanted.double(),
+            rtol=0,
+            atol=max(AGREEMENT[wanted.dtype], coarsest * wanted.is_floating_point()) * magnitude(wanted),
+            equal_nan=True,
+        )
+        for wanted, given in zip(wanted_tensors, given_tensors, strict=True)
+    )
 
 
 def adopt(graph_module: GraphModule) -> None:
@@ -225,7 +313,16 @@ def adopt(graph_module: GraphModule) -> None:
 
 # What torch.export says of a program -> what it means to the owner of a model.
 _MEANINGS = (
+    (
+        r"Found <class '[\w.]*?(?P<type>\w*Cache)'> in output",
+        "its result has a {type}, which holds more than tensors: accepted is use_cache=False",
+    ),
     (r"data-dependent|GuardOnDataDependent|PendingUnbacked", "its control flow or its sizes depend on tensors' values"),
+    (
+        r"marked L\['input_ids'\]\.size\(\)\[1\] as dynamic but your code specialized it to be a constant "
+        r"\((?P<value>\d+)\)",
+        "its Python depends on the number of tokens, as a loop over them does: the graph would take {value} alone",
+    ),
     (
         r"marked (?P<size>\S+) as dynamic but your code specialized it to be a constant \((?P<value>\d+)\)",
         "the model takes {size} = {value} only, which dynamic_shapes says can be any size",

@@ -205,6 +205,7 @@ def describe_estimate(estimate: Estimate, training: TrainingConfig | None) -> li
     """What a run will take, as labelled lines: of the size from the start, of time and memory after the first block."""
     before, after = _megabytes(estimate.bytes_before), _megabytes(estimate.bytes_after)
     lines = [("size", f"{before} → about {after}, {estimate.bytes_before / estimate.bytes_after:.2f} times smaller")]
+    lines += [("note", note) for note in estimate.notes]
     if estimate.seconds is not None and estimate.peak_bytes is not None:
         distills = training is not None and "distill" in (training.stages or ())
         lines.append(("time", f"about {_duration(estimate.seconds)}{', distillation not counted' if distills else ''}"))

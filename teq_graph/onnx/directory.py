@@ -12,7 +12,7 @@ from teq_graph.errors import ModelFileError, one_line
 from teq_graph.system.directories import EXPORTED
 from teq_graph.system.files import read_json, shown, write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -29,6 +29,9 @@ their readers refuse what is damaged."""
 
 LOGITS_FROM = "logits_from"
 """Input that the runtime adds to a decoder: the position from which on logits are computed; [-1] the last alone."""
+
+PAST, PRESENT = "past_key_values", "present"
+"""What the names of cached tensors begin with, as inputs and as outputs; `DecoderShape.cache_names` follow."""
 
 WRITTEN = "a directory that export_onnx or teq-graph quantize wrote"
 

@@ -6,5 +6,5 @@ has the form that `names` asks for, and `schema` says all that the JSON may hold
 
 from teq_graph.system.directories import SAVED
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 DESCRIPTION_FILE, GRAPH_FILE, TENSORS_FILE = SAVED, "graph.json", "tensors.safetensors"

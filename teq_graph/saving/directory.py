@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor
 from teq_graph.capture import CapturedGraph, DecoderShape
-from teq_graph.capture.schema import Decoder, Layer
+from teq_graph.capture.schema import Cached, Decoder
 from teq_graph.errors import ExportError, ModelFileError
 from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.saving import (
@@ -154,8 +154,13 @@ def _not_a_leaf(tree: schema.Tree | None) -> schema.Tree:
 def _describe_decoder(shape: DecoderShape | None) -> Decoder | None:
     if shape is None:
         return None
-    layers = [Layer(**dataclasses.asdict(layer)) for layer in shape.layers]
-    return Decoder(layers=layers, vocab_size=shape.vocab_size, max_positions=shape.max_positions)
+    layers = [[Cached(name=one.name, sizes=list(one.sizes)) for one in layer] for layer in shape.layers]
+    return Decoder(
+        layers=layers,
+        vocab_size=shape.vocab_size,
+        max_positions=shape.max_positions,
+        recompute_after=shape.recompute_after,
+    )
 
 
 def _describe_site(index: int, site: Equivalence, store: TensorStore) -> schema.Site:
@@ -218,13 +223,16 @@ def _check_decoder(captured: CapturedGraph) -> None:
     """A decoder's caches are those that its inputs have."""
     if captured.decoder is None:
         return
-    expected = [(heads, dim) for layer in captured.decoder.layers for heads, dim in layer.sizes]
+    decoder = captured.decoder
     if captured.example_kwargs or len(captured.example_args) != 3:
         raise ModelFileError(f"a decoder of {len(captured.example_args)} inputs: accepted are tokens, mask and caches")
-    caches = pytree.tree_leaves(captured.example_args[2])
-    shapes = [cache.shape[1::2] if isinstance(cache, Tensor) and cache.dim() == 4 else None for cache in caches]
-    pairs = captured.example_args[2]
-    if shapes != [torch.Size(pair) for pair in expected] or not all(len(pair) == 2 for pair in pairs):
-        raise ModelFileError(f"a decoder of {len(captured.decoder.layers)} layers with caches of other sizes")
+    layers = captured.example_args[2]
+    if [len(layer) for layer in layers] != [len(layer) for layer in decoder.layers] or not all(
+        isinstance(cache, Tensor)
+        and cache.dim() == len(one.sizes) + 1
+        and all(size in (None, given) for size, given in zip(one.sizes, cache.shape[1:], strict=True))
+        for one, cache in zip(decoder.cached, pytree.tree_leaves(layers), strict=True)
+    ):
+        raise ModelFileError(f"a decoder of {len(decoder.layers)} layers with caches of other sizes")
     if len(captured.cache_pairs()) != len(placeholder_nodes(captured.graph_module)) - 2:
         raise ModelFileError("a decoder whose caches are not its inputs")

@@ -51,7 +51,8 @@ class OnnxModel:
             dtype = torch.float16 if in_half else torch.float32
             past = pytree.tree_leaves(decoder.empty_past(tokens.shape[0], dtype))
         if mask is None:
-            mask = torch.ones(tokens.shape[0], past[0].shape[2] + tokens.shape[1], dtype=torch.long)
+            seen = decoder.past_length(decoder.by_layer(past)) or 0
+            mask = torch.ones(tokens.shape[0], seen + tokens.shape[1], dtype=torch.long)
         names = [item.name for item in self.session.get_inputs()]
         values = [tokens, mask, *past]
         feeds = {name: value.contiguous().numpy() for name, value in zip(names, values, strict=True)}

@@ -82,7 +82,9 @@ def find_heads(probe: Probe, node: Node, heads: int, known: list[Rotation]) -> H
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
     if close(heads_of(x, 11), factor * x[:, channels].transpose(0, 1), 1e-6):
         return Heads(source, by_head, channels, factor, None)
-    rotation = _find_rotation(heads_of, channels, width, factor, probe.decoder.max_positions, known)
+    # Where angles depend on the length of the sequence, no one table has them.
+    positions = None if probe.decoder.recompute_after is not None else probe.decoder.max_positions
+    rotation = _find_rotation(heads_of, channels, width, factor, positions, known)
     return None if rotation is None else Heads(source, by_head, channels, factor, rotation)
 
 

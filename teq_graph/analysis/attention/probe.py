@@ -65,11 +65,7 @@ class Probe:
         tokens = torch.zeros(step.batch, step.sequence, dtype=torch.int64, device=self.device)
         mask = torch.ones(1, step.total, dtype=torch.int64) if step.mask is None else step.mask
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        cached = [
-            zero.expand(step.batch, heads, step.past, dim)
-            for layer in self.decoder.layers
-            for heads, dim in layer.sizes
-        ]
+        cached = [zero.expand(one.shape(step.batch, step.past)) for one in self.decoder.cached]
         values = dict(zip(self.placeholders, [tokens, mask.to(self.device), *cached], strict=True))
         values |= {node: value.to(self.device, self.dtype) for node, value in (given or {}).items()}
         needed = _ancestors(target, values)

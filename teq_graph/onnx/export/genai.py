@@ -36,11 +36,12 @@ def genai_config(metadata: Metadata, bos_token_id: int | None) -> dict[str, Any]
     decoder-only model.
     """
     shape = metadata.decoder
-    if shape is None or len(set(shape.layers)) != 1:
+    if shape is None or len(set(shape.layers)) != 1 or [one.name for one in shape.layers[0]] != ["key", "value"]:
         return None
-    layer = shape.layers[0]
-    if (layer.key_heads, layer.key_dim) != (layer.value_heads, layer.value_dim):
+    key, value = (one.sizes for one in shape.layers[0])
+    if key != value:
         return None
+    heads, _, head_size = key
     context = DEFAULT_CONTEXT if shape.max_positions is None else shape.max_positions
     stops = list(metadata.eos_token_ids)
     first_stop = stops[0] if stops else 0
@@ -55,9 +56,9 @@ def genai_config(metadata: Metadata, bos_token_id: int | None) -> dict[str, Any]
             "decoder": {
                 "filename": MODEL_FILE,
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "head_size": layer.key_dim,
-                "num_attention_heads": layer.key_heads,
-                "num_key_value_heads": layer.key_heads,
+                "head_size": head_size,
+                "num_attention_heads": heads,
+                "num_key_value_heads": heads,
                 "num_hidden_layers": len(shape.layers),
                 "inputs": {
                     "input_ids": "input_ids",
@@ -92,7 +93,12 @@ def describe_limits(directory: Path, decoder: DecoderShape) -> list[str]:
     """What onnxruntime-genai makes of an exported directory, where that is not what one expects."""
     if not (directory / GENAI_FILE).is_file():
         reason = "onnxruntime-genai has one number of KV heads and one head size for all layers, keys and values"
+        if decoder.states:
+            reason = "its configuration says nothing of the states that this model keeps"
         return [f"without {GENAI_FILE}: {reason}"]
+    limits = []
     if decoder.max_positions is None:
-        return [f"the model names no greatest length; {GENAI_FILE} says {DEFAULT_CONTEXT} tokens"]
-    return []
+        limits.append(f"the model names no greatest length; {GENAI_FILE} says {DEFAULT_CONTEXT} tokens")
+    if (switch := decoder.recompute_after) is not None:
+        limits.append(f"past {switch} tokens, onnxruntime-genai goes on from what it computed for a shorter sequence")
+    return limits

@@ -98,11 +98,11 @@ def _trace(captured: CapturedGraph, graph_module: GraphModule, args: Any, kwargs
     then reads each size once, and spends less time on comparing symbols.
     """
     choices = [captured.dynamic_shapes]
-    if captured.decoder is not None:
+    if (decoder := captured.decoder) is not None:
         batch, sequence, past = (torch.export.Dim(name) for name in ("batch_size", "sequence_length", "past_length"))
-        cached = {0: batch, 2: past}
         tokens, mask = {0: batch, 1: sequence}, {0: batch, 1: torch.export.Dim.DYNAMIC}
-        choices.insert(0, (tokens, mask, [(cached, cached)] * len(captured.decoder.layers)))
+        cached = ({0: batch} | ({} if (axis := one.growing_axis) is None else {axis: past}) for one in decoder.cached)
+        choices.insert(0, (tokens, mask, decoder.by_layer(cached)))
     for dynamic_shapes in choices:
         try:
             return torch.export.export(graph_module, args, kwargs, dynamic_shapes=dynamic_shapes)

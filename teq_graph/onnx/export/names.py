@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from teq_graph.capture import CapturedGraph
+from teq_graph.onnx.directory import PAST, PRESENT
 
 
 def name_values(model: ir.Model, captured: CapturedGraph, graph_module: GraphModule) -> None:
@@ -44,12 +45,12 @@ def _name_decoder(graph: ir.Graph, captured: CapturedGraph) -> None:
         ("attention_mask", (batch, total)),
     ]
     outputs: list[tuple[str, tuple[str | int, ...]]] = [("logits", (batch, sequence, captured.decoder.vocab_size))]
-    for index, layer in enumerate(captured.decoder.layers):
-        for kind, (heads, dim) in zip(("key", "value"), layer.sizes, strict=True):
-            inputs.append((f"past_key_values.{index}.{kind}", (batch, heads, past, dim)))
-            outputs.append((f"present.{index}.{kind}", (batch, heads, total, dim)))
-    for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
-        for value, (name, shape) in zip(values, names, strict=True):
+    for name, tensor in zip(captured.decoder.cache_names, captured.decoder.cached, strict=True):
+        for values, prefix, positions in ((inputs, PAST, past), (outputs, PRESENT, total)):
+            sizes = (positions if size is None else size for size in tensor.sizes)
+            values.append((f"{prefix}.{name}", (batch, *sizes)))
+    for named, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        for value, (name, shape) in zip(named, names, strict=True):
             value.name, value.shape = name, ir.Shape(shape)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import onnxruntime
 
 from teq_graph.errors import InputError, ModelFileError, one_line
-from teq_graph.onnx.directory import METADATA_FILE, MODEL_FILE, VERIFIED, WRITTEN, Metadata
+from teq_graph.onnx.directory import METADATA_FILE, MODEL_FILE, PAST, VERIFIED, WRITTEN, Metadata
 from teq_graph.onnx.runtime import arguments
 from teq_graph.onnx.runtime.generation.device_decoding import try_step
 from teq_graph.onnx.runtime.last_logits import with_chosen_logits
@@ -86,26 +86,26 @@ def _difference(session: onnxruntime.InferenceSession, metadata: Metadata) -> st
     """What a decoder's description says otherwise than its model, before caches are made by it; None: nothing."""
     if metadata.decoder is None:
         return None
-    cached = {item.name: item for item in session.get_inputs() if item.name.startswith("past_key_values.")}
-    layers = metadata.decoder.layers
-    if len(cached) != 2 * len(layers):
-        return f"{len(layers)} layers, while the model has {len(cached)} inputs past_key_values"
-    for index, layer in enumerate(layers):
-        for kind, size in zip(("key", "value"), layer.sizes, strict=True):
-            item = cached.get(name := f"past_key_values.{index}.{kind}")
-            if item is None:
-                return f"an input {name}, which the model does not have"
-            if len(item.shape) != 4 or not _fits(item.shape[1], size[0]) or not _fits(item.shape[3], size[1]):
-                return f"{size[0]} heads of {size[1]} for {name}, while the model takes {item.shape}"
-            if item.type != _ONNX_TYPES[metadata.dtype]:
-                return f"dtype {metadata.dtype}, while the model takes {name} as {item.type}"
+    cached = {item.name: item for item in session.get_inputs() if item.name.startswith(f"{PAST}.")}
+    described = metadata.decoder.cached
+    if len(cached) != len(described):
+        layers = len(metadata.decoder.layers)
+        return f"{layers} layers of {len(described)} caches, while the model has {len(cached)} inputs {PAST}"
+    for tensor, name in zip(described, (f"{PAST}.{name}" for name in metadata.decoder.cache_names), strict=True):
+        item = cached.get(name)
+        if item is None:
+            return f"an input {name}, which the model does not have"
+        if len(item.shape) != len(tensor.sizes) + 1 or not all(map(_fits, item.shape[1:], tensor.sizes)):
+            return f"sizes {list(tensor.sizes)} for {name}, while the model takes {item.shape}"
+        if item.type != _ONNX_TYPES[metadata.dtype]:
+            return f"dtype {metadata.dtype}, while the model takes {name} as {item.type}"
     logits = next((item.shape for item in session.get_outputs() if item.name == "logits"), None)
     if logits is None or len(logits) != 3 or not _fits(logits[2], metadata.decoder.vocab_size):
         return f"logits of {metadata.decoder.vocab_size} tokens, while the model gives {logits}"
     return None
 
 
-def _fits(size: int | str | None, said: int) -> bool:
+def _fits(size: int | str | None, said: int | None) -> bool:
     return size == said if isinstance(size, int) else True
 
 

@@ -12,7 +12,7 @@ import onnxruntime
 from onnxruntime import OrtValue
 
 from teq_graph.errors import InputError, one_line
-from teq_graph.onnx.directory import LOGITS_FROM, Metadata
+from teq_graph.onnx.directory import LOGITS_FROM, PAST, PRESENT, Metadata
 from teq_graph.onnx.runtime import tensors
 from teq_graph.onnx.runtime.generation.prompt_lookup import guess
 from teq_graph.onnx.runtime.generation.sampling import Sampler
@@ -61,7 +61,7 @@ class Continuation:
 
 @dataclasses.dataclass
 class Cache:
-    """Keys and values of each layer, in turn, what binds them to the session, and what it fills with logits."""
+    """The cached tensors of each layer, in turn, what binds them to the session, and what it fills with logits."""
 
     values: list[OrtValue]
     binding: onnxruntime.IOBinding
@@ -117,13 +117,27 @@ class DecoderSession:
             return
         cache = self._new_cache(len(rows), length + count)
         cache.best_only = sampler.takes_best
-        # The operator that shares buffers takes several new tokens after a past for one sequence only.
-        prefill = length if self.metadata.shared_buffers and len(rows) > 1 else PREFILL_TOKENS[self._device]
+        # Attention as one operator, which shares buffers where there are no states beside it, takes several new tokens
+        # after a past for one sequence only.
+        whole = len(rows) > 1 and (self.metadata.shared_buffers or self.shape.states)
+        prefill = length if whole else PREFILL_TOKENS[self._device]
+        switch = self.shape.recompute_after
+        if switch is not None and length > switch:
+            prefill = length
         # The newest token and its guesses are one part, whose logits are all needed.
-        lookup = min(lookup, prefill - 1) if self.metadata.shared_buffers and len(rows) == 1 else 0
+        guesses = self.metadata.shared_buffers and len(rows) == 1 and switch is None
+        lookup = min(lookup, prefill - 1) if guesses else 0
         guessed: list[int] = []
         seen, left = 0, count
+        tokens_seen = fresh[:, :0]
         while left:
+            if switch is not None:
+                if 0 < seen <= switch < seen + fresh.shape[1]:
+                    fresh, seen = np.concatenate([tokens_seen, fresh], axis=1), 0
+                    prefill = fresh.shape[1]
+                    best_only, cache = cache.best_only, self._new_cache(len(rows), length + count)
+                    cache.best_only = best_only
+                tokens_seen = fresh if seen == 0 else np.concatenate([tokens_seen, fresh], axis=1)
             for start in range(0, fresh.shape[1], prefill):
                 if cancelled():
                     return
@@ -173,9 +187,9 @@ class DecoderSession:
             if cache.logits.shape[:2] != (rows, positions):
                 self._bind_logits(cache, rows, positions)
             if not self.metadata.shared_buffers:
-                for name, value in zip(self._cache_names("past_key_values"), cache.values, strict=True):
+                for name, value in zip(self._cache_names(PAST), cache.values, strict=True):
                     binding.bind_ortvalue_input(name, value)
-                for name in self._cache_names("present"):
+                for name in self._cache_names(PRESENT):
                     binding.bind_output(name, self._device, self._device_id)
             self.session.run_with_iobinding(binding)
             if not self.metadata.shared_buffers:
@@ -195,7 +209,7 @@ class DecoderSession:
             cache.binding.bind_ortvalue_input(LOGITS_FROM, cache.logits_from)
 
     def _cache_names(self, prefix: str) -> list[str]:
-        return [f"{prefix}.{index}.{kind}" for index in range(len(self.shape.layers)) for kind in ("key", "value")]
+        return [f"{prefix}.{name}" for name in self.shape.cache_names]
 
     def _new_cache(self, batch: int, positions: int) -> Cache:
         """A cache of `positions` where past and present share buffers, otherwise a past of no tokens.
@@ -208,20 +222,19 @@ class DecoderSession:
         if self.metadata.shared_buffers:
             # Once for all steps: binding a hundred names anew takes a fifth of a small model's step.
             for prefix, bind in (
-                ("past_key_values", cache.binding.bind_ortvalue_input),
-                ("present", cache.binding.bind_ortvalue_output),
+                (PAST, cache.binding.bind_ortvalue_input),
+                (PRESENT, cache.binding.bind_ortvalue_output),
             ):
                 for name, value in zip(self._cache_names(prefix), values, strict=True):
                     bind(name, value)
         return cache
 
     def _new_values(self, batch: int, length: int) -> list[OrtValue]:
-        """Keys and values of each layer, in turn, all zero."""
+        """The cached tensors of each layer, in turn, all zero."""
         values = []
-        for layer in self.shape.layers:
-            for heads, dim in layer.sizes:
-                zeros = np.zeros((batch, heads, length, dim), tensors.array_type(self._dtype))
-                values.append(tensors.as_value(zeros, self._dtype, self._device, self._device_id))
+        for tensor in self.shape.cached:
+            zeros = np.zeros(tensor.shape(batch, length), tensors.array_type(self._dtype))
+            values.append(tensors.as_value(zeros, self._dtype, self._device, self._device_id))
         return values
 
     def _check_room(self, batch: int, positions: int) -> None:
@@ -231,10 +244,13 @@ class DecoderSession:
         """
         # Unless they are one, past and present are there at the same time.
         copies = 1 if self.metadata.shared_buffers else 2
-        each = batch * copies * self.shape.cached_numbers * tensors.array_type(self._dtype).itemsize
+        width = batch * copies * tensors.array_type(self._dtype).itemsize
+        states = width * self.shape.cached_numbers(0)
+        each = width * self.shape.cached_numbers(1) - states
         available = memory.available_bytes()
-        if available is not None and positions * each > available:
+        if available is not None and states + positions * each > available:
+            fits = max(0, available - states) // each if each else 0
             raise InputError(
-                f"cache of {positions} positions, prompt and new tokens together: {positions * each:,} bytes; accepted "
-                f"are up to {available // each} positions, in the {available:,} bytes of memory that are available"
+                f"cache of {positions} positions, prompt and new tokens together: {states + positions * each:,} bytes; "
+                f"accepted are up to {fits} positions, in the {available:,} bytes of memory that are available"
             )

@@ -14,7 +14,7 @@ import onnxruntime
 from onnxruntime import OrtValue
 
 from teq_graph.errors import InputError, one_line
-from teq_graph.onnx.directory import LOGITS_FROM, Metadata
+from teq_graph.onnx.directory import LOGITS_FROM, PAST, PRESENT, Metadata
 from teq_graph.onnx.padding import LAST_POSITIONS, TOTAL_LENGTH
 from teq_graph.onnx.runtime import on_device, tensors
 from teq_graph.onnx.runtime.generation.decoding import Cache, DecoderSession, IntArray
@@ -184,7 +184,7 @@ class DeviceSession(DecoderSession):
     def _bind(self, values: Sequence[OrtValue], row: int | None = None) -> onnxruntime.IOBinding:
         """A binding of past and present to these buffers, or to one row of each."""
         binding = self.session.io_binding()
-        for prefix, bind in (("past_key_values", binding.bind_input), ("present", binding.bind_output)):
+        for prefix, bind in ((PAST, binding.bind_input), (PRESENT, binding.bind_output)):
             for name, value in zip(self._cache_names(prefix), values, strict=True):
                 batch, *size = value.shape()
                 start = 0 if row is None else row * int(np.prod(size)) * tensors.array_type(self._dtype).itemsize

@@ -1,0 +1,125 @@
+"""The cache objects of Hugging Face models, and what they hold as tensors by layer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teq_graph.capture.captured import CachedTensor, LayerCache
+
+_NAMES = ("cache", "past_key_values", "cache_params")
+"""What transformers calls the cache: from 5.24 on, before, and where all of it are states."""
+
+_GROWING = {"key": "keys", "value": "values"}
+_STATES = {"conv_state": "conv_states", "recurrent_state": "recurrent_states"}
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name by which the model takes a cache."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in _NAMES if name in accepted), "past_key_values")
+
+
+def cache_in(output: Any) -> Any:
+    """The cache among a model's results; None where there is none."""
+    return next((output[name] for name in _NAMES if output.get(name) is not None), None)
+
+
+def describe(cache: Any) -> tuple[LayerCache, ...] | None:
+    """What the layers of a cache hold, after some tokens of one sequence; None where that is not known."""
+    layers = []
+    for layer in getattr(cache, "layers", None) or ():
+        held = tensors_of(layer)
+        if held is None or any(tensor.shape[0] != 1 for tensor in held.values()):
+            return None
+        if any(held[name].dim() != 4 for name in _GROWING if name in held):
+            return None
+        layers.append(
+            tuple(
+                CachedTensor(name, tuple(None if name in _GROWING and axis == 1 else size for axis, size in sizes))
+                for name, sizes in ((name, enumerate(tensor.shape[1:])) for name, tensor in held.items())
+            )
+        )
+    return tuple(layers) if any(layers) else None
+
+
+def tensors_of(layer: Any) -> dict[str, Tensor] | None:
+    """The tensors that one layer of a cache holds, by name; None where it has yet to be filled, or holds others.
+
+    A layer of a model whose other layers have caches may hold nothing at all.
+    """
+    missing = object()
+    found = {name: getattr(layer, attribute, missing) for name, attribute in _GROWING.items()}
+    held: dict[str, Any] = {name: value for name, value in found.items() if value is not missing}
+    for name, attribute in _STATES.items():
+        states = getattr(layer, attribute, None)
+        if isinstance(states, Mapping):
+            kept = {index: state for index, state in states.items() if state is not None}
+            held |= {f"{name}_{index}" if index else name: state for index, state in kept.items()}
+        elif states is not None:
+            return None
+    return held if all(isinstance(value, Tensor) for value in held.values()) else None
+
+
+def cache_of(layers: Sequence[LayerCache], past: Sequence[Sequence[Tensor]]) -> Any:
+    """A cache that holds `past`; whatever window the model's own cache would keep, it grows: the mask decides."""
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    for layer, tensors in zip(layers, past, strict=True):
+        cache.layers.append(_filled({one.name: tensor for one, tensor in zip(layer, tensors, strict=True)}))
+    return cache
+
+
+def _filled(held: Mapping[str, Tensor]) -> Any:
+    from transformers import cache_utils
+
+    states = {name: tensor for name, tensor in held.items() if name not in _GROWING}
+    if not held:
+        return cache_utils.DummyLayer()
+    if not states:
+        layer = cache_utils.DynamicLayer()
+    else:
+        alone, beside_attention = _layers_with_states()
+        numbers = {name: int(name.rpartition("_")[2]) if name[-1].isdigit() else 0 for name in states}
+        layer = (alone if len(states) == len(held) else beside_attention)(number_of_states=max(numbers.values()) + 1)
+        for name, state in states.items():
+            number = numbers[name]
+            attribute = next(value for key, value in _STATES.items() if name.startswith(key))
+            getattr(layer, attribute)[number] = state
+            layer.has_previous_state[number] = True
+    if len(states) < len(held):
+        cache_utils.DynamicLayer.lazy_initialization(layer, held["key"], held["value"])
+        layer.keys, layer.values = held["key"], held["value"]
+    return layer
+
+
+@functools.cache
+def _layers_with_states() -> tuple[type[Any], type[Any]]:
+    """Layers of a cache that put new states in the place of the old, which transformers' own write into.
+
+    In a graph of values no tensor changes. Zeros are what a state begins with, so that they serve the first step too.
+    """
+    from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+    class States(LinearAttentionLayer):  # type: ignore[misc]  # transformers has no types here
+        def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
+            known = self.conv_states[state_idx]
+            assert known is not None
+            seen = torch.cat([known, conv_states], dim=-1)
+            self.conv_states[state_idx] = seen[..., -known.shape[-1] :]
+            return seen
+
+        def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
+            self.recurrent_states[state_idx] = recurrent_states
+            return recurrent_states
+
+    class StatesBesideAttention(States, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
+        pass
+
+    return States, StatesBesideAttention
