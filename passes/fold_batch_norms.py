@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,23 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from teq_graph.graph.nodes import CallBuilder, arguments_of, aten, is_call, is_tensor_constant, operand_of, rank_of
+from teq_graph.graph.nodes import (
+    CallBuilder,
+    arguments_of,
+    aten,
+    dtype_of,
+    is_call,
+    is_tensor_constant,
+    operand_of,
+    rank_of,
+)
 from teq_graph.graph.products import CONVOLUTIONS, PADDED_CONVOLUTIONS
 from teq_graph.graph.tensors import add_tensor, drop_unused, node_tensor, set_tensor
 from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.passes.fold_constants import Origin
 
+BATCH_NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+"""What torch.export gives; the second, of which the first of three results is read, where the model works in place."""
 PARAMETERS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -30,7 +42,7 @@ class FoldBatchNorms(GraphPass[None]):
     def call(self, graph_module: GraphModule) -> PassResult[None]:
         modified = False
         for node in list(graph_module.graph.nodes):
-            if is_call(node, aten.batch_norm.default) and _is_constant(node):
+            if is_call(node, *BATCH_NORMS) and _is_constant(node):
                 _rewrite(graph_module, node)
                 modified = True
         if modified:
@@ -42,7 +54,16 @@ def _is_constant(norm: Node) -> bool:
     values = arguments_of(norm)
     given = [values[name] for name in PARAMETERS if values[name] is not None]
     has_statistics = values["running_mean"] is not None and values["running_var"] is not None
-    return not values["training"] and has_statistics and all(map(is_tensor_constant, given))
+    in_evaluation = not values.get("training")
+    return in_evaluation and has_statistics and all(map(is_tensor_constant, given)) and _result(norm) is not None
+
+
+def _result(norm: Node) -> Node | None:
+    """The node of the normalised value; None where statistics are read, too."""
+    if is_call(norm, aten.batch_norm.default):
+        return norm
+    read = [user for user in norm.users if user.users]
+    return read[0] if len(read) == 1 and is_call(read[0], operator.getitem) and read[0].args[1] == 0 else None
 
 
 def _rewrite(graph_module: GraphModule, norm: Node) -> None:
@@ -57,7 +78,7 @@ def _rewrite(graph_module: GraphModule, norm: Node) -> None:
         if bias is not None:
             shift += factor * node_tensor(bias).double()
         rows = node_tensor(weight).double() * factor.reshape(-1, *[1] * (rank_of(weight) - 1))
-        dtype = norm.meta["val"].dtype
+        dtype = dtype_of(weight)
         bias = _store(source, bias or shift_name, shift.to(dtype), [*([bias] if bias else []), *sources])
         weight = _store(source, weight, rows.to(dtype), [weight, *sources])
         source.args = (source.args[0], weight, bias, *source.args[3:])
@@ -65,14 +86,15 @@ def _rewrite(graph_module: GraphModule, norm: Node) -> None:
         result = source
     else:
         shape = (-1, *[1] * (rank_of(source) - 2))
-        f, d = (tensor.reshape(shape).to(norm.meta["val"].dtype) for tensor in (factor, shift))
+        f, d = (tensor.reshape(shape).to(dtype_of(source)) for tensor in (factor, shift))
         call = CallBuilder(graph_module, norm)
         if factor_name is shift_name:
             shift_name = values["running_mean"]
         scaled = call(aten.mul.Tensor, source, _store(norm, factor_name, f, sources))
         result = call(aten.add.Tensor, scaled, _store(norm, shift_name, d, sources))
-    norm.replace_all_uses_with(result)
-    graph_module.graph.erase_node(norm)
+    normalized = _result(norm)
+    assert normalized is not None
+    normalized.replace_all_uses_with(result)
 
 
 def _affine(values: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from support.graphs import DYNAMIC, apply_and_check, apply_random_scales, find, op_names, relative_error, run
 from torch import Tensor, nn
 from torch.nn import functional
 
+import teq_graph
+from teq_graph import quantization
 from teq_graph.analysis.equivalences import Findings
 from teq_graph.capture import CapturedGraph, capture
+from teq_graph.compile import analyze
+from teq_graph.config import WeightSpec
+from teq_graph.errors import CaptureError, ConfigError
+from teq_graph.graph.products import Reading, outputs_for, product_nodes
+from teq_graph.onnx.runtime.session import open_directory
 from teq_graph.passes.fold_batch_norms import FoldBatchNorms
 from teq_graph.passes.normalize_convolutions import NormalizeConvolutions
+from teq_graph.training.stages.codes import BlockProblem, gptq, round_to_nearest
 
 CHANNELS, SIZE = 8, 12
 Forward = Callable[..., Any]
@@ -312,3 +323,220 @@ def test_scales_that_cannot_move_through(name: str) -> None:
     assert any(reason in refusal.reason for refusal in findings.refusals if refusal.producer == "first.weight"), (
         findings.refusals
     )
+
+
+# ------------------------------------------------------------------------------------------------------ what is read
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(CHANNELS, 4, 3, stride=2, padding=2), (3, CHANNELS, SIZE)),
+        (nn.Conv2d(CHANNELS, 6, (3, 2), padding=(1, 0), dilation=(1, 3), groups=2), (3, CHANNELS, SIZE, SIZE)),
+        (nn.Conv2d(CHANNELS, 2 * CHANNELS, 3, groups=CHANNELS), (3, CHANNELS, SIZE, SIZE)),
+        (nn.Conv2d(CHANNELS, 5, 1, stride=2), (CHANNELS, SIZE, SIZE)),
+        (nn.Conv3d(CHANNELS, 4, (2, 3, 1), stride=(1, 2, 3), groups=4), (3, CHANNELS, 4, 5, 6)),
+        (nn.Linear(CHANNELS, 5), (3, 7, CHANNELS)),
+    ],
+    ids=["1d", "2d with groups", "depthwise", "one example", "3d", "linear"],
+)
+def test_the_windows_of_a_convolution_times_its_matrix_are_its_output(layer: Any, shape: tuple[int, ...]) -> None:
+    layer = layer.double()
+    x = torch.randn(shape, dtype=torch.float64)
+    captured = capture(layer.float().eval(), (x.float(),))
+    NormalizeConvolutions()(captured.graph_module)
+    (product,) = product_nodes(captured.graph_module)
+    reading = Reading.of(product)
+    weight, bias = layer.double().weight.detach().flatten(1), layer.bias.detach()
+    given = torch.cat([outputs_for(reading.rows(part), weight) for part in reading.parts(x)]) + bias
+    torch.testing.assert_close(given, reading.flat(layer(x)), rtol=1e-12, atol=1e-12)
+
+
+def test_gptq_of_groups_is_that_of_each_group() -> None:
+    groups, n, k = 3, 4, 9
+    weight, rows = torch.randn(groups * n, k), torch.randn(groups, 200, k) @ torch.randn(groups, k, k)
+    spec = WeightSpec(3, 16)
+    problem = BlockProblem(
+        {"w": weight}, {"w": spec}, {"w": rows.mT @ rows / 200}, {"w": rows.mean(1)}, {}, {}, lambda *_: weight.sum(), 1
+    )
+    codes, grid = gptq(problem, round_to_nearest(problem)).codes["w"]
+    for group, (part, read) in enumerate(zip(weight.split(n), rows, strict=True)):
+        expected = quantization.gptq(part, read.T @ read / 200, grid.split(groups)[group])
+        assert torch.equal(codes[group * n : (group + 1) * n], expected)
+
+
+# ----------------------------------------------------------------------------------------------- compiled, exported
+
+
+class Residual(nn.Module):
+    """A 3x3, a depthwise and a 1x1 convolution with batch norms."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.first_norm = conv(channels, bias=False), norm(channels)
+        self.depthwise, self.depthwise_norm = conv(channels, groups=channels, bias=False), norm(channels)
+        self.pointwise = conv(channels, size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.first_norm(self.first(x)))
+        return x + self.pointwise(functional.relu(self.depthwise_norm(self.depthwise(y))))
+
+
+class UNet(nn.Module):
+    """Down and up again, with a skip: no linear anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = conv(3, 8), nn.Sequential(nn.MaxPool2d(2), conv(8, 16), norm(16), nn.ReLU())
+        self.blocks = nn.Sequential(Residual(16), Residual(16))
+        self.up, self.merge = nn.ConvTranspose2d(16, 8, 2, stride=2), nn.Sequential(conv(16, 8), norm(8), nn.ReLU())
+        self.head = conv(8, 2, size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.stem(x))
+        y = self.up(self.blocks(self.down(x)))
+        z = functional.interpolate(self.merge(torch.cat([x, y], 1)), scale_factor=2.0, mode="bilinear")
+        return self.head(functional.avg_pool2d(z, 2))
+
+
+PICTURES = (2, 3, 16, 16)
+
+
+def compiled_net(tmp_path: Path, model: nn.Module, **options: Any) -> tuple[teq_graph.CompiledModel, Tensor]:
+    """`model` compiled by `options`, and its error in the graph; equal in onnxruntime, and after saving."""
+    training = options.pop("training", None)
+    compiled = teq_graph.compile(
+        randomized(model),
+        (torch.randn(PICTURES),),
+        ({0: DYNAMIC},),
+        [(torch.randn(PICTURES),) for _ in range(4)],
+        teq_graph.QuantizationConfig(**options),
+        training,
+    )
+    x = torch.randn(3, *PICTURES[1:])
+    directory = compiled.export_onnx(tmp_path / "onnx", accuracy_level=1)
+    session, _ = open_directory(directory)
+    given = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    wanted = compiled(x)
+    assert relative_error(torch.from_numpy(given), wanted) <= 1e-5
+    loaded = teq_graph.load(compiled.save(tmp_path / "saved"))
+    assert torch.equal(loaded(x), wanted)
+    with torch.no_grad():
+        expected = model(x)
+    return compiled, (wanted - expected).norm() / expected.norm()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("bits", "most"), [(2, 1.0), (3, 0.5), (4, 0.25), (8, 0.02)])
+@pytest.mark.parametrize("group_size", [16, -1])
+def test_a_network_without_linears(tmp_path: Path, bits: int, most: float, symmetric: bool, group_size: int) -> None:
+    compiled, error = compiled_net(tmp_path, UNet(), bits=bits, symmetric=symmetric, group_size=group_size)
+    report = compiled.report
+    assert report.counts() == {"convolutions": "10 of 10"} and "convolutions  10 of 10 quantized" in str(report)
+    assert error <= most
+    assert {weight.name: weight.reason for weight in report.in_float} == {
+        "up.weight": "read by aten.conv_transpose2d, which has its input channels for rows"
+    }
+    assert all(0 < weight.error < 1 for weight in report.convolutions)
+    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    ops = collections.Counter(node.op_type for node in model.graph.node)
+    assert ops["MatMulNBits"] == 3 and ops["DequantizeLinear"] == 7 and ops["Conv"] == 7
+    codes = {t.data_type for t in model.graph.initializer if t.name.endswith(".codes")}
+    stored = {2: "2", 3: "4", 4: "4", 8: "8"}[bits]
+    assert codes == {onnx.TensorProto.DataType.Value(f"{'INT' if symmetric else 'UINT'}{stored}")}
+    (opset,) = (entry.version for entry in model.opset_import if not entry.domain)
+    assert opset == (25 if bits == 2 else 23)
+
+
+@pytest.mark.parametrize("init", ["activation", "weight"])
+def test_training_brings_the_error_of_convolutions_down(tmp_path: Path, init: Any) -> None:
+    rounded = compiled_net(tmp_path / "rounded", UNet(), bits=3, group_size=16)[1]
+    torch.manual_seed(0)
+    training = teq_graph.TrainingConfig(steps=20, stages=("teq", "clip", "gptq", "bias", "tune"), init=init)
+    compiled, error = compiled_net(tmp_path / "trained", UNet(), bits=3, group_size=16, training=training)
+    report = compiled.report
+    assert error < 0.8 * rounded
+    assert all(block.after < block.before for block in report.blocks)
+    assert all({"rounded to nearest", "gptq", "tune"} <= weight.stages.keys() for weight in report.convolutions)
+    assert any(site.kind == "convolution" and site.trained for site in report.sites)
+
+
+def test_bits_of_convolutions_are_chosen(tmp_path: Path) -> None:
+    training = teq_graph.TrainingConfig(stages=("clip", "gptq"))
+    compiled, _ = compiled_net(tmp_path, UNet(), target_bits=3.5, group_size=16, training=training)
+    bits = {weight.spec.bits for weight in compiled.report.convolutions}
+    assert len(bits) > 1 and compiled.report.describe_bits().startswith("3.")
+
+
+def test_convolutions_can_be_skipped(tmp_path: Path) -> None:
+    compiled, _ = compiled_net(tmp_path, UNet(), skip=("*depthwise*", "stem*"), overrides={"head*": {"bits": 8}})
+    in_float = {weight.name for weight in compiled.report.convolutions if weight.reason == "skipped by pattern"}
+    assert in_float == {"stem.weight", "blocks.0.depthwise.weight", "blocks.1.depthwise.weight"}
+    assert {w.spec.bits for w in compiled.report.convolutions if w.name == "head.weight" and w.spec} == {8}
+    with pytest.raises(ConfigError, match="it matches no linear or convolution"):
+        compiled_net(tmp_path, UNet(), skip=("stems*",))
+
+
+def test_a_graph_without_products_is_refused() -> None:
+    with pytest.raises(CaptureError, match="no linears and no convolutions") as caught:
+        teq_graph.compile(randomized(norm()), (torch.randn(2, CHANNELS, 4, 4),), training=None)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_file_is_small(tmp_path: Path) -> None:
+    """4 bits in blocks of 32 take 5.2 bits a number with scales and zero points; names and nodes come on top."""
+    model = nn.Sequential(conv(64, 128), nn.ReLU(), conv(128, 128)).eval()
+    compiled = teq_graph.compile(
+        model, (torch.randn(1, 64, 8, 8),), quantization=teq_graph.QuantizationConfig(group_size=32), training=None
+    )
+    directory = compiled.export_onnx(tmp_path / "onnx")
+    size = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert size <= numbers * 5.2 / 8 + 8_000
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "ResNet": ("ResNet", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 1]}, 5),
+    "ResNet, basic": ("ResNet", {"embedding_size": 8, "hidden_sizes": [8], "depths": [2], "layer_type": "basic"}, 2),
+    "MobileNetV2": ("MobileNetV2", {"image_size": 32, "depth_multiplier": 0.1, "last_hidden_size": 32}, 1),
+    "EfficientNet": (
+        "EfficientNet",
+        {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128},
+        2,
+    ),
+    "ConvNext": ("ConvNext", {"image_size": 32, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 2, 1]}, 9),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_transformers(tmp_path: Path, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    family, config, least = FAMILIES[name]
+    model = getattr(transformers, f"{family}ForImageClassification")(
+        getattr(transformers, f"{family}Config")(num_labels=5, **config)
+    )
+    for module in randomized(model).modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1, 0.2)
+    pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    analysis = analyze(model, pixels, {"pixel_values": {0: DYNAMIC}})
+    assert len(analysis.findings.equivalences) >= least
+    assert "batch_norm" not in " ".join(op_names(analysis.captured.graph_module))
+    others = {"pixel_values": torch.randn(3, 3, 32, 32)}
+    with torch.no_grad():
+        expected = model(**others).logits
+    assert relative_error(run(analysis.captured.graph_module, others).logits, expected) <= 1e-5
+    apply_random_scales(analysis.captured.graph_module, analysis.findings.equivalences)
+    assert relative_error(run(analysis.captured.graph_module, others).logits, expected) <= 1e-5
+    compiled = teq_graph.compile(
+        model,
+        pixels,
+        {"pixel_values": {0: DYNAMIC}},
+        quantization=teq_graph.QuantizationConfig(bits=2, group_size=32),
+        training=None,
+    )
+    assert all(weight.spec is not None for weight in compiled.report.products)
+    session, _ = open_directory(compiled.export_onnx(tmp_path / "onnx", accuracy_level=1))
+    given = session.run(None, {"pixel_values": others["pixel_values"].numpy()})[0]
+    assert relative_error(torch.from_numpy(given), compiled(**others).logits) <= 1e-4

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operand_of
+from teq_graph.graph.op_sets import TRANSPOSES
 
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 PADDED_CONVOLUTIONS: Mapping[Any, Any] = {
@@ -90,6 +91,22 @@ def readers_of(tensor: Node) -> Iterator[Node]:
 def channel_dim(product: Node) -> int:
     """The dimension of a product's channels, in its input and in its output, counted from the last."""
     return -1 if not is_convolution(product) else 1 - operand_of(product, 1).meta["val"].dim()
+
+
+def is_image(node: Node) -> bool:
+    """Whether the last dimensions of a node's value are places, as a convolution gives them, and not channels."""
+    while node.op == "call_function" and not is_convolution(node):
+        sources = [source for source in node.all_input_nodes if source.op == "call_function"]
+        alike = [source for source in sources if _rank(source) == _rank(node)]
+        if not alike or node.target in TRANSPOSES or is_call(node, aten.linear.default):
+            return False
+        node = alike[0]
+    return is_convolution(node)
+
+
+def _rank(node: Node) -> int | None:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else None
 
 
 def outputs_for(rows: Tensor, weight: Tensor) -> Tensor:

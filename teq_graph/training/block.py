@@ -22,7 +22,7 @@ from teq_graph.report import Curve
 from teq_graph.system import memory
 from teq_graph.system.progress import Task
 from teq_graph.training.linear_errors import LinearErrors, factors_of
-from teq_graph.training.losses import LOSS_BATCHES, mean_loss, relative_error
+from teq_graph.training.losses import LOSS_BATCHES, as_tokens, mean_loss, relative_error
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.reference import FloatReference, TargetOf
 from teq_graph.training.stages.codes import CHOOSING, BlockProblem, Choice, fast_products, round_to_nearest, tune
@@ -143,7 +143,9 @@ class BlockTrainer:
         env = {**self.values[number], **constants}
         with self.fast_products():
             run(nodes, env)
-        return relative_error([env[node] for node in self.block.outputs], self.target_of(number))
+        outputs = self.block.outputs
+        given, wanted = [env[node] for node in outputs], self.target_of(number)
+        return relative_error(as_tokens(outputs, given), as_tokens(outputs, wanted))
 
     def _problem(self, names: Sequence[str], floats: Sequence[str]) -> BlockProblem:
         constants = self.tensors.constants()
