@@ -42,9 +42,8 @@ def _replace(model: ir.Model, node: ir.Node) -> None:
         inputs = [(codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8).numpy().astype(SIGNED[bits])]
     else:
         inputs.append(grid.zero_points.numpy().astype(UNSIGNED[bits]))
-    made = [
-        _initializer(model, f"{source.name}.{part}", value) for part, value in zip(("q", "zero"), inputs, strict=False)
-    ]
+    names = ("matrix", "zeros")[: len(inputs)]
+    made = [_initializer(model, f"{source.name}.{name}", array) for name, array in zip(names, inputs, strict=True)]
     replacement = ir.node(
         "DequantizeLinear", [made[0], node.inputs[1], *made[1:]], {"axis": 1, "block_size": sizes["block_size"]}
     )
