@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor, divide, multiply, spread
 from teq_graph.config import WeightSpec
-from teq_graph.graph.nodes import aten, is_call
+from teq_graph.graph.products import is_product, is_weight_view
 from teq_graph.graph.tensors import add_tensor, get_tensor
 from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.quantization import fake_quantize
@@ -104,5 +104,5 @@ class InsertScales(GraphPass[InsertedScales]):
 def _readers(source: Node, is_weight: bool) -> list[Node]:
     """Who reads the new value. A weight that is only quantized may be read elsewhere too, as it is."""
     if is_weight:
-        return [user for user in source.users if is_call(user, aten.linear.default) and user.args[1] is source]
+        return [user for user in source.users if is_weight_view(user) or (is_product(user) and user.args[1] is source)]
     return list(source.users)

@@ -12,7 +12,11 @@ from teq_graph.graph.tensors import add_tensor, drop_unused, get_attr_node, node
 from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.quantization import QuantizedWeight
 
-READERS = (torch.ops.teq_graph.matmul_nbits.default, torch.ops.teq_graph.embedding_nbits.default)
+READERS = (
+    torch.ops.teq_graph.matmul_nbits.default,
+    torch.ops.teq_graph.embedding_nbits.default,
+    torch.ops.teq_graph.dequantize_nbits.default,
+)
 Stored = tuple[Node, Node, Node | None]
 """The nodes that read b, scales and zero_points."""
 
@@ -20,7 +24,7 @@ Stored = tuple[Node, Node, Node | None]
 class MatchOnnxruntimeLayout(GraphPass[None]):
     """matmul_nbits(a, b, …, bits=3, block_size=K)   becomes   matmul_nbits(a, b', …, bits=4, block_size=128)
 
-    and so does embedding_nbits(indices, b, …).
+    and so do embedding_nbits(indices, b, …) and dequantize_nbits(b, …).
     onnxruntime takes 2, 4 and 8 bits in blocks of 16 to 256. 3-bit codes move into 4 bits, and a block that
     spans the whole row becomes blocks of 128 with the same scale: the weight stays equal bit for bit
     (`QuantizedWeight.for_onnxruntime`). What is accepted already is left alone, and a weight that several

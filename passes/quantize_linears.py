@@ -1,4 +1,4 @@
-"""Replace the weights of linears by codes and grids."""
+"""Replace the weights of linears and convolutions by codes and grids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from teq_graph.config import WeightSpec
-from teq_graph.graph.nodes import linear_nodes, operand_of, weight_name_of
+from teq_graph.graph.products import before_weight, product_nodes, replace_weight, weight_name_of, weight_node
 from teq_graph.graph.tensors import add_tensor, drop_unused, get_tensor, node_tensor
 from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.quantization import QuantizedWeight, quantize_weight
@@ -17,9 +17,9 @@ from teq_graph.quantization import QuantizedWeight, quantize_weight
 class QuantizeLinears(GraphPass[dict[str, QuantizedWeight]]):
     """linear(x, W[N, K])   becomes   linear(x, dequantize_nbits(codes, scales, zero_points))
 
-    for the weights in `specs`, as they were `chosen` or else rounded to nearest. The result's value holds them by
-    weight name. Codes and grid stand beside where the weight was, as `codes`, `scales` and `zero_points`, in the
-    layout of MatMulNBits.
+    and so does a convolution over a matrix, for the weights in `specs`, as they were `chosen` or else rounded to
+    nearest. The result's value holds them by weight name. Codes and grid stand beside where the weight was, as `codes`,
+    `scales` and `zero_points`, in the layout of MatMulNBits.
     """
 
     def __init__(self, specs: Mapping[str, WeightSpec], chosen: Mapping[str, QuantizedWeight] | None = None) -> None:
@@ -29,18 +29,18 @@ class QuantizeLinears(GraphPass[dict[str, QuantizedWeight]]):
     def call(self, graph_module: GraphModule) -> PassResult[dict[str, QuantizedWeight]]:
         quantized: dict[str, QuantizedWeight] = {}
         dequantized: dict[str, Node] = {}
-        for linear in list(linear_nodes(graph_module)):
+        for linear in list(product_nodes(graph_module)):
             name = weight_name_of(linear)
             if name not in self.specs:
                 continue
             if name not in dequantized:
-                weight = node_tensor(operand_of(linear, 1))
+                weight = node_tensor(weight_node(linear))
                 quantized[name] = self.chosen.get(name) or quantize_weight(
                     weight.detach(), self.specs[name], weight.dtype
                 )
                 # Before the first reader; later readers of the same weight follow it.
-                dequantized[name] = dequantize_node(graph_module, linear, name, quantized[name])
-            linear.update_arg(1, dequantized[name])
+                dequantized[name] = dequantize_node(graph_module, before_weight(linear), name, quantized[name])
+            replace_weight(linear, dequantized[name])
         if dequantized:
             drop_unused(graph_module)
         return PassResult(graph_module, bool(dequantized), quantized)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch.fx import GraphModule, Node
 
-from teq_graph.graph.nodes import linear_nodes, operand_of
+from teq_graph.graph.products import product_nodes, readers_of, replace_weight, weight_node
 from teq_graph.graph.tensors import add_tensor, drop_unused, get_tensor
 from teq_graph.passes.base import GraphPass, PassResult
 
@@ -24,12 +24,12 @@ class UntieWeights(GraphPass[dict[str, str]]):
 
     def call(self, graph_module: GraphModule) -> PassResult[dict[str, str]]:
         readers: dict[Node, list[Node]] = {}
-        for linear in linear_nodes(graph_module):
-            readers.setdefault(operand_of(linear, 1), []).append(linear)
+        for linear in product_nodes(graph_module):
+            readers.setdefault(weight_node(linear), []).append(linear)
         renamed: dict[str, str] = {}
         for weight, linears in readers.items():
             name = str(weight.target)
-            if name not in self.names or set(weight.users) <= set(linears):
+            if name not in self.names or set(readers_of(weight)) <= set(linears):
                 continue
             owner, _, leaf = name.rpartition(".")
             own_name = f"{owner}_untied.{leaf}" if owner else f"{leaf}_untied"
@@ -38,7 +38,7 @@ class UntieWeights(GraphPass[dict[str, str]]):
                 node = graph_module.graph.create_node("get_attr", copy)
             node.meta = dict(weight.meta)
             for linear in linears:
-                linear.update_arg(1, node)
+                replace_weight(linear, node)
             renamed[name] = copy
         if renamed:
             drop_unused(graph_module)

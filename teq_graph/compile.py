@@ -50,8 +50,9 @@ class Analysis:
 
     @property
     def specs(self) -> dict[str, WeightSpec]:
-        """The specs of the weights whose codes training chooses: the linears', but for those tied to such a table."""
-        return specs_of(weight for weight in self.weights if weight.kind == "linear")
+        """The specs of the weights whose codes training chooses: those of products, but for those tied to such a
+        table."""
+        return specs_of(weight for weight in self.weights if weight.kind in ("linear", "convolution"))
 
 
 def analyze(
@@ -83,7 +84,7 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     tokenizer: Any = None,
     on_estimate: Callable[[Estimate], None] | None = None,
 ) -> CompiledModel:
-    """Compile `model` into a graph whose linears compute from low-bit weights.
+    """Compile `model` into a graph whose linears and convolutions compute from low-bit weights.
 
     model: an `nn.Module` in eval mode with float32, float16 or bfloat16 weights; it is not changed.
     example_inputs, dynamic_shapes: as for `torch.export.export`; made from the config for Hugging Face models.
@@ -199,7 +200,7 @@ def transform_with_sites(
             f"{name}: {why}, so there is no scale to train; accepted are models that inspect finds some in"
         )
     if not analysis.specs:
-        raise ConfigError("skip leaves no linear to quantize, for which scales could be trained; accepted are some")
+        raise ConfigError("skip leaves no weight to quantize, for which scales could be trained; accepted are some")
     batches = calibration_batches(calibration, captured, training, tokenizer, example_inputs)
     if quantization.target_bits is not None:
         analysis = with_chosen_bits(analysis, batches, quantization.target_bits, training.seed)

@@ -22,6 +22,7 @@ from teq_graph.errors import PassError, TeqGraphError, one_line
 from teq_graph.graph.check import check_graph
 from teq_graph.passes.base import GraphPass, PassResult
 from teq_graph.passes.change_dtype import ChangeDtype
+from teq_graph.passes.fold_batch_norms import FoldBatchNorms
 from teq_graph.passes.fold_constants import FoldConstants
 from teq_graph.passes.fold_scales import FoldScales
 from teq_graph.passes.fuse_attention import FuseAttention
@@ -32,6 +33,7 @@ from teq_graph.passes.lower_to_matmul_nbits import LowerToMatMulNBits
 from teq_graph.passes.make_complex_real import MakeComplexReal
 from teq_graph.passes.match_onnxruntime_layout import MatchOnnxruntimeLayout
 from teq_graph.passes.merge_products import MergeProducts
+from teq_graph.passes.normalize_convolutions import NormalizeConvolutions
 from teq_graph.passes.normalize_linears import NormalizeLinears
 from teq_graph.passes.quantize_embeddings import QuantizeEmbeddings
 from teq_graph.passes.quantize_linears import QuantizeLinears
@@ -64,9 +66,13 @@ NORMALIZE = Phase(
         # Before norms: `1 + weight` must be a constant to be a norm's gain.
         FoldConstants(),
         FuseRMSNorm(),
+        # After constants are folded: parameters in another dtype or shape are constants then.
+        FoldBatchNorms(),
+        # Last: a matrix in the shape of a convolution's weight is an expression that constants' folding would undo.
+        NormalizeConvolutions(),
     ),
 )
-"""Of what torch.export gives, what the analysis reads: linears, norms and constants each in one form."""
+"""Of what torch.export gives, what the analysis reads: products, norms and constants each in one form."""
 
 
 def untie(weights: Collection[str]) -> Phase:

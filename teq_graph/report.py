@@ -137,14 +137,24 @@ class Report:
         return tuple(weight for weight in self.weights if weight.kind == "linear" or weight.tied)
 
     @property
+    def convolutions(self) -> tuple[WeightReport, ...]:
+        """The weights that convolutions read, as matrices [N, K] over the K numbers of a window."""
+        return tuple(weight for weight in self.weights if weight.kind == "convolution")
+
+    @property
+    def products(self) -> tuple[WeightReport, ...]:
+        """The weights that linears and convolutions read."""
+        return (*self.linears, *self.convolutions)
+
+    @property
     def embeddings(self) -> tuple[WeightReport, ...]:
         """The tables of embeddings."""
         return tuple(weight for weight in self.weights if weight.kind == "embedding")
 
     @property
     def quantized(self) -> tuple[WeightReport, ...]:
-        """The linears that were quantized."""
-        return tuple(linear for linear in self.linears if linear.spec is not None)
+        """The weights of linears and convolutions that were quantized."""
+        return tuple(weight for weight in self.products if weight.spec is not None)
 
     @property
     def in_float(self) -> tuple[WeightReport, ...]:
@@ -153,8 +163,17 @@ class Report:
 
     @property
     def covered(self) -> int:
-        """How many linears have at least one equivalence that scales their columns."""
-        return sum(linear.scaled for linear in self.linears)
+        """How many linears and convolutions have at least one equivalence that scales their columns."""
+        return sum(weight.scaled for weight in self.products)
+
+    def counts(self) -> dict[str, str]:
+        """How many linears and convolutions are quantized, as in `30 of 31`, of each kind that there is."""
+        kinds = {"linears": self.linears, "convolutions": self.convolutions}
+        return {
+            kind: f"{sum(weight.spec is not None for weight in weights)} of {len(weights)}"
+            for kind, weights in kinds.items()
+            if weights
+        }
 
     def describe_scales(self) -> str:
         """What became of the equivalences, as in `120 found, 118 trained, 110 folded in: scales 0.4 to 3.1, …`."""
@@ -210,8 +229,9 @@ class Report:
         specs = [spec for spec, _ in counts.most_common(3)]
         at = f" at {', '.join(specs)}{' …' if len(counts) > 3 else ''}" if specs else ""
         size = f"{self.bytes_after / 1e6:,.0f} MB" if self.bytes_after >= 1e7 else f"{self.bytes_after / 1e3:,.0f} kB"
-        linears, sites = counted(len(self.quantized), "linear"), counted(len(self.sites), "equivalence")
-        return f"{linears}{at}, {sites}, {size}"
+        kinds = (("linear", self.linears), ("convolution", self.convolutions))
+        counted_kinds = [counted(sum(w.spec is not None for w in weights), kind) for kind, weights in kinds if weights]
+        return f"{' and '.join(counted_kinds)}{at}, {counted(len(self.sites), 'equivalence')}, {size}"
 
     def __repr__(self) -> str:
         return f"Report({self.summary()})"
@@ -232,7 +252,7 @@ class Report:
 
     def _lines(self) -> list[tuple[str, str]]:
         lines = [
-            ("linears", f"{len(self.quantized)} of {len(self.linears)} quantized"),
+            *((kind, f"{count} quantized") for kind, count in self.counts().items()),
             ("equivalences", self.describe_scales()),
         ]
         if len({linear.spec.bits for linear in self.quantized if linear.spec}) > 1:

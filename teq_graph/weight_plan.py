@@ -35,24 +35,30 @@ class PlannedWeight:
         """Whether a linear reads it."""
         return self.kind == "linear" or self.is_tied
 
+    @property
+    def is_product(self) -> bool:
+        """Whether a linear or a convolution reads it as a matrix."""
+        return self.is_linear or self.kind == "convolution"
+
 
 WeightPlan = tuple[PlannedWeight, ...]
-"""One entry for each weight: those of linears, tables, others; of each kind first those that are quantized."""
+"""One entry for each weight: those of linears, convolutions, tables, others; first those that are quantized."""
 
 
 def plan_weights(captured: CapturedGraph, quantization: QuantizationConfig) -> WeightPlan:
     """What `quantization` makes of the weights of a normalised graph.
 
     An embedding table whose tied projection alone is quantized has two entries: the projection gets a weight of its
-    own (`UntieWeights`). Raises CaptureError where the graph has no linears, ConfigError for a pattern that no weight
-    matches.
+    own (`UntieWeights`). Raises CaptureError where the graph has neither linears nor convolutions, ConfigError for a
+    pattern that no weight matches.
     """
     plan: list[PlannedWeight] = []
     for weight in find_weights(captured.graph_module):
         plan += _plan_one(weight, captured, quantization)
-    if not any(weight.is_linear for weight in plan):
-        raise CaptureError("the graph has no linear layers: there is nothing to quantize")
-    plan.sort(key=lambda weight: (weight.kind != "linear", weight.kind != "embedding", weight.spec is None))
+    if not any(weight.is_product for weight in plan):
+        raise CaptureError("the graph has no linears and no convolutions: there is nothing to quantize")
+    order = ("linear", "convolution", "embedding")
+    plan.sort(key=lambda weight: (*(weight.kind != kind for kind in order), weight.spec is None))
     _check_patterns(quantization, plan)
     return tuple(plan)
 
@@ -74,7 +80,7 @@ def with_names(plan: WeightPlan, renamed: Mapping[str, str]) -> WeightPlan:
 
 def _plan_one(weight: GraphWeight, captured: CapturedGraph, quantization: QuantizationConfig) -> list[PlannedWeight]:
     planned = PlannedWeight(weight.name, weight.kind, weight.shape, None, weight.reason, weight.is_tied)
-    if weight.kind not in ("linear", "embedding"):
+    if weight.kind not in ("linear", "convolution", "embedding"):
         return [planned]
     spec = quantization.spec_for(weight.name)
     linear_reason = SKIPPED if spec is None else None
@@ -82,13 +88,13 @@ def _plan_one(weight: GraphWeight, captured: CapturedGraph, quantization: Quanti
         linear_reason = "vocabulary projection (quantize_lm_head=False)"
     linear = dataclasses.replace(
         planned,
-        kind="linear",
+        kind="convolution" if weight.kind == "convolution" else "linear",
         spec=None if linear_reason else spec,
         reason=linear_reason,
         is_tied=False,
         bits_are_free=linear_reason is None and quantization.chooses_bits_of(weight.name),
     )
-    if weight.kind == "linear":
+    if weight.kind != "embedding":
         return [linear]
     table_reason = _reason_of_table(weight, spec, linear_reason, quantization)
     table = dataclasses.replace(planned, spec=None if table_reason else spec, reason=table_reason)
@@ -117,8 +123,8 @@ def _reason_of_table(
 def _check_patterns(quantization: QuantizationConfig, plan: Iterable[PlannedWeight]) -> None:
     """Raises ConfigError for a pattern that matches none of the weights that could be quantized."""
     takes_tables = quantization.quantize_embedding
-    names = list(dict.fromkeys(w.name for w in plan if w.is_linear or (takes_tables and w.kind == "embedding")))
-    what = "linear or embedding" if takes_tables else "linear"
+    names = list(dict.fromkeys(w.name for w in plan if w.is_product or (takes_tables and w.kind == "embedding")))
+    what = "linear, convolution or embedding" if takes_tables else "linear or convolution"
     for option, patterns in (("skip", quantization.skip), ("overrides", tuple(quantization.overrides))):
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):

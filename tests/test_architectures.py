@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import teq_graph
 from teq_graph.compile import analyze
-from teq_graph.graph.nodes import linear_nodes, weight_name_of
+from teq_graph.graph.products import product_nodes, weight_name_of
 from teq_graph.graph.tensors import get_tensor
 from teq_graph.passes.fold_scales import FoldScales
 from teq_graph.passes.insert_scales import InsertScales
@@ -59,7 +59,7 @@ def test_scales_fold_exactly(architecture: Architecture, model: nn.Module) -> No
     analysis = analyze(model, architecture.example_inputs, architecture.dynamic_shapes)
     captured, equivalences = analysis.captured, analysis.findings.equivalences
     graph_module = captured.graph_module
-    linears = [weight_name_of(linear) for linear in linear_nodes(graph_module)]
+    linears = [weight_name_of(linear) for linear in product_nodes(graph_module)]
     scaled = {name for equivalence in equivalences for name in equivalence.linears}
     assert len(linears) == architecture.linears
     assert len(scaled & set(linears)) == architecture.covered

@@ -266,7 +266,7 @@ def test_examples_of_another_kind(example: Any) -> None:
 
 def test_no_linears_at_all() -> None:
     model = nn.Sequential(nn.LayerNorm(20), nn.ReLU()).eval()
-    with pytest.raises(CaptureError, match="no linear layers") as caught:
+    with pytest.raises(CaptureError, match="no linears and no convolutions") as caught:
         compile_mlp(model)
     in_one_line(caught)
 

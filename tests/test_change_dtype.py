@@ -18,7 +18,8 @@ import teq_graph
 from teq_graph.capture import CapturedGraph, capture
 from teq_graph.config import QuantizationConfig, WeightSpec
 from teq_graph.errors import NumericsError
-from teq_graph.graph.nodes import aten, is_call, linear_nodes, weight_name_of
+from teq_graph.graph.nodes import aten, is_call
+from teq_graph.graph.products import product_nodes, weight_name_of
 from teq_graph.passes.change_dtype import ChangeDtype
 from teq_graph.passes.fold_constants import FoldConstants
 from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
@@ -117,7 +118,7 @@ def test_decoders_in_half_precision(name: str) -> None:
     real = mask.bool()
     assert relative_error(actual[real], expected[real]) <= 4e-3
     assert relative_error(half_cache[0][0][1], cache[0][0][1]) <= 2e-3
-    assert types([linear.all_input_nodes[1] for linear in linear_nodes(module)]) == {HALF}
+    assert types([linear.all_input_nodes[1] for linear in product_nodes(module)]) == {HALF}
     assert all(not p.is_floating_point() or p.dtype == HALF for p in module.parameters())
 
 
@@ -150,7 +151,7 @@ def inputs_like(captured: CapturedGraph, ids: Tensor, mask: Tensor, dtype: torch
 def test_quantized_weights_follow() -> None:
     captured = decoder("llama")
     module = captured.graph_module
-    names = {weight_name_of(linear) for linear in linear_nodes(module)} - {captured.lm_head}
+    names = {weight_name_of(linear) for linear in product_nodes(module)} - {captured.lm_head}
     QuantizeLinears(dict.fromkeys(names, WeightSpec(4, 16)))(module)
     LowerToMatMulNBits()(module)
     ids, mask, past = inputs(captured, SINGLE)

@@ -13,7 +13,8 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 from teq_graph.capture import capture
-from teq_graph.graph.nodes import is_tensor_constant, linear_nodes, weight_name_of
+from teq_graph.graph.nodes import is_tensor_constant
+from teq_graph.graph.products import product_nodes, weight_name_of
 from teq_graph.graph.tensors import get_tensor
 from teq_graph.passes.fold_constants import FoldConstants
 from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
@@ -307,7 +308,7 @@ def tied(s: Small, x: Tensor) -> Any:
 def test_a_tied_weight_gets_a_copy_for_its_linear() -> None:
     graph_module, inputs = without_no_ops(tied)
     renamed = apply_and_check(UntieWeights({"weight"}), graph_module, inputs, tolerance=0).value
-    (linear,) = linear_nodes(graph_module)
+    (linear,) = product_nodes(graph_module)
     assert weight_name_of(linear) == renamed["weight"] != "weight"
     assert torch.equal(get_tensor(graph_module, "weight"), get_tensor(graph_module, renamed["weight"]))
 
@@ -318,7 +319,7 @@ def test_the_linears_of_a_tied_weight_share_one_copy() -> None:
 
     graph_module, inputs = without_no_ops(twice)
     renamed = apply_and_check(UntieWeights({"weight"}), graph_module, inputs, tolerance=0).value
-    names = [weight_name_of(linear) for linear in linear_nodes(graph_module)]
+    names = [weight_name_of(linear) for linear in product_nodes(graph_module)]
     assert names == [renamed["weight"]] * 2
 
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 from teq_graph.capture import CapturedGraph, capture
 from teq_graph.config import BITS, WeightSpec
 from teq_graph.errors import ConfigError, ExportError
-from teq_graph.graph.nodes import linear_nodes, weight_name_of
+from teq_graph.graph.products import product_nodes, weight_name_of
 from teq_graph.loading import LoadedModel
 from teq_graph.onnx.export import export_onnx, lower
 from teq_graph.onnx.export.model_file import save_model
@@ -44,10 +44,10 @@ def prepare(captured: CapturedGraph, spec: WeightSpec | None = None, lm_head: bo
     for step in (RemoveNoOps(), NormalizeLinears(), FoldConstants(), FuseRMSNorm()):
         step(captured.graph_module)
     if spec is not None:
-        names = {weight_name_of(linear) for linear in linear_nodes(captured.graph_module)}
+        names = {weight_name_of(linear) for linear in product_nodes(captured.graph_module)}
         if lm_head:
             UntieWeights(names)(captured.graph_module)
-            names = {weight_name_of(linear) for linear in linear_nodes(captured.graph_module)}
+            names = {weight_name_of(linear) for linear in product_nodes(captured.graph_module)}
         specs = {name: spec for name in names if lm_head or name != captured.lm_head}
         QuantizeLinears(specs)(captured.graph_module)
         LowerToMatMulNBits()(captured.graph_module)

@@ -28,7 +28,7 @@ from teq_graph.analysis.equivalences import Equivalence
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import BITS, WeightSpec
 from teq_graph.errors import CaptureError
-from teq_graph.graph.nodes import linear_nodes, weight_name_of
+from teq_graph.graph.products import product_nodes, weight_name_of
 from teq_graph.graph.tensors import clone_graph, set_tensor
 from teq_graph.onnx.export import export_onnx
 from teq_graph.passes.fold_scales import FoldScales
@@ -114,11 +114,11 @@ def test_codes_stand_for_the_weights_that_they_dequantize_to(
     """What training computes with is what is stored."""
     captured, inputs = capture_network(network)
     graph_module = normalize(captured).graph_module
-    specs = {weight_name_of(linear): WeightSpec(bits, group_size, symmetric) for linear in linear_nodes(graph_module)}
+    specs = {weight_name_of(linear): WeightSpec(bits, group_size, symmetric) for linear in product_nodes(graph_module)}
     trained = clone_graph(graph_module)
     InsertScales((), specs)(trained)
     stored = pipeline.run(pipeline.quantize(specs, {}, {}), graph_module).of(QuantizeLinears)
-    assert stored.keys() == specs.keys() and not list(linear_nodes(graph_module))
+    assert stored.keys() == specs.keys() and not list(product_nodes(graph_module))
     for x in inputs:
         assert relative_error(run(graph_module, x), run(trained, x)) <= 1e-5
 
@@ -129,7 +129,7 @@ def test_codes_stand_for_the_weights_that_they_dequantize_to(
 def test_onnxruntime_computes_the_same(network: RandomNetwork, bits: int) -> None:
     captured, inputs = capture_network(network)
     graph_module = normalize(captured).graph_module
-    specs = {weight_name_of(linear): WeightSpec(bits, 16) for linear in linear_nodes(graph_module)}
+    specs = {weight_name_of(linear): WeightSpec(bits, 16) for linear in product_nodes(graph_module)}
     pipeline.run(pipeline.quantize(specs, {}, {}), graph_module)
     with tempfile.TemporaryDirectory() as directory:
         model = OnnxModel(export_onnx(captured, Path(directory) / "out", accuracy_level=1))

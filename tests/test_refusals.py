@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[Forward, str]] = {
         "where it goes depends on the inputs' sizes",
     ),
     "maximum": (lambda s, x: s.second(torch.maximum(s.first(x), x)), "maximum does not commute"),
-    "no reader": (lambda s, x: (s.first(x)[..., :0], s.second(x)), "no linear reads it"),
+    "no reader": (lambda s, x: (s.first(x)[..., :0], s.second(x)), "no linear or convolution reads it"),
 }  # fmt: skip
 
 

@@ -72,8 +72,8 @@ class TwoLayers:
         return BlockProblem(
             weights={"up": self.up, "down": self.down},
             specs={"up": spec, "down": spec},
-            moments={name: read.T @ read / len(read) for name, read in reads.items()},
-            means={name: read.mean(0) for name, read in reads.items()},
+            moments={name: (read.T @ read / len(read))[None] for name, read in reads.items()},
+            means={name: read.mean(0)[None] for name, read in reads.items()},
             floats=floats,
             bias_of={"up": "bias", "down": "other"},
             loss_of=lambda number, t: relative_error([output(self.inputs[number], t)], [target[number]]),

@@ -244,7 +244,7 @@ def initial(init: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     site = next(e for e in analysis.findings.equivalences if e.kind == "layer_norm")
     weights = {"0.up.weight": model[0].up.weight.detach()}
     inputs = model[0].norm(torch.randn(64, 32)).detach()
-    return initial_scale(site, init, weights, {"0.up.weight": inputs}, analysis.specs), weights, inputs
+    return initial_scale(site, init, weights, {"0.up.weight": inputs[None]}, analysis.specs), weights, inputs
 
 
 def test_initial_ones() -> None:

@@ -23,7 +23,7 @@ from support.onnx import OnnxModel
 import teq_graph
 from teq_graph.analysis.equivalences.equivalence import Equivalence
 from teq_graph.compile import analyze
-from teq_graph.graph.nodes import linear_nodes, weight_name_of
+from teq_graph.graph.products import product_nodes, weight_name_of
 
 HEADER = """\
 | architecture | linears | with scaled columns | equivalences | error after folding | ONNX against PyTorch |
@@ -48,7 +48,7 @@ def row(architecture: Architecture) -> str:
     inputs = architecture.inputs(3, 9)
     args, kwargs = captured.bind(inputs)
     before = leaves(captured.graph_module(*args, **kwargs))[0]
-    linears = [weight_name_of(linear) for linear in linear_nodes(captured.graph_module)]
+    linears = [weight_name_of(linear) for linear in product_nodes(captured.graph_module)]
     scaled = {name for equivalence in findings.equivalences for name in equivalence.linears}
     apply_random_scales(captured.graph_module, findings.equivalences)
     folding = relative_error(leaves(captured.graph_module(*args, **kwargs))[0], before)

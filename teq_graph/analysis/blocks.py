@@ -1,6 +1,6 @@
 """The repeating blocks of a graph.
 
-The linears of a deep network repeat: the same shapes in the same order, once per layer. The boundary
+The linears and convolutions of a deep network repeat: the same shapes in the same order, once per layer. The boundary
 between two repetitions is put where the fewest activations are alive, which in a residual network is the
 one node that carries the residual stream.
 """
@@ -17,13 +17,14 @@ from torch.fx import GraphModule, Node
 
 from teq_graph.analysis.equivalences.equivalence import Equivalence
 from teq_graph.capture import CapturedGraph
-from teq_graph.graph.nodes import arguments_of, aten, linear_nodes, weight_name_of
+from teq_graph.graph.nodes import arguments_of, aten
 from teq_graph.graph.op_sets import SHAPE_QUERIES
+from teq_graph.graph.products import PRODUCTS, product_nodes, weight_name_of
 
 # More live activations than these at a boundary (a residual stream, an encoder's output) mean that it cuts
 # through the inside of a layer.
 MOST_LIVE = 2
-PARAMETERIZED = (aten.embedding.default, aten.linear.default, aten.conv1d.default, aten.conv2d.default)
+PARAMETERIZED = (aten.embedding.default, *PRODUCTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Block:
     nodes: tuple[Node, ...]
     outputs: tuple[Node, ...]
     linears: tuple[str, ...]
-    """Names of the weights of its linears."""
+    """Names of the weights of its linears and convolutions."""
 
 
 def find_blocks(captured: CapturedGraph, equivalences: Sequence[Equivalence]) -> tuple[Block, ...]:
@@ -42,7 +43,7 @@ def find_blocks(captured: CapturedGraph, equivalences: Sequence[Equivalence]) ->
     nodes = list(graph_module.graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
     live = _live_activations(captured, nodes)
-    linears = list(linear_nodes(graph_module))
+    linears = list(product_nodes(graph_module))
     weights = {linear: weight_name_of(linear) for linear in linears}
     cuts = []
     for start in _block_starts([_signature(linear) for linear in linears]):
@@ -72,7 +73,7 @@ def find_blocks(captured: CapturedGraph, equivalences: Sequence[Equivalence]) ->
 
 def _signature(linear: Node) -> tuple[object, ...]:
     values = arguments_of(linear)
-    return (tuple(values["weight"].meta["val"].shape), values["bias"] is None)
+    return (linear.target, tuple(values["weight"].meta["val"].shape), values["bias"] is None)
 
 
 def _block_starts(signatures: Sequence[object]) -> list[int]:

@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch.fx import GraphModule, Node
 
-from teq_graph.graph.nodes import aten, is_call, is_tensor_constant, linear_nodes, operand_of
+from teq_graph.graph.nodes import aten, is_call, is_tensor_constant, operand_of
 from teq_graph.graph.op_sets import CONVOLUTIONS, EXPERTS, OTHER_PRODUCTS, PRODUCTS, RECURRENT, op_name, passes_on
+from teq_graph.graph.products import is_convolution, product_nodes, weight_node
 from teq_graph.graph.tensors import node_tensor
 
 WeightKind = Literal["linear", "embedding", "convolution", "recurrent", "experts", "product"]
-"""What reads a weight; "product": any other product with it."""
+"""What reads a weight; "convolution": one in normal form; "product": any other product with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +33,26 @@ class GraphWeight:
 
 
 def find_weights(graph_module: GraphModule) -> tuple[GraphWeight, ...]:
-    """The weights of linears, those of embeddings, and those of all other products, each in graph order.
+    """The weights of products in normal form, those of embeddings and those of all other products, each in graph order.
 
     A weight is a floating-point constant of at least two dimensions that are larger than 1; between it and a product
-    other than a linear, views, casts and choices of some of its rows are looked through.
+    without a normal form, views, casts and choices of some of its rows are looked through.
     """
-    linears = dict.fromkeys(operand_of(linear, 1) for linear in linear_nodes(graph_module))
+    kinds: dict[Node, WeightKind] = {}
+    for product in product_nodes(graph_module):
+        kinds.setdefault(weight_node(product), "convolution" if is_convolution(product) else "linear")
     tables = dict.fromkeys(
         operand_of(node) for node in graph_module.graph.nodes if is_call(node, aten.embedding.default)
     )
     tables = {table: None for table in tables if is_tensor_constant(table)}
-    found = [_weight(node, "linear") for node in linears if node not in tables]
-    found += [_weight(node, "embedding", node in linears, _table_reason(node)) for node in tables]
+    found = [_weight(node, kind) for node, kind in kinds.items() if node not in tables]
+    found += [_weight(node, "embedding", node in kinds, _table_reason(node)) for node in tables]
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and node not in linears and node not in tables and _is_matrix(node):
-            product = next(filter(_kind_of_product, _readers(node)), None)
-            if product is not None:
-                reason = f"read by {op_name(product)}, which is no linear over a constant weight"
-                found.append(_weight(node, _kind_of_product(product) or "product", reason=reason))
+        if node.op == "get_attr" and node not in kinds and node not in tables and _is_matrix(node):
+            reader = next(filter(_kind_of_product, _readers(node)), None)
+            if reader is not None:
+                kind = _kind_of_product(reader) or "product"
+                found.append(_weight(node, kind, reason=f"read by {op_name(reader)}, {_why_in_float(reader, kind)}"))
     return tuple(found)
 
 
@@ -76,15 +79,25 @@ def _kind_of_product(node: Node) -> WeightKind | None:
         return None
     name = node.target._opname
     families: tuple[tuple[WeightKind, tuple[str, ...]], ...] = (
-        ("convolution", CONVOLUTIONS),
         ("recurrent", RECURRENT),
         ("experts", EXPERTS),
-        ("product", OTHER_PRODUCTS),
+        ("product", (*CONVOLUTIONS, *OTHER_PRODUCTS)),
     )
     for kind, parts in families:
         if any(part in name for part in parts):
             return kind
     return "product" if name in PRODUCTS else None
+
+
+def _why_in_float(product: Node, kind: WeightKind) -> str:
+    """Why no quantization here can hold a weight that `product` reads."""
+    if kind == "recurrent":
+        return "whose operator in ONNX takes float weights alone"
+    if is_convolution(product):
+        return "over a computed weight, or one that something else reads, too"
+    if "conv_transpose" in op_name(product):
+        return "which has its input channels for rows"
+    return "which is no linear over a constant weight"
 
 
 def _table_reason(table: Node) -> str | None:

@@ -95,6 +95,9 @@ def _quantized_linears(
     compiled: CompiledModel, model: Any, form: Format
 ) -> dict[str, tuple[QuantizedWeight, WeightSpec]]:
     """The quantized weights by the names of the modules of `model` that hold them; raises where that holds them not."""
+    convolution = next((weight.name for weight in compiled.report.convolutions if weight.spec is not None), None)
+    if convolution is not None:
+        raise form.refusal(f"{convolution} is a convolution's", "models whose convolutions are skipped")
     specs = {weight.name: weight.spec for weight in compiled.report.linears if weight.spec is not None}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shared = collections.Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))

@@ -53,6 +53,11 @@ class Inspection:
                 for w in weights
                 if w.is_linear
             ],
+            "convolutions": [
+                {"name": w.name, "shape": w.shape, "covered": w.name in findings.scaled, "in_float": w.reason}
+                for w in weights
+                if w.kind == "convolution"
+            ],
             "equivalences": [
                 {"producer": site.producer, "kind": site.kind, "channels": site.channels, "consumers": site.linears}
                 for site in findings.equivalences
@@ -67,7 +72,7 @@ class Inspection:
             "other_weights": [
                 {"name": w.name, "kind": w.kind, "shape": w.shape, "reason": w.reason}
                 for w in weights
-                if w.kind not in ("linear", "embedding")
+                if w.kind not in ("linear", "convolution", "embedding")
             ],
             "attention": self.attentions
             and {
@@ -85,14 +90,22 @@ class Inspection:
     def show(self) -> None:
         """Print tables in which the layers of a stack share a row."""
         findings, weights = self.analysis.findings, self.analysis.weights
-        linears = [weight for weight in weights if weight.is_linear]
-        chosen = [linear for linear in linears if linear.reason is None]
+        products = [weight for weight in weights if weight.is_product]
+        chosen = [product for product in products if product.reason is None]
+        kinds = {
+            "linears": [w for w in products if w.is_linear],
+            "convolutions": [w for w in products if not w.is_linear],
+        }
         covered = sum(linear.name in findings.scaled for linear in chosen)
         tables = [weight for weight in weights if weight.kind == "embedding" and weight.reason is None]
         show_pairs(
             [
                 ("model", self.model),
-                ("linears", f"{len(linears)}, {len(chosen)} to quantize"),
+                *[
+                    (kind, f"{len(found)}, {sum(weight.reason is None for weight in found)} to quantize")
+                    for kind, found in kinds.items()
+                    if found
+                ],
                 ("covered", f"{covered} of {len(chosen)} have columns that an equivalence scales"),
                 ("equivalences", f"{len(findings.equivalences)} found" if findings.equivalences else "none found"),
                 *[("embedding", f"{table.name.removesuffix('.weight')}, to quantize") for table in tables],
@@ -109,7 +122,7 @@ class Inspection:
         )
         _show_table(
             "Quantized without an equivalence",
-            ("linear", "shape"),
+            ("weight", "shape"),
             collapse_layers(((line.name,), (_shape(line),)) for line in chosen if line.name not in findings.scaled),
             lambda names, rest: (names[0], *rest),
         )
@@ -177,7 +190,7 @@ def describe_report(report: Report) -> list[tuple[str, str]]:
     specs = [str(linear.spec) for linear in quantized]
     counts = ", ".join(f"{specs.count(spec)} {spec}" for spec in dict.fromkeys(specs))
     lines = [
-        ("quantized", f"{len(quantized)} of {len(report.linears)} linears: {counts or 'none'}"),
+        ("quantized", f"{', '.join(f'{count} {kind}' for kind, count in report.counts().items())}: {counts or 'none'}"),
         ("equivalences", report.describe_scales()),
     ]
     lines += [("embedding", _describe_table(table)) for table in report.embeddings if table.spec is not None]

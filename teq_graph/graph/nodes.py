@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, TypeGuard
 
@@ -82,15 +81,3 @@ def dtype_of(node: Node) -> torch.dtype:
 def placeholder_nodes(graph_module: GraphModule) -> list[Node]:
     """The nodes of the graph's inputs, in order."""
     return [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-
-
-def linear_nodes(graph_module: GraphModule) -> Iterator[Node]:
-    """The linear nodes in normal form, `aten.linear(x, get_attr [, bias])`, in graph order."""
-    for node in graph_module.graph.nodes:
-        if is_call(node, aten.linear.default) and is_tensor_constant(node.args[1]):
-            yield node
-
-
-def weight_name_of(linear: Node) -> str:
-    """Name of a linear's weight."""
-    return str(operand_of(linear, 1).target)

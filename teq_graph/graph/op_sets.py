@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -63,6 +65,25 @@ SELECTS = (aten.index.Tensor, aten.index_select.default, aten.gather.default)
 HOMOGENEOUS = (aten.neg.default, aten.relu.default, aten.leaky_relu.default, aten.abs.default)
 """f(s x) = s f(x) for every s > 0, element by element."""
 
+EACH_CHANNEL: Mapping[Any, int] = {
+    aten.max_pool1d.default: 1,
+    aten.max_pool2d.default: 2,
+    aten.max_pool3d.default: 3,
+    aten.avg_pool1d.default: 1,
+    aten.avg_pool2d.default: 2,
+    aten.avg_pool3d.default: 3,
+    aten.adaptive_avg_pool1d.default: 1,
+    aten.adaptive_avg_pool2d.default: 2,
+    aten.adaptive_avg_pool3d.default: 3,
+    aten.upsample_nearest1d.vec: 1,
+    aten.upsample_nearest2d.vec: 2,
+    aten.upsample_nearest3d.vec: 3,
+    aten.upsample_linear1d.vec: 1,
+    aten.upsample_bilinear2d.vec: 2,
+    aten.upsample_bicubic2d.vec: 2,
+}
+"""Of each channel by itself, over so many last dimensions: f(s x) = s f(x) for every s > 0."""
+
 UNCHANGED = frozenset({*MOVES, *CASTS, *COPIES})
 """Numbers stay what they are, wherever they go."""
 
@@ -87,6 +108,7 @@ PARAMETERIZED = (
     aten.linear.default,
     aten.conv1d.default,
     aten.conv2d.default,
+    aten.conv3d.default,
     aten.layer_norm.default,
     aten.rms_norm.default,
 )

@@ -20,8 +20,8 @@ def find_clipped_grid(
 ) -> Grid:
     """The grid of a weight [N, K] whose groups each have the range, of `STEPS` parts of their own, of least error.
 
-    The error is the squared difference to the weight, each column weighted by its `importance` [K] >= 0 (the mean
-    square of the input channel); all columns count alike where it is None. The whole range is among those tried.
+    The error is the squared difference to the weight, each column weighted by its `importance` >= 0, [K] or [N, K] (the
+    mean square of the input channel); all columns count alike where it is None. The whole range is among those tried.
     Of two or three levels it is the least error of all ranges.
     """
     if spec.levels is not None:
@@ -49,7 +49,7 @@ def find_clipped_grid(
 def _group_errors(weight: Tensor, grid: Grid, importance: Tensor | None) -> Tensor:
     """Weighted squared error of each group, float32 [N, nb]."""
     zeros = grid.zero_points_as_float()
-    columns = torch.ones_like(weight[:1]) if importance is None else importance[None].to(weight)
+    columns = torch.ones_like(weight[:1]) if importance is None else torch.atleast_2d(importance).to(weight)
     errors = []
     for (groups, of), (share, _) in zip(
         split_groups(weight, grid.block_size), split_groups(columns, grid.block_size), strict=True

@@ -56,6 +56,12 @@ class Grid:
         scales = torch.cat([grid.scales for grid in grids])
         return dataclasses.replace(grids[0], scales=scales, zero_points=torch.cat(zeros) if zeros else None)
 
+    def split(self, parts: int) -> list[Grid]:
+        """The grids of `parts` runs of as many rows each: `cat` puts them together again."""
+        zeros = [None] * parts if self.zero_points is None else self.zero_points.chunk(parts)
+        scales = self.scales.chunk(parts)
+        return [dataclasses.replace(self, scales=s, zero_points=z) for s, z in zip(scales, zeros, strict=True)]
+
     def zero_points_as_float(self) -> Tensor:
         """Zero points, float32 [N, nb], also where they are implied."""
         if self.zero_points is None:
@@ -130,12 +136,12 @@ def find_least_squares_grid(
     weight: Tensor, spec: WeightSpec, scale_dtype: torch.dtype = torch.float32, importance: Tensor | None = None
 ) -> Grid:
     """The grid of two or three levels of least squared error to a weight [N, K], each column weighted by its
-    `importance` [K] >= 0; all count alike where it is None. Raises as `find_grid` does."""
+    `importance` [K] or [N, K] >= 0; all count alike where it is None. Raises as `find_grid` does."""
     assert spec.levels is not None
     _check_weight(weight)
     block = resolve_block_size(weight.shape[1], spec.group_size)
     source = weight.detach().to(torch.float32)
-    columns = torch.ones_like(source[:1]) if importance is None else importance[None].to(source)
+    columns = torch.ones_like(source[:1]) if importance is None else torch.atleast_2d(importance).to(source)
     pairs = zip(split_groups(source, block), split_groups(columns, block), strict=True)
     fits = [_least_squares(groups, share, spec.levels, scale_dtype) for (groups, _), (share, _) in pairs]
     scales = torch.cat(fits, dim=1)

@@ -48,7 +48,7 @@ def block_tables(report: Report) -> list[BlockTable]:
         if found is not None:
             sites_of.setdefault(found, []).append(site)
     trained = {block.linears: block for block in report.blocks}
-    weights = {weight.name: weight for weight in report.linears}
+    weights = {weight.name: weight for weight in report.products}
     return [
         _block_table(number, linears, sites_of.get(number, []), trained.get(linears), weights)
         for number, linears in enumerate(report.graph)

@@ -107,9 +107,9 @@ def _style_of(stage: str) -> int:
 def _tiles(directory: ReportedDirectory) -> list[tuple[str, str, str]]:
     """Label, value and note of what a reader wants to know first."""
     report, measured = directory.report, directory.provenance.perplexity
-    linears = f"{len(report.quantized)} of {len(report.linears)}"
+    bits = f"bits {report.describe_bits()}" if report.quantized else ""
     tiles = [
-        ("linears quantized", linears, f"bits {report.describe_bits()}" if report.quantized else ""),
+        *((f"{kind} quantized", count, bits) for kind, count in report.counts().items()),
         ("size", f"{_bytes(report.bytes_before)} → {_bytes(report.bytes_after)}", "all tensors of the graph"),
         ("equivalences", str(len(report.sites)), f"{sum(site.folded for site in report.sites)} folded into weights"),
     ]
@@ -146,7 +146,7 @@ def _block_errors(report: Report) -> Chart | None:
 def _linear_errors(report: Report) -> list[Chart]:
     depth_of = depths(report)
     groups: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for weight in report.linears:
+    for weight in report.products:
         if weight.name in depth_of:
             stages = groups.setdefault(role(weight.name, report), {})
             for stage, error in weight.stages.items():
@@ -196,7 +196,7 @@ def _bits(report: Report) -> list[tuple[str, list[tuple[int, WeightReport | None
         return None
     depth_of = depths(report)
     rows: dict[str, dict[int, WeightReport]] = {}
-    for weight in report.linears:
+    for weight in report.products:
         if weight.name in depth_of:
             rows.setdefault(role(weight.name, report), {}).setdefault(depth_of[weight.name], weight)
     return [(name, [(depth, row.get(depth)) for depth in range(len(report.graph))]) for name, row in rows.items()]
@@ -206,7 +206,11 @@ def _sizes(directory: ReportedDirectory) -> list[tuple[str, int]]:
     """What is compared, and its bytes."""
     report = directory.report
     rows = [("the float model's tensors", report.bytes_before), ("the quantized graph's tensors", report.bytes_after)]
-    for what, weights in (("linears", report.linears), ("embeddings", report.embeddings)):
+    for what, weights in (
+        ("linears", report.linears),
+        ("convolutions", report.convolutions),
+        ("embeddings", report.embeddings),
+    ):
         if weights:
             rows += [
                 (f"{what} in float", sum(weight.bytes_before for weight in weights)),

@@ -14,14 +14,15 @@ from torch.fx import GraphModule, Node
 from teq_graph.analysis.blocks import Block
 from teq_graph.config import TrainingConfig, WeightSpec
 from teq_graph.graph.execution import Values, advance, run
-from teq_graph.graph.nodes import arguments_of, operand_of
+from teq_graph.graph.nodes import arguments_of
+from teq_graph.graph.products import Reading
 from teq_graph.graph.tensors import get_tensor
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertedScales
 from teq_graph.report import Curve
 from teq_graph.system import memory
 from teq_graph.system.progress import Task
 from teq_graph.training.linear_errors import LinearErrors, factors_of
-from teq_graph.training.losses import LOSS_BATCHES, mean_loss, relative_error
+from teq_graph.training.losses import LOSS_BATCHES, as_tokens, mean_loss, relative_error
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.reference import FloatReference, TargetOf
 from teq_graph.training.stages.codes import CHOOSING, BlockProblem, Choice, fast_products, round_to_nearest, tune
@@ -142,7 +143,9 @@ class BlockTrainer:
         env = {**self.values[number], **constants}
         with self.fast_products():
             run(nodes, env)
-        return relative_error([env[node] for node in self.block.outputs], self.target_of(number))
+        outputs = self.block.outputs
+        given, wanted = [env[node] for node in outputs], self.target_of(number)
+        return relative_error(as_tokens(outputs, given), as_tokens(outputs, wanted))
 
     def _problem(self, names: Sequence[str], floats: Sequence[str]) -> BlockProblem:
         constants = self.tensors.constants()
@@ -173,25 +176,30 @@ class BlockTrainer:
         return LinearErrors(problem, weights, factors, samples, rounded)
 
     def _moments(self, weights: Mapping[str, Tensor], constants: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Second moments [K, K] and means [K] of what the linear of each weight reads, float32, over all batches."""
-        source_of = {name: operand_of(linear) for linear, name in self.tensors.linears.items() if name in weights}
-        sources = set(source_of.values())
+        """Second moments [groups, K, K] and means [groups, K] of what each weight is multiplied with, float32, over all
+        batches; those that read the same share them."""
+        reading_of = {name: Reading.of(product) for product, name in self.tensors.linears.items() if name in weights}
+        readings = set(reading_of.values())
+        sources = {reading.source for reading in readings}
         # Nothing reads what comes after them, the block's last product mostly.
         inside = [index for index, node in enumerate(self.block.nodes) if node in sources]
         nodes = self.block.nodes[: max(inside, default=-1) + 1]
-        moments: dict[Node, Tensor] = {}
-        means: dict[Node, Tensor] = {}
+        moments: dict[Reading, Tensor] = {}
+        means: dict[Reading, Tensor] = {}
         for values in self.values:
             with torch.no_grad(), self.fast_products():
                 env = advance(nodes, {**values, **constants}, sources)
-            for source in sources:
-                read = env[source].reshape(-1, env[source].shape[-1]).float()
-                of_batch = (read.t() @ read).div_(len(read) * len(self.values)), read.mean(0) / len(self.values)
-                for total, part in zip((moments, means), of_batch, strict=True):
-                    total[source] = total[source].add_(part) if source in total else part
+            for reading in readings:
+                parts = reading.parts(env[reading.source])
+                for part in parts:
+                    read = reading.rows(part).float()
+                    count = read.shape[1] * len(parts) * len(self.values)
+                    of_part = (read.mT @ read).div_(count), read.sum(1) / count
+                    for total, share in zip((moments, means), of_part, strict=True):
+                        total[reading] = total[reading].add_(share) if reading in total else share
         return (
-            {name: moments[source] for name, source in source_of.items()},
-            {name: means[source] for name, source in source_of.items()},
+            {name: moments[reading] for name, reading in reading_of.items()},
+            {name: means[reading] for name, reading in reading_of.items()},
         )
 
     def _bias_of(self, names: Sequence[str], floats: Sequence[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from teq_graph.graph.products import outputs_for
 from teq_graph.passes.insert_scales import InsertedScales, spread_scale
 from teq_graph.quantization import dequantize, fake_quantize
 from teq_graph.report import ROUNDED
@@ -15,7 +16,7 @@ from teq_graph.training.stages.codes import BlockProblem, Choice
 
 
 class LinearErrors:
-    """Weight -> stage -> relative error of its linear's output on samples [T, K] of the float model's inputs.
+    """Weight -> stage -> relative error of its linear's output on samples [groups, T, K] of the float model's inputs.
 
     weights: [N, K] without scales. `factors`: what `problem` multiplies their elements by, one after the other.
     `rounded`: the choice that only rounds, as the scales' training did.
@@ -30,7 +31,7 @@ class LinearErrors:
         rounded: Choice,
     ) -> None:
         self.weights, self.factors, self.samples = weights, factors, samples
-        self.by_name: dict[str, dict[str, float]] = {name: {} for name in weights if len(samples.get(name, ()))}
+        self.by_name: dict[str, dict[str, float]] = {name: {} for name in weights if name in samples}
         for name, errors in self.by_name.items():
             errors[ROUNDED] = self._error(name, fake_quantize(weights[name], problem.specs[name]))
         self._measure("teq", rounded, [name for name in self.by_name if name in factors])
@@ -49,7 +50,7 @@ class LinearErrors:
     def _error(self, name: str, quantized: Tensor) -> float:
         with torch.no_grad():
             read = self.samples[name].float()
-            outputs = (read @ weight.float().t() for weight in (quantized, self.weights[name]))
+            outputs = (outputs_for(read, weight.float()) for weight in (quantized, self.weights[name]))
             return float(relative_error([next(outputs)], [next(outputs)]))
 
 

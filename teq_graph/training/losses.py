@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Node
+
+from teq_graph.graph.products import is_image
 
 NO_TOKEN = -100
 LOSS_BATCHES = 4
@@ -22,7 +25,7 @@ def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tens
     """Squared error over the last dimension, each token relative to its own mean square.
 
     A few tokens are hundreds of times larger than the others in trained decoders; an absolute error would
-    be about them alone.
+    be about them alone. Of an image the numbers are those of one example (`as_tokens`).
     """
     losses = []
     for output, target in zip(outputs, targets, strict=True):
@@ -30,6 +33,12 @@ def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tens
         error = (output.float() - target).square().mean(-1)
         losses.append((error / target.square().mean(-1).clamp(min=1e-12)).mean())
     return torch.stack(losses).mean()
+
+
+def as_tokens(nodes: Sequence[Node], values: Sequence[Tensor]) -> list[Tensor]:
+    """What `nodes` gave, with what is one unit for `relative_error` in the last dimension: images as a whole, of whose
+    rows and channels some may be all zero."""
+    return [value.flatten(1) if is_image(node) else value for node, value in zip(nodes, values, strict=True)]
 
 
 def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

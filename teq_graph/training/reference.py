@@ -15,7 +15,7 @@ from teq_graph.analysis.blocks import Block
 from teq_graph.capture import CapturedGraph
 from teq_graph.errors import InputError, NumericsError, one_line
 from teq_graph.graph.execution import Values, advance, keep_only, needed_after, run, shared
-from teq_graph.graph.nodes import aten, is_call, is_tensor_constant, operand_of, weight_name_of
+from teq_graph.graph.products import Reading, is_product, weight_name_of
 from teq_graph.graph.tensors import get_tensor
 
 TargetOf = Callable[[int], Sequence[Tensor]]
@@ -61,7 +61,7 @@ class FloatReference:
         return [values[node] for node in outputs]
 
     def walk(self, blocks: Sequence[Block]) -> Iterator[tuple[dict[str, Tensor], TargetOf]]:
-        """For each block, samples [T, K] of its linears' inputs by weight name, and its outputs per batch.
+        """For each block, samples [groups, T, K] of what its products read, by weight name, and its outputs per batch.
 
         The last block's outputs (logits) are far larger than its inputs, and computed again when asked for.
         """
@@ -83,29 +83,33 @@ class FloatReference:
                 if not is_last:
                     targets.append(outputs)
                 values[number] = shared(keep_only(env, kept[index]), values[0])
-            joined = {name: torch.cat(parts) for name, parts in samples.items()}
+            joined = {name: torch.cat(parts, 1) for name, parts in samples.items()}
             again = functools.partial(_computed_again, nodes, output_nodes, inputs)
             yield joined, again if is_last else targets.__getitem__
 
     def _pass_batch(
         self, nodes: Sequence[Node], values: Values, needed: set[Node], number: int
     ) -> tuple[Values, dict[str, Tensor]]:
-        """What a block makes of a batch, as far as it is `needed`, and some rows that its linears read, by weight name.
+        """What a block makes of a batch, as far as it is `needed`, and some rows that its weights read, by name.
 
         All else that it computes on the way is freed.
         """
         env = dict(values)
         with torch.no_grad(), batch_named(number):
             run(nodes, env)
-        linears = (n for n in nodes if is_call(n, aten.linear.default) and is_tensor_constant(n.args[1]))
-        reads = {weight_name_of(node): self._some_rows(env[operand_of(node)]) for node in linears}
+        reads = {weight_name_of(node): self._some_rows(Reading.of(node), env) for node in nodes if is_product(node)}
         return keep_only(env, needed), reads
 
-    def _some_rows(self, read: Tensor) -> Tensor:
-        """So many that all batches together give `ROWS`."""
-        rows = -(-ROWS // len(self.batches))
-        flat = read.reshape(-1, read.shape[-1])
-        return flat[torch.randperm(flat.shape[0], generator=self.generator)[:rows].to(flat.device)]
+    def _some_rows(self, reading: Reading, env: Values) -> Tensor:
+        """So many that all batches together give `ROWS`, from each part alike."""
+        parts = reading.parts(env[reading.source])
+        rows = -(-ROWS // (len(self.batches) * len(parts)))
+        found = []
+        for part in parts:
+            read = reading.rows(part)
+            chosen = torch.randperm(read.shape[1], generator=self.generator)[:rows].to(read.device)
+            found.append(read[:, chosen])
+        return torch.cat(found, 1)
 
 
 @contextlib.contextmanager

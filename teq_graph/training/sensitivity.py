@@ -1,4 +1,4 @@
-"""Bits for each linear under a budget of size, by what its rounding costs the loss."""
+"""Bits for each linear and convolution under a budget of size, by what its rounding costs the loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from teq_graph.capture import CapturedGraph
 from teq_graph.config import BITS, WeightSpec
 from teq_graph.errors import ConfigError
 from teq_graph.graph.execution import Values, run
-from teq_graph.graph.nodes import linear_nodes, operand_of, weight_name_of
+from teq_graph.graph.products import Reading, outputs_for, product_nodes, weight_name_of, weight_node
 from teq_graph.graph.tensors import get_tensor, node_tensor
 from teq_graph.quantization import Grid, dequantize, find_clipped_grid, quantize
 from teq_graph.system.progress import Task, task
@@ -112,9 +112,10 @@ def loss_increases(
     generator = torch.Generator().manual_seed(seed)
     total = 0
 
-    def add_in_backward_pass(name: str, weight: Tensor, x: Tensor, output: Tensor) -> None:
+    def add_in_backward_pass(name: str, weight: Tensor, reading: Reading, x: Tensor, output: Tensor) -> None:
         output.requires_grad_()  # an input of the graph has no gradient, nor has what derives from it
-        output.register_hook(functools.partial(_add_increases, curves[name], grids[name], weight, x.detach()))
+        hook = functools.partial(_add_increases, curves[name], grids[name], weight, reading, x.detach())
+        output.register_hook(hook)
 
     with task("measuring sensitivity", 2 * len(batches)) as bar:
         grids = _clipped_grids(captured, nodes, specs, batches, bar)
@@ -141,16 +142,18 @@ def _run(
     specs: Mapping[str, WeightSpec],
     batch: Any,
     number: int,
-    seen: Callable[[str, Tensor, Tensor, Tensor], None],
+    seen: Callable[[str, Tensor, Reading, Tensor, Tensor], None],
 ) -> Values:
-    """All values of the float graph for a batch; `seen` gets each linear of `specs`: name, weight, input, output."""
-    linears = set(linear_nodes(captured.graph_module))
+    """All values of the float graph for a batch; `seen` gets each product of `specs`: name, weight, how it reads
+    its input, that, and its output."""
+    products = set(product_nodes(captured.graph_module))
     with batch_named(number):
         values = captured.placeholder_values(batch)
         for node in nodes:
             run([node], values)
-            if node in linears and (name := weight_name_of(node)) in specs:
-                seen(name, node_tensor(operand_of(node, 1)), values[operand_of(node)], values[node])
+            if node in products and (name := weight_name_of(node)) in specs:
+                reading = Reading.of(node)
+                seen(name, node_tensor(weight_node(node)), reading, values[reading.source], values[node])
     return values
 
 
@@ -164,9 +167,13 @@ def _clipped_grids(
     """The grids of least error of each weight, for each of `BITS`."""
     squares: dict[str, Tensor] = {}
 
-    def add_squares(name: str, _weight: Tensor, x: Tensor, _output: Tensor) -> None:
-        of_batch = x.float().flatten(0, -2).square().mean(0)
-        squares[name] = squares[name] + of_batch if name in squares else of_batch
+    def add_squares(name: str, weight: Tensor, reading: Reading, x: Tensor, _output: Tensor) -> None:
+        parts = reading.parts(x)
+        for part in parts:
+            of_part = reading.rows(part).float().square().mean(1) / len(parts)
+            if len(of_part) > 1:
+                of_part = of_part.repeat_interleave(len(weight) // len(of_part), 0)
+            squares[name] = squares[name] + of_part if name in squares else of_part
 
     with torch.no_grad():
         for number, batch in enumerate(batches):
@@ -183,13 +190,19 @@ def _clipped_grids(
 
 
 def _add_increases(
-    curve: dict[int, float], grids: Mapping[int, Grid], weight: Tensor, x: Tensor, gradient: Tensor
+    curve: dict[int, float],
+    grids: Mapping[int, Grid],
+    weight: Tensor,
+    reading: Reading,
+    x: Tensor,
+    gradient: Tensor,
 ) -> None:
-    """A hook on the gradient [..., N] of a linear's output; x is its input [..., K]."""
-    x, gradient = x.float().flatten(0, -2), gradient.float().flatten(0, -2)
-    for bits, grid in grids.items():
-        lost = dequantize(quantize(weight, grid), grid).sub_(weight)
-        curve[bits] += 0.5 * float((x @ lost.t()).mul_(gradient).sum(-1).square_().sum())
+    """A hook on the gradient of a product's output; x is its input, of which `reading` makes rows."""
+    lost = {bits: dequantize(quantize(weight, grid), grid).sub_(weight) for bits, grid in grids.items()}
+    for part, of_part in zip(reading.parts(x), reading.parts(gradient), strict=True):
+        rows, wanted = reading.rows(part).float(), reading.flat(of_part).float()
+        for bits, change in lost.items():
+            curve[bits] += 0.5 * float(outputs_for(rows, change).mul_(wanted).sum(-1).square_().sum())
 
 
 def loss_of_drawn_tokens(logits: Tensor, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, int]:

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from teq_graph.graph.execution import Values, constant_ancestors, run
-from teq_graph.graph.nodes import arguments_of, aten, is_call, operand_of
+from teq_graph.graph.nodes import arguments_of, aten, is_call
+from teq_graph.graph.products import PRODUCTS, weight_node
 from teq_graph.graph.tensors import node_tensor
 from teq_graph.passes.insert_scales import InsertedScales
 
-WITH_GAINS = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
+WITH_GAINS = (*PRODUCTS, aten.layer_norm.default, aten.rms_norm.default)
 
 
 class StretchTensors:
@@ -60,9 +61,9 @@ class StretchTensors:
 
     @functools.cached_property
     def linears(self) -> dict[Node, str]:
-        """The linears whose weights are quantized, and their weights' names."""
+        """The linears and convolutions whose weights are quantized, and their weights' names."""
         named = {node: name for name, node in self.inserted.quantized.items()}
-        calls = {node: operand_of(node, 1) for node in self.nodes if is_call(node, aten.linear.default)}
+        calls = {node: weight_node(node) for node in self.nodes if is_call(node, *PRODUCTS)}
         return {node: named[weight] for node, weight in calls.items() if weight in named}
 
     def gains_and_biases(self) -> list[str]:

@@ -36,7 +36,14 @@ from teq_graph.report import BlockReport, weight_error
 from teq_graph.system import memory
 from teq_graph.system.progress import task
 from teq_graph.training.block import BlockTrainer, starting_scale
-from teq_graph.training.losses import mean_loss, next_token_loss, next_tokens, prediction_divergence, relative_error
+from teq_graph.training.losses import (
+    as_tokens,
+    mean_loss,
+    next_token_loss,
+    next_tokens,
+    prediction_divergence,
+    relative_error,
+)
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.reference import FloatReference, batch_named
 from teq_graph.training.stages.codes import Choice, fast_products, rounded_to_nearest
@@ -232,7 +239,8 @@ class Trainer:
                 run([*weight_nodes, *nodes], env)
             if self.captured.decoder is not None:
                 return next_token_loss(env[outputs[0]], self.batches[number])
-            return relative_error([env[n] for n in outputs], self.reference.outputs(nodes, outputs, number))
+            target = self.reference.outputs(nodes, outputs, number)
+            return relative_error(as_tokens(outputs, [env[n] for n in outputs]), as_tokens(outputs, target))
 
         learned = [get_tensor(self.working, name) for name in self.inserted.scales]
         if not learned:
@@ -290,7 +298,7 @@ class Trainer:
                     values = checkpoint(through, stretch, values, needed, value_of, use_reentrant=False)
             if self.captured.decoder is not None:
                 return prediction_divergence(values[outputs[0]], target[0], self.batches[number])
-            return relative_error([values[node] for node in outputs], target)
+            return relative_error(as_tokens(outputs, [values[node] for node in outputs]), as_tokens(outputs, target))
 
         dtypes = {name: weight.dtype for name, weight in weights.items()}
         choice, before, after, curve = distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator)

@@ -17,12 +17,12 @@ from teq_graph.analysis.equivalences.trace import Labels, Trace
 
 
 def trace_channels(
-    graph_module: GraphModule, producer: Node, values: ExampleValues, cache_pairs: dict[Node, Node]
+    graph_module: GraphModule, producer: Node, dim: int, values: ExampleValues, cache_pairs: dict[Node, Node]
 ) -> Trace:
-    """Follow the channels in the last dimension of `producer`'s output through the graph."""
+    """Follow the channels in the dimension `dim` < 0 of `producer`'s output through the graph."""
     shape = values.env[producer].shape
     trace = Trace(producer, values, cache_pairs)
-    trace.labels[producer] = torch.arange(shape[-1]).expand(shape)
+    trace.labels[producer] = torch.arange(shape[dim]).reshape(-1, *[1] * (-1 - dim)).expand(shape)
     pending = set(producer.users)
     for node in graph_module.graph.nodes:
         if node not in pending:

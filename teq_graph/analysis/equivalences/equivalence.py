@@ -19,7 +19,7 @@ from torch import Tensor
 
 from teq_graph.errors import EquivalenceError
 
-ProducerKind = Literal["linear", "layer_norm", "rms_norm", "gain"]
+ProducerKind = Literal["linear", "convolution", "layer_norm", "rms_norm", "gain"]
 
 
 def spread(scale: Tensor, index: Tensor) -> Tensor:

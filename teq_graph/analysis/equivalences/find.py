@@ -16,16 +16,18 @@ from teq_graph.analysis.equivalences.example_values import ExampleValues
 from teq_graph.analysis.equivalences.trace import Trace
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import check_type
-from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operand_of, operands_of, rank_of
+from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operands_of, rank_of
+from teq_graph.graph.products import channel_dim, is_convolution, is_product, readers_of, weight_name_of, weight_node
 from teq_graph.graph.tensors import node_tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Producer:
-    """A node whose output channels are scaled by scaling `tensors`, each along its given dimension."""
+    """A node whose output channels, in its dimension `dim` < 0, are scaled by scaling `tensors`, each along its own."""
 
     node: Node
     kind: ProducerKind
+    dim: int
     tensors: tuple[tuple[Node, int], ...]
 
     @property
@@ -49,9 +51,9 @@ class Findings:
 def find_equivalences(captured: CapturedGraph) -> Findings:
     """What a normalised graph proves.
 
-        producer(x; w, b) ──movement, gating, attention──▶ linear(·; W)
+        producer(x; w, b) ──movement, gating, attention──▶ product(·; W)
 
-    is an equivalence for the channels c whose every path from the producer ends in a linear's columns:
+    is an equivalence for the channels c whose every path from the producer ends in columns of linears or convolutions:
     w[c] / s[c], b[c] / s[c] and W[:, columns carrying c] · s[c] give the same output. A channel is refused
     where it reaches an op that does not commute with a scale, a graph output, or a weight that something
     outside the site reads as well.
@@ -66,7 +68,9 @@ def find_equivalences(captured: CapturedGraph) -> Findings:
             reason = "the graph runs at the example's sizes alone, which proves nothing about others"
             refusals.append(Refusal(producer.name, producer.kind, producer.node.name, reason))
             continue
-        trace, *others = (trace_channels(graph_module, producer.node, values, cache_pairs) for values in samples)
+        trace, *others = (
+            trace_channels(graph_module, producer.node, producer.dim, values, cache_pairs) for values in samples
+        )
         for other in others:
             trace.require_agreement(other)
         found = _examine(producer, trace)
@@ -78,51 +82,53 @@ def find_equivalences(captured: CapturedGraph) -> Findings:
 
 
 def producers(graph_module: GraphModule) -> Iterator[Producer]:
-    """Every node that multiplies its output channels by a constant vector: linears, norms, plain gains."""
+    """Every node that multiplies its output channels by a constant vector: products, norms, plain gains."""
     for node in graph_module.graph.nodes:
-        if is_call(node, aten.linear.default) and is_tensor_constant(node.args[1]):
-            values = arguments_of(node)
-            if values["bias"] is None or is_tensor_constant(values["bias"]):
-                yield _producer(node, "linear", values["weight"], values["bias"])
+        if is_product(node):
+            bias = arguments_of(node)["bias"]
+            if bias is None or is_tensor_constant(bias):
+                kind: ProducerKind = "convolution" if is_convolution(node) else "linear"
+                yield _producer(node, kind, channel_dim(node), (weight_node(node), 0), bias)
         elif is_call(node, aten.layer_norm.default, aten.rms_norm.default):
             values = arguments_of(node)
             bias = values.get("bias")
             constant = is_tensor_constant(values["weight"]) and (bias is None or is_tensor_constant(bias))
             if constant and len(values["normalized_shape"]) == 1:
-                kind: ProducerKind = "layer_norm" if "bias" in values else "rms_norm"
-                yield _producer(node, kind, values["weight"], bias)
+                kind = "layer_norm" if "bias" in values else "rms_norm"
+                yield _producer(node, kind, -1, (values["weight"], 0), bias)
         elif is_call(node, aten.mul.Tensor):
             first, second = operands_of(node)
             for gain, x in ((first, second), (second, first)):
-                if _is_gain(gain, node) and isinstance(x, Node) and not is_tensor_constant(x):
-                    yield _producer(node, "gain", gain, None)
+                dim = _gain_dim(gain, node)
+                if dim is not None and isinstance(x, Node) and not is_tensor_constant(x):
+                    yield _producer(node, "gain", dim, (gain, rank_of(gain) + dim), None)
 
 
-def _producer(node: Node, kind: ProducerKind, weight: Node, bias: Node | None) -> Producer:
-    # Channels are a linear's rows, and the only dimension of a gain; a bias has one dimension.
-    dim = 0 if kind == "linear" else rank_of(weight) - 1
+def _producer(node: Node, kind: ProducerKind, dim: int, weight: tuple[Node, int], bias: Node | None) -> Producer:
     # A norm may use one tensor as both; it is scaled once.
-    return Producer(node, kind, ((weight, dim), *([(bias, 0)] if bias not in (None, weight) else [])))
+    return Producer(node, kind, dim, (weight, *([(bias, 0)] if bias not in (None, weight[0]) else [])))
 
 
-def _is_gain(value: object, node: Node) -> bool:
-    if not is_tensor_constant(value):
-        return False
-    tensor = node_tensor(value)
-    width = node.meta["val"].shape[-1]
-    return tensor.is_floating_point() and tensor.dim() >= 1 and tensor.numel() == tensor.shape[-1] == width
+def _gain_dim(value: object, node: Node) -> int | None:
+    """The dimension < 0 of the product `node` along which `value` has one number for each channel; None if it has
+    not."""
+    if not is_tensor_constant(value) or not node_tensor(value).is_floating_point():
+        return None
+    shape, result = node_tensor(value).shape, node.meta["val"].shape
+    dims = range(-1, -1 - len(shape), -1)
+    return next((dim for dim in dims if shape[dim] == shape.numel() == result[dim]), None)
 
 
 def _examine(producer: Producer, trace: Trace) -> Equivalence | Refusal:
     """The equivalence of the labels that never escape, or the reason why there is none."""
     _refuse_shared(producer, trace)
-    count = trace.values.env[producer.node].shape[-1]
-    reached = {label for columns in trace.columns.values() for label in columns.tolist() if label >= 0}
+    count = trace.values.env[producer.node].shape[producer.dim]
+    reached = {label for columns in trace.columns.values() for label in columns.unique().tolist() if label >= 0}
     alive = sorted(reached - trace.escapes.keys())
     if not alive:
         escape = trace.escapes.get(min(trace.escapes)) if trace.escapes else None
         node = escape.node if escape else producer.node
-        reason = escape.reason if escape else "no linear reads it"
+        reason = escape.reason if escape else "no linear or convolution reads it"
         return Refusal(producer.name, producer.kind, node.name, reason)
     # Label -> channel of the equivalence; the extra last entry sends label -1 to -1.
     channel = torch.full((count + 1,), -1)
@@ -130,8 +136,8 @@ def _examine(producer: Producer, trace: Trace) -> Equivalence | Refusal:
     divided = [_along(node, dim, channel[:count]) for node, dim in producer.tensors]
     divided += [ScaledTensor(str(node.target), channel[labels]) for node, labels in trace.constants.items()]
     multiplied = {}
-    for linear, columns in trace.columns.items():
-        scaled = _along(operand_of(linear, 1), 1, channel[columns])
+    for product, columns in trace.columns.items():
+        scaled = ScaledTensor(weight_name_of(product), channel[columns])
         if bool((scaled.index >= 0).any()):
             multiplied[scaled.name] = scaled
     return Equivalence(producer.name, producer.kind, len(alive), tuple(divided), tuple(multiplied.values()))
@@ -145,21 +151,21 @@ def _along(node: Node, dim: int, index: Tensor) -> ScaledTensor:
 
 def _refuse_shared(producer: Producer, trace: Trace) -> None:
     """Let labels escape where a tensor that would be scaled is read from outside the site as well."""
-    everything = torch.arange(trace.values.env[producer.node].shape[-1])
+    everything = torch.arange(trace.values.env[producer.node].shape[producer.dim])
     for tensor, _ in producer.tensors:
         _refuse_other_readers(tensor, {producer.node}, everything, trace)
     for constant, labels in trace.constants.items():
         adders = {node for node in constant.users if node in trace.labels}
         _refuse_other_readers(constant, adders if len(adders) == 1 else set(), labels, trace)
-    for linear, columns in trace.columns.items():
-        weight = operand_of(linear, 1)
+    for product, columns in trace.columns.items():
+        weight = weight_node(product)
         twins = {
-            node for node, other in trace.columns.items() if node.args[1] is weight and torch.equal(other, columns)
+            node for node, other in trace.columns.items() if weight_node(node) is weight and torch.equal(other, columns)
         }
         _refuse_other_readers(weight, twins, columns, trace)
 
 
 def _refuse_other_readers(tensor: Node, inside: set[Node], labels: Tensor, trace: Trace) -> None:
-    others = [node for node in tensor.users if node not in inside]
+    others = [node for node in readers_of(tensor) if node not in inside]
     if others:
         trace.escape(labels, others[0], f"{tensor.target} is shared with {others[0].name}")

@@ -17,7 +17,8 @@ from torch.fx import Node
 
 from teq_graph.analysis.equivalences.trace import Labels, Trace
 from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operands_of
-from teq_graph.graph.op_sets import CASTS, COPIES, HOMOGENEOUS, MOVES, SELECTS
+from teq_graph.graph.op_sets import CASTS, COPIES, EACH_CHANNEL, HOMOGENEOUS, MOVES, SELECTS
+from teq_graph.graph.products import CONVOLUTIONS, channel_dim, is_product, weight_node
 
 # ---------------------------------------------------------------------------------------------- data movement
 
@@ -260,8 +261,40 @@ def _consume(node: Node, trace: Trace) -> Labels | None:
         return None
     columns = _collapse(labels, range(labels.dim() - 1))
     if columns is not None:
-        trace.columns[node] = columns.reshape(-1)
+        trace.columns[node] = columns.reshape(1, -1)
     return None
+
+
+def _convolve(node: Node, trace: Trace) -> Labels | None:
+    """A convolution takes the labels of its channels, in all of which a window has one, and ends the trace."""
+    values = arguments_of(node)
+    labels = trace.labels_of(values["input"])
+    if labels is None or not is_product(node) or trace.labels_of(values["bias"]) is not None:
+        return None
+    channels = _channels(labels, channel_dim(node))
+    if channels is not None:
+        n, k = weight_node(node).meta["val"].shape
+        groups = values["groups"]
+        # The channels of each group, each for its elements of a window; then for each row of the group.
+        columns = channels.reshape(groups, -1).repeat_interleave(k * groups // len(channels), 1)
+        trace.columns[node] = columns if groups == 1 else columns.repeat_interleave(n // groups, 0)
+    return None
+
+
+def _each_channel(node: Node, trace: Trace) -> Labels | None:
+    """Maxima, means and interpolations within a channel of an image, of whatever size."""
+    labels = trace.labels_of(node.args[0])
+    shape = trace.values.env[node].shape
+    spatial = EACH_CHANNEL[node.target]
+    channels = None if labels is None else _channels(labels, -1 - spatial)
+    return None if channels is None else channels.reshape(-1, *[1] * spatial).expand(shape)
+
+
+def _channels(labels: Tensor, dim: int) -> Tensor | None:
+    """The label of each channel, in the dimension `dim` < 0, where it is the same for all examples and places."""
+    others = [d for d in range(labels.dim()) if d != labels.dim() + dim]
+    channels = _collapse(labels, others)
+    return None if channels is None else channels.reshape(-1)
 
 
 Rule = Callable[[Node, Trace], Labels | None]
@@ -291,4 +324,6 @@ RULES: dict[Any, Rule] = {
     aten.matmul.default: _matmul,
     aten.bmm.default: _matmul,
     aten.linear.default: _consume,
+    **dict.fromkeys(CONVOLUTIONS, _convolve),
+    **dict.fromkeys(EACH_CHANNEL, _each_channel),
 }

@@ -31,7 +31,7 @@ class Trace:
     cache_pairs: dict[Node, Node]
     labels: dict[Node, Labels] = dataclasses.field(default_factory=dict)
     columns: dict[Node, Tensor] = dataclasses.field(default_factory=dict)
-    """Consumer linear -> the label of each input column, [K]."""
+    """Consumer -> the label of each element of its weight [N, K]: [1, K] where all rows have the same, or [N, K]."""
     constants: dict[Node, Tensor] = dataclasses.field(default_factory=dict)
     """Added constant -> the label of each of its elements; it is divided together with the producer."""
     escapes: dict[int, Escape] = dataclasses.field(default_factory=dict)

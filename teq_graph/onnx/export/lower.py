@@ -22,6 +22,7 @@ from teq_graph.config import ACCURACY_LEVELS, DTYPES, check_choice, integer_of
 from teq_graph.errors import ExportError, one_line
 from teq_graph.graph.tensors import clone_graph
 from teq_graph.graph.tracing import without_dispatch_cache
+from teq_graph.onnx.export.dequantized import dequantize_linearly
 from teq_graph.onnx.export.fusions import fuse
 from teq_graph.onnx.export.names import name_values
 from teq_graph.onnx.export.translations import foreign_operators, translation_table
@@ -65,6 +66,7 @@ def lower(
     with torch.no_grad(), quiet(*TALKATIVE), without_dispatch_cache():
         program = _trace(captured, graph_module, example.example_args, example.example_kwargs)
         model = _translate(program, opset, accuracy_level)
+    dequantize_linearly(model)
     _simplify(model)
     name_values(model, captured, graph_module)
     foreign = foreign_operators(model)

@@ -112,3 +112,23 @@ GATHER_BLOCK_QUANTIZED = values.Op(
         ],
     ),
 )
+
+
+DEQUANTIZE_NBITS = values.Op(
+    values.Opset("teq_graph", 1),
+    "DequantizeNBits",
+    _Schema(
+        "DequantizeNBits",
+        "teq_graph",
+        1,
+        inputs=[_parameter("data", "T1"), _parameter("scales", "T2"), _parameter("zero_points", "T1", optional=True)],
+        outputs=[_parameter("output", "T2")],
+        type_constraints=[
+            ("T1", ["tensor(uint8)"], ""),
+            ("T2", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
+        ],
+        attributes=[_Schema.Attribute(name, _INTEGER, "") for name in ("K", "N", "bits", "block_size")],
+    ),
+)
+"""Codes in the layout of MatMulNBits as a matrix [N, K]: what stands for them until their numbers are there, see
+`dequantized`; no model that is written has it."""

@@ -15,12 +15,13 @@ import teq_graph.ops  # noqa: F401  (registers the operators)
 from teq_graph.graph.nodes import aten
 from teq_graph.onnx.export.schemas import (
     CONTRIB_DOMAIN,
+    DEQUANTIZE_NBITS,
     GATHER_BLOCK_QUANTIZED,
     GROUP_QUERY_ATTENTION,
     MATMUL_NBITS,
 )
 
-CODES_OF = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
+CODES_OF = {"MatMulNBits": 1, "GatherBlockQuantized": 0, "DequantizeLinear": 0}
 """Operators over quantized weights -> which of their inputs are the codes."""
 
 
@@ -44,6 +45,10 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
             inputs.pop()
         product = MATMUL_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=accuracy_level)
         return op.Add(product, bias) if computed else product
+
+    def dequantize_nbits(b: Any, scales: Any, zero_points: Any, K: int, N: int, bits: int, block_size: int) -> Any:
+        inputs = [b, scales] if zero_points is None else [b, scales, zero_points]
+        return DEQUANTIZE_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size)
 
     def embedding_nbits(indices: Any, b: Any, scales: Any, zero_points: Any, D: int, bits: int, block_size: int) -> Any:
         count, *row = b.shape
@@ -143,6 +148,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
 
     return {
         torch.ops.teq_graph.matmul_nbits.default: matmul_nbits,
+        torch.ops.teq_graph.dequantize_nbits.default: dequantize_nbits,
         torch.ops.teq_graph.embedding_nbits.default: embedding_nbits,
         torch.ops.teq_graph.group_query_attention.default: group_query_attention,
         aten.scaled_dot_product_attention.default: attention,

@@ -26,6 +26,8 @@ MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
 
 _ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 _ONLY_FATAL = 4
+_FOLDS_WEIGHTS = "session.disable_quant_qdq"
+"""onnxruntime leaves a dequantized constant to each run, for fusions into integer operators that are none of ours."""
 _EXTERNAL_TENSORS = "session.model_external_initializers_file_folder_path"
 
 
@@ -40,9 +42,10 @@ def open_directory(
 
     `providers` are onnxruntime's, most wanted first, each a name or (name, options). `threads` is the number of
     CPU threads of one operator, None leaves it to onnxruntime. `session_options` None: its defaults, without log
-    lines, since what goes wrong is an exception. `verify`: compare the checksums of model and weights, which takes
-    about a second a GB. Raises InputError for a provider that this onnxruntime does not have, ModelFileError for a
-    directory that is none or damaged, or whose description is of another model.
+    lines, since what goes wrong is an exception, and with weights of convolutions dequantized once, not in each run:
+    in memory they are floats (`session.disable_quant_qdq`). `verify`: compare the checksums of model and weights, which
+    takes about a second a GB. Raises InputError for a provider that this onnxruntime does not have, ModelFileError for
+    a directory that is none or damaged, or whose description is of another model.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -53,6 +56,7 @@ def open_directory(
     if options is None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ONLY_FATAL
+        options.add_session_config_entry(_FOLDS_WEIGHTS, "1")
     if threads is not None:
         accepted = f"None and integers from 1 to {MAX_THREADS}"
         options.intra_op_num_threads = arguments.integer("threads", threads, 1, accepted, MAX_THREADS)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from teq_graph import quantization
 from teq_graph.config import TrainingConfig, WeightSpec
+from teq_graph.graph.products import outputs_for
 from teq_graph.quantization import Grid, LearnedWeight, dequantize, find_clipped_grid, find_grid, quantize
 from teq_graph.report import Curve
 from teq_graph.system.progress import Task
@@ -33,8 +34,9 @@ class BlockProblem:
     """What a block's stages go by.
 
     weights: float [N, K] by name, scales folded in; `specs` likewise.
-    moments: for each weight the second moments [K, K] of its inputs, in the model whose earlier blocks are quantized.
-    means: for each weight the mean [K] of those inputs.
+    moments: for each weight the second moments [groups, K, K] of what it is multiplied with, in the model whose earlier
+        blocks are quantized; each group has N / groups rows, one after the other.
+    means: for each weight the mean [groups, K] of those.
     floats: the block's other parameters that may change, by name: gains and biases [n].
     bias_of: weight name -> name of its linear's bias among `floats`.
     loss_of: number of a batch and the block's tensors, by name -> error of the block's outputs.
@@ -82,7 +84,8 @@ def clip(problem: BlockProblem, choice: Choice) -> Choice:
     """Ranges of least error, where each input channel counts by its mean square."""
     codes = {}
     for name, weight in problem.weights.items():
-        importance = problem.moments[name].diagonal()
+        squares = problem.moments[name].diagonal(dim1=1, dim2=2)
+        importance = squares.repeat_interleave(len(weight) // len(squares), 0) if len(squares) > 1 else squares[0]
         grid = find_clipped_grid(weight, problem.specs[name], problem.scale_dtype(name), importance)
         codes[name] = (quantize(weight, grid), grid)
     return dataclasses.replace(choice, codes=codes)
@@ -95,11 +98,17 @@ def gptq(problem: BlockProblem, choice: Choice) -> Choice:
         alike.setdefault((id(problem.moments[name]), problem.specs[name]), []).append(name)
     codes: dict[str, tuple[Tensor, Grid]] = {}
     for names in alike.values():
-        grids = [choice.codes[name][1] for name in names]
-        rows = torch.cat([problem.weights[name] for name in names])
-        chosen = quantization.gptq(rows, problem.moments[names[0]], Grid.cat(grids))
-        parts = chosen.split([len(grid.scales) for grid in grids])
-        codes |= {name: (part, grid) for name, part, grid in zip(names, parts, grids, strict=True)}
+        moments = problem.moments[names[0]]
+        grids = [choice.codes[name][1].split(len(moments)) for name in names]
+        weights = [problem.weights[name].chunk(len(moments)) for name in names]
+        sizes = [len(groups[0]) for groups in weights]
+        # Of each group the rows of all weights.
+        chosen = [
+            quantization.gptq(torch.cat(rows), of_group, Grid.cat(grid)).split(sizes)
+            for rows, of_group, grid in zip(zip(*weights, strict=True), moments, zip(*grids, strict=True), strict=True)
+        ]
+        for name, parts in zip(names, zip(*chosen, strict=True), strict=True):
+            codes[name] = (torch.cat(parts), choice.codes[name][1])
     return dataclasses.replace(choice, codes=codes)
 
 
@@ -109,7 +118,8 @@ def bias(problem: BlockProblem, choice: Choice) -> Choice:
     for name, bias_name in problem.bias_of.items():
         lost = problem.weights[name].float() - dequantize(*choice.codes[name])
         present = floats.get(bias_name, problem.floats[bias_name])
-        floats[bias_name] = (present.float() + lost @ problem.means[name]).to(present.dtype)
+        mean = outputs_for(problem.means[name][:, None], lost)[0]
+        floats[bias_name] = (present.float() + mean).to(present.dtype)
     return dataclasses.replace(choice, floats=floats)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor
 from teq_graph.config import Init, WeightSpec
+from teq_graph.graph.products import outputs_for
 from teq_graph.quantization import fake_quantize
 
 # Powers of the activation magnitude that are tried, 0 (no scale) first (AWQ, arXiv 2306.00978, section 3.2).
@@ -26,18 +27,18 @@ def initial_scale(
 ) -> Tensor:
     """The starting scale, float32 [channels], with geometric mean 1.
 
-    `weights` holds the consumers' weights [N, K] by name; `inputs` samples of what they read, [T, K].
+    `weights` holds the consumers' weights [N, K] by name; `inputs` samples of what they read, [groups, T, K].
     """
     ones = torch.ones(equivalence.channels)
     consumers = [scaled for scaled in equivalence.multiplied if scaled.name in specs]
     if init == "ones" or not consumers:
         return ones
     if init == "weight":
-        return _balanced(
-            1 / _per_channel(equivalence, {c.name: weights[c.name].float().abs().amax(0) for c in consumers}).sqrt()
-        )
+        largest = {c.name: weights[c.name].float().abs() for c in consumers}
+        columns = {c.name: largest[c.name] if len(c.index) > 1 else largest[c.name].amax(0) for c in consumers}
+        return _balanced(1 / _per_channel(equivalence, columns).sqrt())
     inputs = {c.name: _unit_rows(inputs[c.name].float()) for c in consumers}
-    magnitude = _per_channel(equivalence, {name: rows.abs().mean(0) for name, rows in inputs.items()})
+    magnitude = _per_channel(equivalence, {name: rows.abs().mean(1) for name, rows in inputs.items()})
     best, best_loss = ones, float("inf")
     for power in POWERS:
         scale = _balanced(magnitude.clamp(min=1e-8) ** power)
@@ -55,13 +56,16 @@ def _unit_rows(rows: Tensor) -> Tensor:
 
 
 def _per_channel(equivalence: Equivalence, columns: Mapping[str, Tensor]) -> Tensor:
-    """The mean, over every consumer column that carries it, of a positive figure per column."""
+    """The mean, over every element of a consumer's `index` that is a channel's, of a positive figure for each: one per
+    column, per column of a group, or per element."""
     total, count = torch.zeros(equivalence.channels), torch.zeros(equivalence.channels)
     for scaled in equivalence.multiplied:
         if scaled.name in columns:
             index = scaled.index.reshape(-1)
             carried = index >= 0
-            total.index_add_(0, index[carried], columns[scaled.name].cpu()[carried])
+            figures = torch.atleast_2d(columns[scaled.name].cpu())
+            figures = figures.repeat_interleave(len(scaled.index) // len(figures), 0).reshape(-1)
+            total.index_add_(0, index[carried], figures[carried])
             count.index_add_(0, index[carried], torch.ones(int(carried.sum())))
     return (total / count.clamp(min=1)).clamp(min=1e-8)
 
@@ -74,11 +78,11 @@ def _balanced(scale: Tensor) -> Tensor:
 def _output_error(
     equivalence: Equivalence, consumer: ScaledTensor, scale: Tensor, weight: Tensor, inputs: Tensor, spec: WeightSpec
 ) -> float:
-    """Squared error of the linear's output when its weight is scaled and quantized, relative to the output."""
+    """Squared error of the product's output when its weight is scaled and quantized, relative to the output."""
     weight = weight.float()
     factor = equivalence.factor(consumer, scale.to(weight.device))
     error = fake_quantize(weight * factor, spec) / factor - weight
-    return float(_energy(inputs @ error.t()) / _energy(inputs @ weight.t()).clamp(min=1e-12))
+    return float(_energy(outputs_for(inputs, error)) / _energy(outputs_for(inputs, weight)).clamp(min=1e-12))
 
 
 def _energy(rows: Tensor) -> Tensor:

@@ -1,0 +1,174 @@
+"""Products with a constant matrix W[N, K]: linears, and convolutions as sums over windows.
+
+    linear(x, W, bias)
+    conv2d(x, view(W, [N, C / groups, height, width]), bias, stride, padding, dilation, groups)
+
+are their normal forms, and so for one and three dimensions. A convolution multiplies W with the numbers of each window
+of its input, K = C / groups * height * width; of several groups, each N / groups rows read their own channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operand_of
+from teq_graph.graph.op_sets import TRANSPOSES
+
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+PADDED_CONVOLUTIONS: Mapping[Any, Any] = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
+"""Those that take "same" or "valid" for their padding -> the same with numbers."""
+PRODUCTS = (aten.linear.default, *CONVOLUTIONS)
+
+
+def weight_node(product: Node) -> Node:
+    """The node that gives the matrix of a product in normal form, whatever computes it."""
+    weight = operand_of(product, 1)
+    return operand_of(weight) if is_convolution(product) and is_call(weight, aten.view.default) else weight
+
+
+def product_nodes(graph_module: GraphModule) -> Iterator[Node]:
+    """The products in normal form, in graph order."""
+    return filter(is_product, graph_module.graph.nodes)
+
+
+def is_product(node: Node) -> bool:
+    """Whether `node` is a product in normal form: its matrix is a tensor of the graph."""
+    return (
+        is_call(node, *PRODUCTS) and is_tensor_constant(weight := weight_node(node)) and weight.meta["val"].dim() == 2
+    )
+
+
+def is_convolution(node: Node) -> bool:
+    """Whether `node` is a convolution over one, two or three dimensions."""
+    return is_call(node, *CONVOLUTIONS)
+
+
+def weight_name_of(product: Node) -> str:
+    """Name of a product's matrix."""
+    return str(weight_node(product).target)
+
+
+def replace_weight(product: Node, weight: Node) -> None:
+    """Let a product read its matrix from `weight`."""
+    reader = operand_of(product, 1) if weight_node(product) is not product.args[1] else product
+    reader.update_arg(0 if reader is not product else 1, weight)
+
+
+def before_weight(product: Node) -> Node:
+    """The node before which a product's matrix must be there."""
+    return product if weight_node(product) is product.args[1] else operand_of(product, 1)
+
+
+def is_weight_view(node: Node) -> bool:
+    """Whether `node` gives a matrix to convolutions, in their shape, and to nothing else."""
+    return (
+        is_call(node, aten.view.default)
+        and bool(node.users)
+        and all(is_convolution(user) and user.args[1] is node and operand_of(user) is not node for user in node.users)
+    )
+
+
+def readers_of(tensor: Node) -> Iterator[Node]:
+    """Who reads a tensor of the graph; a convolution rather than what gives its matrix another shape."""
+    for user in tensor.users:
+        if is_weight_view(user):
+            yield from user.users
+        else:
+            yield user
+
+
+def channel_dim(product: Node) -> int:
+    """The dimension of a product's channels, in its input and in its output, counted from the last."""
+    return -1 if not is_convolution(product) else 1 - operand_of(product, 1).meta["val"].dim()
+
+
+def is_image(node: Node) -> bool:
+    """Whether the last dimensions of a node's value are places, as a convolution gives them, and not channels."""
+    while node.op == "call_function" and not is_convolution(node):
+        sources = [source for source in node.all_input_nodes if source.op == "call_function"]
+        alike = [source for source in sources if _rank(source) == _rank(node)]
+        if not alike or node.target in TRANSPOSES or is_call(node, aten.linear.default):
+            return False
+        node = alike[0]
+    return is_convolution(node)
+
+
+def _rank(node: Node) -> int | None:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else None
+
+
+def outputs_for(rows: Tensor, weight: Tensor) -> Tensor:
+    """What a product gives without its bias, [T, N], for `rows` [groups, T, K] that a weight [N, K] reads."""
+    by_group: Tensor = rows @ weight.unflatten(0, (len(rows), -1)).mT
+    return by_group.transpose(0, 1).flatten(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a product's weight is multiplied with: the windows of the value of a node, or its rows (`kernel` None).
+
+    Products whose readings are equal read the same.
+    """
+
+    source: Node
+    kernel: tuple[int, ...] | None = None
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    @classmethod
+    def of(cls, product: Node) -> Reading:
+        """The reading of a product in normal form."""
+        source = operand_of(product)
+        if not is_convolution(product):
+            return cls(source)
+        values = arguments_of(product)
+        kernel = tuple(values["weight"].meta["val"].shape[2:])
+        stride, padding, dilation = (_for_each(values[name], kernel) for name in ("stride", "padding", "dilation"))
+        return cls(source, kernel, stride, padding, dilation, values["groups"])
+
+    def rows(self, value: Tensor) -> Tensor:
+        """All rows [groups, T, K] that the weight is multiplied with."""
+        if self.kernel is None:
+            return value.reshape(1, -1, value.shape[-1])
+        spatial = len(self.kernel)
+        if value.dim() == spatial + 1:
+            value = value[None]
+        windows = torch.nn.functional.pad(value, [amount for size in reversed(self.padding) for amount in (size, size)])
+        for dim, (size, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
+            windows = windows.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
+        # [b, channels, positions…, kernel…] to [groups, b, positions…, channels of a group, kernel…]
+        windows = windows.unflatten(1, (self.groups, -1)).movedim(1, 0).movedim(2, 2 + spatial)
+        rows: Tensor = windows.reshape(self.groups, -1, windows.shape[2 + spatial] * math.prod(self.kernel))
+        return rows
+
+    def parts(self, value: Tensor) -> Sequence[Tensor]:
+        """`value` in parts for `rows`, one after the other: windows overlap, and take several times the memory."""
+        if self.kernel is None or value.dim() == len(self.kernel) + 1:
+            return [value]
+        examples: Sequence[Tensor] = value.split(1)
+        return examples
+
+    def flat(self, result: Tensor) -> Tensor:
+        """A product's result, or its gradient, in the order of `rows`: [T, N]."""
+        dim = -1 if self.kernel is None else -1 - len(self.kernel)
+        rows: Tensor = result.movedim(dim, -1).flatten(0, -2)
+        return rows
+
+
+def _for_each(size: int | list[int], kernel: tuple[int, ...]) -> tuple[int, ...]:
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return sizes * len(kernel) if len(sizes) == 1 else sizes
