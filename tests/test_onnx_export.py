@@ -250,6 +250,42 @@ def test_operators_that_only_torch_decomposes(tmp_path: Path) -> None:
     assert relative_error(actual, captured.graph_module(x)) <= 1e-5
 
 
+class FromNumbers(nn.Module):
+    """Differences whose first operand is a number, of floats and of integers, which a float makes floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        y = self.linear(x)
+        return 2 - y, torch.rsub(y, 0.3, alpha=3), 1.0 - mask, 7 - mask, torch.rsub(mask, 5, alpha=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_number_minus_a_tensor(dtype: torch.dtype, tmp_path: Path) -> None:
+    x, mask = torch.randn(3, 8, dtype=dtype), torch.randint(-9, 9, (3, 4))
+    captured = capture(FromNumbers().eval().to(dtype), (x, mask))
+    session = open_model(lower(captured, dtype=str(dtype).removeprefix("torch.")).model, tmp_path)
+    expected = captured.graph_module(x, mask)
+    actual = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})
+    for value, reference in zip(actual, expected, strict=True):
+        assert np.issubdtype(value.dtype, np.floating) == reference.is_floating_point()
+        assert relative_error(value, reference) <= (1e-6 if dtype == torch.float32 else 2e-3)
+
+
+def test_xlnet(tmp_path: Path) -> None:
+    """It has no largest length, and its mask is an integer taken from a float."""
+    config = AutoConfig.for_model("xlnet", vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=64)
+    captured = prepare(capture(AutoModelForCausalLM.from_config(config).eval()), WeightSpec(8, 16))
+    session = open_model(lower(captured, accuracy_level=1).model, tmp_path)
+    ids, mask = torch.randint(3, VOCAB, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[1, :4] = 0
+    expected = captured.graph_module(**{**captured.example_kwargs, "input_ids": ids, "attention_mask": mask})
+    actual = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
+    assert relative_error(actual, expected["logits"]) <= 1e-4
+
+
 class ComputedBias(nn.Module):
     """A product whose bias is computed, in a way that does not tell onnxruntime its length."""
 

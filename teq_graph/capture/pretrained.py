@@ -150,7 +150,9 @@ def generates_text(model: Any) -> bool:
 def longest_text(model: Any) -> int | None:
     """The positions that the model has; None where its config names no limit."""
     config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    # XLNet has -1 for none.
+    return next((limit for limit in limits if limit is not None and limit > 0), None)
 
 
 def counts_positions(model: Any, shape: DecoderShape) -> bool:

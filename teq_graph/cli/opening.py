@@ -73,6 +73,7 @@ def open_language_model(source: str, threads: int | None, provider: str | None, 
     for name, value in (("threads", threads), ("provider", provider), ("no-verify", None if verify else True)):
         if value is not None:
             raise ConfigError(f"--{name}: no effect in PyTorch; accepted for a directory that quantize wrote")
+    from teq_graph.capture.pretrained import longest_text
     from teq_graph.loading import load_model
 
     loaded = load_model(source)
@@ -82,8 +83,7 @@ def open_language_model(source: str, threads: int | None, provider: str | None, 
         )
     if loaded.tokenizer is None:
         raise ModelFileError(f"model {source!r} has no tokenizer: perplexity on a text needs one")
-    config = loaded.model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    limit = longest_text(loaded.model)
     return LanguageModel("PyTorch", torch_logits(loaded.model), loaded.tokenizer, limit)
 
 

@@ -146,6 +146,17 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
     def bitwise_and(self: Any, other: Any) -> Any:
         return op.And(self, other) if self.dtype == ir.DataType.BOOL else op.BitwiseAnd(self, other)
 
+    def subtract_from(self: Any, other: float, alpha: float = 1) -> Any:
+        # torch's decomposition is a difference whose first operand is a number, which no operator takes.
+        if isinstance(other, float) and not self.dtype.is_floating_point():
+            self = op.Cast(self, to=ir.DataType.FLOAT)
+            self.dtype = ir.DataType.FLOAT
+
+        def constant(number: float) -> Any:
+            return op.Constant(value=ir.tensor(number, dtype=self.dtype))
+
+        return op.Sub(constant(other), self if alpha == 1 else op.Mul(self, constant(alpha)))
+
     return {
         torch.ops.teq_graph.matmul_nbits.default: matmul_nbits,
         torch.ops.teq_graph.dequantize_nbits.default: dequantize_nbits,
@@ -157,6 +168,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         aten.to.dtype_layout: cast_layout,
         aten.numpy_T.default: transpose,
         aten.split_with_sizes.default: split,
+        aten.rsub.Scalar: subtract_from,
         aten.__and__.Tensor: bitwise_and,
     }
 
