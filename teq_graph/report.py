@@ -231,7 +231,7 @@ class Report:
         size = f"{self.bytes_after / 1e6:,.0f} MB" if self.bytes_after >= 1e7 else f"{self.bytes_after / 1e3:,.0f} kB"
         kinds = (("linear", self.linears), ("convolution", self.convolutions))
         counted_kinds = [counted(sum(w.spec is not None for w in weights), kind) for kind, weights in kinds if weights]
-        return f"{' and '.join(counted_kinds)}{at}, {counted(len(self.sites), 'equivalence')}, {size}"
+        return f"{' and '.join(counted_kinds) or '0 linears'}{at}, {counted(len(self.sites), 'equivalence')}, {size}"
 
     def __repr__(self) -> str:
         return f"Report({self.summary()})"

@@ -275,7 +275,7 @@ def test_no_linears_at_all() -> None:
 def test_a_pattern_that_matches_nothing(option: dict[str, Any]) -> None:
     """A typo must not quantize what was to stay in float."""
     with pytest.raises(
-        ConfigError, match=r"='\*.nowhere.\*': it matches no linear; their weights are 0.weight"
+        ConfigError, match=r"='\*.nowhere.\*': it matches no linear or convolution; their weights are 0.weight"
     ) as caught:
         compile_mlp(quantization=QuantizationConfig(group_size=16, **option))
     in_one_line(caught)

@@ -312,7 +312,7 @@ def test_no_equivalence_no_transformation() -> None:
     with pytest.raises(ConfigError, match="Sequential: it has no equivalence, so there is no scale to train") as caught:
         teq_graph.transform(model, (torch.randn(5, 20),))
     in_one_line(caught)
-    with pytest.raises(ConfigError, match="skip leaves no linear") as skipped:
+    with pytest.raises(ConfigError, match="skip leaves no weight") as skipped:
         teq_graph.transform(llama(), quantization=QuantizationConfig(skip=("*",)))
     in_one_line(skipped)
 
@@ -376,7 +376,7 @@ def test_formats_on_the_command_line(tiny: Path, tmp_path: Path, capsys: pytest.
         (["transform", "--bits", "5"], "bits=5: accepted are"),
         (["transform", "--dtype", "int8"], "--dtype int8: accepted are float32, float16, bfloat16"),
         (["transform", "--calibration", "nothing.txt"], "--calibration 'nothing.txt': no such file"),
-        (["transform", "--skip", "*"], "skip leaves no linear to quantize"),
+        (["transform", "--skip", "*"], "skip leaves no weight to quantize"),
         (["quantize", "--format", "awq"], "--format awq: accepted are gptq, compressed-tensors"),
         (["quantize", "--format", "gptq", "--target-bits", "3"], "format gptq: target_bits=3 mixes bits"),
         (["quantize", "--format", "compressed-tensors", "--group-size", "128"], "has a short group, 64 columns"),

@@ -73,7 +73,7 @@ def test_an_old_directory_is_refused_before_it_is_read(payload_is_in: str, tmp_p
     (old / "compiled.json").write_text(json.dumps({"format_version": 2, "decoder": None, "lm_head": None}))
     torch.save(Payload(marker), old / payload_is_in)
     message = refused(old, marker)
-    assert "format_version=2, accepted is 3: compile the model again with this version and save it" in message
+    assert "format_version=2, accepted is 4: compile the model again with this version and save it" in message
 
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "graph.json", "compiled.json", "report.json"])

@@ -55,9 +55,9 @@ class DecoderStep(nn.Module):
         )
         present = []
         for layer, result in zip(past, cache_in(output).layers, strict=True):
+            held = zip(layer, (tensors_of(result) or {}).values(), strict=True)
             # A state that is computed in another type is kept in that of the cache.
-            held = (tensors_of(result) or {}).values()
-            present.append(tuple(new.to(old.dtype) for old, new in zip(layer, held, strict=True)))
+            present.append(tuple(new if new.dtype == old.dtype else new.to(old.dtype) for old, new in held))
         return output.logits, present
 
 

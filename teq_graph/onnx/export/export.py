@@ -85,8 +85,11 @@ def _count_weights(model: ir.Model) -> dict[str, int]:
             codes = node.inputs[CODES_OF[node.op_type]]
             view = codes.producer() if codes is not None else None
             group = node.attributes["block_size"].as_int()
-            assert codes is not None and codes.dtype is not None
-            bits = node.attributes["bits"].as_int() if "bits" in node.attributes else int(8 * codes.dtype.itemsize)
+            if "bits" in node.attributes:
+                bits = node.attributes["bits"].as_int()
+            else:
+                assert codes is not None and codes.dtype is not None
+                bits = int(8 * codes.dtype.itemsize)
             kinds[codes if view is None else view.inputs[0]] = f"{bits}/{group}"
     return dict(collections.Counter(kinds.values()))
 
