@@ -265,12 +265,21 @@ def test_positions_are_counted_as_the_model_counts_them(family: str) -> None:
     assert relative_error(actual, expected) <= 1e-5
 
 
-def test_an_image_model_without_an_image_size() -> None:
+def test_an_image_model_without_an_image_size_takes_any(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
-    with pytest.raises(CaptureError, match="no image_size and num_channels; accepted is a tuple or dict") as caught:
-        capture(transformers.ResNetForImageClassification(config).eval())
+    model = randomize(transformers.ResNetForImageClassification(config))
+    captured = capture(model)
+    pixels = torch.randn(3, 3, 97, 130)
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).logits
+        actual = captured.graph_module(pixel_values=pixels).logits
+    assert relative_error(actual, expected) <= 1e-5
+    del config.num_channels
+    monkeypatch.delattr(type(config), "num_channels", raising=False)
+    with pytest.raises(CaptureError, match="no num_channels; accepted is a tuple or dict") as caught:
+        capture(model)
     in_one_line(caught)
 
 

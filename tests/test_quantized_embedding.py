@@ -268,7 +268,9 @@ def test_tables_count_towards_the_average_with_bits_of_their_own() -> None:
 
 def test_a_pattern_without_a_match_is_refused() -> None:
     for option in ({"skip": ("nothing",)}, {"overrides": {"nothing": {"bits": 8}}}):
-        with pytest.raises(ConfigError, match=r"matches no linear, convolution or embedding; .*places\.weight") as caught:
+        with pytest.raises(
+            ConfigError, match=r"matches no linear, convolution or embedding; .*places\.weight"
+        ) as caught:
             compile_words(False, QuantizationConfig(group_size=16, quantize_embedding=True, **option))
         in_one_line(caught)
 

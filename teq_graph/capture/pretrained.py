@@ -19,6 +19,8 @@ from teq_graph.errors import CaptureError, one_line
 # Sizes of the example inputs. Sizes 0 and 1 would be specialised by torch.export, and equal sizes could be
 # mistaken for one another by a reader of the graph.
 BATCH, PAST, SEQUENCE = 2, 3, 4
+IMAGE = (64, 80)
+"""Height and width of an example image for a model that names no size: it takes any."""
 CHUNK = 16
 """Tokens of a scan's chunk at most."""
 
@@ -193,14 +195,18 @@ def inputs_from_config(
     shapes: dict[str, Any] = {}
     if model.main_input_name == "pixel_values":
         size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-        if size is None or channels is None:
+        if channels is None:
             raise CaptureError(
-                f"example_inputs=None: the config of {type(model).__name__} has no image_size and num_channels; "
+                f"example_inputs=None: the config of {type(model).__name__} has no num_channels; "
                 "accepted is a tuple or dict as for torch.export"
             )
+        shapes["pixel_values"] = {0: dynamic}
+        if size is None:
+            size = IMAGE
+            shapes["pixel_values"] |= {2: dynamic, 3: dynamic}
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.randn(BATCH, channels, height, width, generator=generator)
-        kwargs["pixel_values"], shapes["pixel_values"] = pixels.to(device, dtype), {0: dynamic}
+        kwargs["pixel_values"] = pixels.to(device, dtype)
     elif model.main_input_name == "input_ids":
         names = ["input_ids", "attention_mask"]
         if config.is_encoder_decoder:

@@ -15,6 +15,12 @@ SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 TOKENS = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 TEXT = {**SIZES, **TOKENS, "max_position_embeddings": 64}
 GQA = {**TEXT, "num_key_value_heads": 2}
+LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+SCAN = dict(hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=16, n_groups=1, expand=2)
+HYBRID = dict(
+    **dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=1, mamba_expand=2),
+    **dict(num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48),
+)
 WINDOW = 6  # shorter than the sequences of the tests
 
 
@@ -62,6 +68,11 @@ def _decoder(name: str, family: str, linears: int, covered: int, **config: Any) 
     return Architecture(name, make, lambda b, s: {"input_ids": _tokens(b, s)}, linears, covered, is_decoder=True)
 
 
+def _images(name: str, family: str, products: int, covered: int, **config: Any) -> Architecture:
+    make = _pretrained(family, "AutoModelForImageClassification", **config)
+    return Architecture(name, make, lambda b, _: {"pixel_values": torch.randn(b, 3, 32, 32)}, products, covered)
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 32), nn.Linear(32, 8)
@@ -89,6 +100,10 @@ ARCHITECTURES = (
     _decoder("StableLM", "stablelm", 15, 15, **GQA),
     _decoder("Cohere", "cohere", 15, 14, **GQA),
     _decoder("OLMo2", "olmo2", 15, 5, **GQA),
+    _decoder("DeepSeek-V2 (MLA)", "deepseek_v2", 17, 15, **TEXT, **LATENT, first_k_dense_replace=2),
+    _decoder("LFM2", "lfm2", 14, 12, **GQA, layer_types=["conv", "full_attention"]),
+    _decoder("Mamba2", "mamba2", 7, 5, **TOKENS, **SCAN),
+    _decoder("Granite 4 (hybrid)", "granitemoehybrid", 12, 11, **GQA, **HYBRID, layer_types=["mamba", "attention"]),
     Architecture(
         "BERT (post-LN)",
         _pretrained("bert", "AutoModel", **{**SIZES, **TOKENS}),
@@ -102,6 +117,15 @@ ARCHITECTURES = (
         lambda b, s: {"pixel_values": torch.randn(b, 3, 16, 16)},
         linears=14,
         covered=11,
+    ),
+    _images("ResNet", "resnet", 12, 6, embedding_size=16, hidden_sizes=[16, 32], depths=[2, 1]),
+    _images("ConvNeXt", "convnext", 20, 9, image_size=32, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 2, 1]),
+    Architecture(
+        "XLNet",
+        _pretrained("xlnet", "AutoModel", vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=64),
+        lambda b, s: {"input_ids": _tokens(b, s), "attention_mask": torch.ones(b, s, dtype=torch.long)},
+        linears=4,
+        covered=0,
     ),
     Architecture(
         "T5",
