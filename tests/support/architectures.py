@@ -26,7 +26,8 @@ WINDOW = 6  # shorter than the sequences of the tests
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """One tiny model. `linears` counts its linears and convolutions, `covered` those whose columns are scaled by some equivalence."""
+    """One tiny model. `linears` counts its linears and convolutions, `covered` those whose columns are scaled by some
+    equivalence."""
 
     name: str
     make: Callable[[], nn.Module]
