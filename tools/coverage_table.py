@@ -26,7 +26,7 @@ from teq_graph.compile import analyze
 from teq_graph.graph.products import product_nodes, weight_name_of
 
 HEADER = """\
-| architecture | linears and convolutions | with scaled columns | equivalences | error after folding | ONNX against PyTorch |
+| architecture | linears, convs | with scaled columns | equivalences | error after folding | ONNX against PyTorch |
 |---|---|---|---|---|---|"""
 LEGEND = """\
 Equivalences by producer. Error after folding: of the float output, scales random from 0.1 to 10. ONNX: 4-bit model in
