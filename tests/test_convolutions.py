@@ -22,6 +22,7 @@ from teq_graph.compile import analyze
 from teq_graph.config import WeightSpec
 from teq_graph.errors import CaptureError, ConfigError
 from teq_graph.graph.products import Reading, outputs_for, product_nodes
+from teq_graph.onnx.runtime import load
 from teq_graph.onnx.runtime.session import open_directory
 from teq_graph.passes.fold_batch_norms import FoldBatchNorms
 from teq_graph.passes.normalize_convolutions import NormalizeConvolutions
@@ -482,6 +483,20 @@ def test_a_graph_without_products_is_refused() -> None:
     with pytest.raises(CaptureError, match="no linears and no convolutions") as caught:
         teq_graph.compile(randomized(norm()), (torch.randn(2, CHANNELS, 4, 4),), training=None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 7, 8), (4, 6, 7, 8)], ids=["a batch", "one example"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_three_dimensions_in_onnx(bias: bool, shape: tuple[int, ...], tmp_path: Path) -> None:
+    options = {"stride": (1, 2, 1), "padding": 1, "dilation": (1, 1, 2), "groups": 2, "bias": bias}
+    model = randomized(nn.Sequential(nn.Conv3d(4, 8, 3, **options), nn.ReLU(), nn.Conv3d(8, 4, (1, 2, 1), bias=bias)))
+    quantization = teq_graph.QuantizationConfig(bits=4, group_size=16)
+    compiled = teq_graph.compile(model, (torch.randn(shape),), quantization=quantization, training=None)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        expected = compiled(x)
+    (actual,) = load(compiled.export_onnx(tmp_path / "onnx", accuracy_level=1)).run(input=x.numpy()).values()
+    assert relative_error(torch.from_numpy(actual), expected) <= 1e-5
 
 
 def test_the_file_is_small(tmp_path: Path) -> None:

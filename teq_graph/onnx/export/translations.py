@@ -146,6 +146,23 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
     def bitwise_and(self: Any, other: Any) -> Any:
         return op.And(self, other) if self.dtype == ir.DataType.BOOL else op.BitwiseAnd(self, other)
 
+    def conv3d(
+        self: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Sequence[int] = (1,),
+        padding: Sequence[int] = (0,),
+        dilation: Sequence[int] = (1,),
+        groups: int = 1,
+    ) -> Any:
+        # torch's own gives a convolution without a bias one of a shape that onnxruntime refuses.
+        stride, padding, dilation = ([*sizes] * (3 // len(sizes)) for sizes in (stride, padding, dilation))
+        first = op.Constant(value_ints=[0])
+        is_batch = len(self.shape) == 5
+        inputs = [self if is_batch else op.Unsqueeze(self, first), weight, *([] if bias is None else [bias])]
+        result = op.Conv(*inputs, strides=stride, pads=padding * 2, dilations=dilation, group=groups)
+        return result if is_batch else op.Squeeze(result, first)
+
     def subtract_from(self: Any, other: float, alpha: float = 1) -> Any:
         # torch's decomposition is a difference whose first operand is a number, which no operator takes.
         if isinstance(other, float) and not self.dtype.is_floating_point():
@@ -168,6 +185,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         aten.to.dtype_layout: cast_layout,
         aten.numpy_T.default: transpose,
         aten.split_with_sizes.default: split,
+        aten.conv3d.default: conv3d,
         aten.rsub.Scalar: subtract_from,
         aten.__and__.Tensor: bitwise_and,
     }
