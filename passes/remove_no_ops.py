@@ -1,4 +1,4 @@
-"""Remove asserts, casts to the type a value already has, and whole slices."""
+"""Remove asserts, casts to the type a value already has, whole slices, and what is overwritten as a whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import torch
 from torch.fx import GraphModule, Node
 
-from teq_graph.graph.nodes import arguments_of, aten, operand_of
+from teq_graph.graph.nodes import arguments_of, aten, dtype_of, operand_of
 from teq_graph.graph.op_sets import ALIASES, CASTS
 from teq_graph.graph.tensors import drop_unused
 from teq_graph.passes.base import GraphPass, PassResult
@@ -23,9 +23,10 @@ CHECKS = (
 
 
 class RemoveNoOps(GraphPass[None]):
-    """x → to(float32) → dropout → slice(0, end) → y   becomes   x → y
+    """1. x → to(float32) → dropout → slice(0, end) → y   becomes   x → y           where x is float32 already
+    2. copy(x, y)                                      becomes   expand_as(y, x)   where y has the dtype of x
 
-    where x is float32 already. Values and dtypes stay exactly as they are.
+    Values and dtypes stay exactly as they are. Case 2 is what torch.export makes of `x[...] = y`, and has no gradient.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult[None]:
@@ -39,6 +40,9 @@ class RemoveNoOps(GraphPass[None]):
             elif _is_no_op(node):
                 node.replace_all_uses_with(node.args[0])
                 graph_module.graph.erase_node(node)
+                modified = True
+            elif node.target == aten.copy.default and dtype_of(operand_of(node)) == dtype_of(operand_of(node, 1)):
+                node.target, node.args, node.kwargs = aten.expand_as.default, node.args[1::-1], {}
                 modified = True
         if modified:
             drop_unused(graph_module)

@@ -13,7 +13,7 @@ from support.onnx import OnnxModel
 from torch import Tensor, nn
 
 import teq_graph
-from teq_graph import QuantizationConfig
+from teq_graph import QuantizationConfig, TrainingConfig
 from teq_graph.capture import capture
 from teq_graph.errors import CaptureError
 from teq_graph.onnx.runtime import load
@@ -75,6 +75,18 @@ def test_graph_onnx_and_text_are_the_models(build: object, tmp_path: Path) -> No
     for length in (2, 9, SWITCH, SWITCH + 3):
         prompt = tokens(1, length)[0].tolist()
         assert runtime.generate(prompt, NEW, do_sample=False, eos_token_id=[]) == continued(model, prompt)
+
+
+@pytest.mark.parametrize("build", [scaled_by_length, complex_rotary])
+def test_all_stages_train(build: object) -> None:
+    assert callable(build)
+    model = build()
+    batches = [tokens(2, 2 * SWITCH) for _ in range(3)]
+    training = TrainingConfig(stages=("teq", "clip", "gptq", "tune", "distill"), steps=4)
+    quantization = QuantizationConfig(bits=3, group_size=16)
+    report = teq_graph.compile(model, calibration=batches, quantization=quantization, training=training).report
+    assert all(block.after < block.before for block in report.blocks)
+    assert any(site.trained for site in report.sites)
 
 
 def test_a_compiled_model_with_two_tables_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -98,6 +98,29 @@ def test_what_does_something_stays(name: str) -> None:
     assert sum("to." in op for op in ops) == kept
 
 
+def in_parts(s: Small, x: Tensor) -> Tensor:
+    """Two writes into one value, of which the second repeats its source."""
+    result = x.new_empty(*x.shape[:-1], 2 * WIDTH)
+    result[..., :WIDTH] = x * s.gain
+    result[..., WIDTH:] = x[..., :1]
+    return result
+
+
+def test_what_is_overwritten_as_a_whole_has_gradients() -> None:
+    graph_module, inputs = small(in_parts)
+    assert sum("copy" in op for op in op_names(graph_module)) == 2
+    apply_and_check(RemoveNoOps(), graph_module, inputs, tolerance=0)
+    assert not any("copy" in op for op in op_names(graph_module))
+    (x,) = inputs
+    x.requires_grad_()
+    graph_module(x).square().sum().backward()
+    mine, x.grad = x.grad, None
+    (gain,) = graph_module.state_dict().values()
+    torch.cat([x * gain, x[..., :1].expand(x.shape)], -1).square().sum().backward()
+    assert mine is not None and x.grad is not None
+    torch.testing.assert_close(mine, x.grad)
+
+
 def test_no_op_that_escapes() -> None:
     graph_module, inputs = small(lambda s, x: (x.to(torch.float32), x.to(torch.float32) * 2))
     apply_and_check(RemoveNoOps(), graph_module, inputs, tolerance=0)
