@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from teq_graph.graph.nodes import CallBuilder, arguments_of, aten, is_call, rank_of
-from teq_graph.graph.products import PRODUCTS, Reading, channel_dim, is_convolution, weight_node
+from teq_graph.graph.products import EXPERT_LINEAR, PRODUCTS, Reading, channel_dim, is_convolution, weight_node
 from teq_graph.graph.tensors import drop_unused
 from teq_graph.passes.base import GraphPass, PassResult
 
@@ -16,6 +16,9 @@ class LowerToMatMulNBits(GraphPass[None]):
                         →  matmul_nbits(x, codes, scales, zero_points, bias)
     2. conv2d(x, view(dequantize_nbits(codes, scales, zero_points)), bias)
                         →  permute(matmul_nbits(permute(x), codes, scales, zero_points, bias))
+
+    3. expert_linear(x, dequantize_nbits(codes, scales, zero_points), bias, experts, E)
+                        →  expert_matmul_nbits(x, codes, scales, zero_points, bias, experts, …, E)
 
     Case 2 of windows of one place each: a linear over the channels, which go last and back again. Other convolutions
     read the dequantized weight.
@@ -32,6 +35,16 @@ class LowerToMatMulNBits(GraphPass[None]):
                 continue
             codes, scales, zero_points, *shape = weight.args
             values, call = arguments_of(linear), CallBuilder(graph_module, linear)
+            if is_call(linear, EXPERT_LINEAR):
+                k, n, bits, block_size = shape
+                count = values["num_experts"]
+                own = (k, n // count, bits, block_size, count)
+                parts = (codes, scales, zero_points, values["bias"], values["experts"])
+                result = call(torch.ops.teq_graph.expert_matmul_nbits.default, values["input"], *parts, *own)
+                linear.replace_all_uses_with(result)
+                graph.erase_node(linear)
+                modified = True
+                continue
             x, rank, dim = values["input"], rank_of(linear), rank_of(linear) + channel_dim(linear)
             others = [d for d in range(rank) if d != dim]
             if is_convolution(linear):

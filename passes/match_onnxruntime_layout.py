@@ -14,6 +14,7 @@ from teq_graph.quantization import QuantizedWeight
 
 READERS = (
     torch.ops.teq_graph.matmul_nbits.default,
+    torch.ops.teq_graph.expert_matmul_nbits.default,
     torch.ops.teq_graph.embedding_nbits.default,
     torch.ops.teq_graph.dequantize_nbits.default,
 )

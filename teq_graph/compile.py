@@ -52,7 +52,7 @@ class Analysis:
     def specs(self) -> dict[str, WeightSpec]:
         """The specs of the weights whose codes training chooses: those of products, but for those tied to such a
         table."""
-        return specs_of(weight for weight in self.weights if weight.kind in ("linear", "convolution"))
+        return specs_of(weight for weight in self.weights if weight.is_product and weight.kind != "embedding")
 
 
 def analyze(

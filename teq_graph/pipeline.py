@@ -34,6 +34,7 @@ from teq_graph.passes.make_complex_real import MakeComplexReal
 from teq_graph.passes.match_onnxruntime_layout import MatchOnnxruntimeLayout
 from teq_graph.passes.merge_products import MergeProducts
 from teq_graph.passes.normalize_convolutions import NormalizeConvolutions
+from teq_graph.passes.normalize_experts import NormalizeExperts
 from teq_graph.passes.normalize_linears import NormalizeLinears
 from teq_graph.passes.quantize_embeddings import QuantizeEmbeddings
 from teq_graph.passes.quantize_linears import QuantizeLinears
@@ -63,6 +64,8 @@ NORMALIZE = Phase(
         MakeComplexReal(),
         # Before constants are folded: `weight.T` must be a linear's operand, not a constant of its own.
         NormalizeLinears(),
+        # Likewise: a matrix of experts in another order must stay a product's operand.
+        NormalizeExperts(),
         # Before norms: `1 + weight` must be a constant to be a norm's gain.
         FoldConstants(),
         FuseRMSNorm(),

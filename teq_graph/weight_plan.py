@@ -37,12 +37,12 @@ class PlannedWeight:
 
     @property
     def is_product(self) -> bool:
-        """Whether a linear or a convolution reads it as a matrix."""
-        return self.is_linear or self.kind == "convolution"
+        """Whether a linear, a convolution or experts read it as a matrix."""
+        return self.is_linear or self.kind in ("convolution", "experts")
 
 
 WeightPlan = tuple[PlannedWeight, ...]
-"""One entry for each weight: those of linears, convolutions, tables, others; first those that are quantized."""
+"""One entry for each weight: those of linears, experts, convolutions, tables, others; first those that are quantized."""
 
 
 def plan_weights(captured: CapturedGraph, quantization: QuantizationConfig) -> WeightPlan:
@@ -57,7 +57,7 @@ def plan_weights(captured: CapturedGraph, quantization: QuantizationConfig) -> W
         plan += _plan_one(weight, captured, quantization)
     if not any(weight.is_product for weight in plan):
         raise CaptureError("the graph has no linears and no convolutions: there is nothing to quantize")
-    order = ("linear", "convolution", "embedding")
+    order = ("linear", "experts", "convolution", "embedding")
     plan.sort(key=lambda weight: (*(weight.kind != kind for kind in order), weight.spec is None))
     _check_patterns(quantization, plan)
     return tuple(plan)
@@ -80,7 +80,8 @@ def with_names(plan: WeightPlan, renamed: Mapping[str, str]) -> WeightPlan:
 
 def _plan_one(weight: GraphWeight, captured: CapturedGraph, quantization: QuantizationConfig) -> list[PlannedWeight]:
     planned = PlannedWeight(weight.name, weight.kind, weight.shape, None, weight.reason, weight.is_tied)
-    if weight.kind not in ("linear", "convolution", "embedding"):
+    is_product = weight.kind in ("linear", "convolution", "experts")
+    if weight.kind != "embedding" and (not is_product or weight.reason is not None):
         return [planned]
     spec = quantization.spec_for(weight.name)
     linear_reason = SKIPPED if spec is None else None
@@ -88,7 +89,7 @@ def _plan_one(weight: GraphWeight, captured: CapturedGraph, quantization: Quanti
         linear_reason = "vocabulary projection (quantize_lm_head=False)"
     linear = dataclasses.replace(
         planned,
-        kind="convolution" if weight.kind == "convolution" else "linear",
+        kind=weight.kind if is_product else "linear",
         spec=None if linear_reason else spec,
         reason=linear_reason,
         is_tied=False,

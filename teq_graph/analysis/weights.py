@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch.fx import GraphModule, Node
 
-from teq_graph.graph.nodes import aten, is_call, is_tensor_constant, operand_of
+from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operand_of
 from teq_graph.graph.op_sets import CONVOLUTIONS, EXPERTS, OTHER_PRODUCTS, PRODUCTS, RECURRENT, op_name, passes_on
-from teq_graph.graph.products import is_convolution, product_nodes, weight_node
+from teq_graph.graph.products import EXPERT_LINEAR, is_convolution, product_nodes, weight_node
 from teq_graph.graph.tensors import node_tensor
 
 WeightKind = Literal["linear", "embedding", "convolution", "recurrent", "experts", "product"]
-"""What reads a weight; "convolution": one in normal form; "product": any other product with it."""
+"""What reads a weight; "convolution", "experts": one in normal form; "product": any other product with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,13 @@ def find_weights(graph_module: GraphModule) -> tuple[GraphWeight, ...]:
     """
     kinds: dict[Node, WeightKind] = {}
     for product in product_nodes(graph_module):
-        kinds.setdefault(weight_node(product), "convolution" if is_convolution(product) else "linear")
+        kinds.setdefault(weight_node(product), _kind_in_normal_form(product))
     tables = dict.fromkeys(
         operand_of(node) for node in graph_module.graph.nodes if is_call(node, aten.embedding.default)
     )
     tables = {table: None for table in tables if is_tensor_constant(table)}
-    found = [_weight(node, kind) for node, kind in kinds.items() if node not in tables]
+    routers = _routers(graph_module)
+    found = [_weight(node, kind, reason=routers.get(node)) for node, kind in kinds.items() if node not in tables]
     found += [_weight(node, "embedding", node in kinds, _table_reason(node)) for node in tables]
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and node not in kinds and node not in tables and _is_matrix(node):
@@ -54,6 +55,28 @@ def find_weights(graph_module: GraphModule) -> tuple[GraphWeight, ...]:
                 kind = _kind_of_product(reader) or "product"
                 found.append(_weight(node, kind, reason=f"read by {op_name(reader)}, {_why_in_float(reader, kind)}"))
     return tuple(found)
+
+
+def _kind_in_normal_form(product: Node) -> WeightKind:
+    if is_convolution(product):
+        return "convolution"
+    return "experts" if is_call(product, EXPERT_LINEAR) else "linear"
+
+
+def _routers(graph_module: GraphModule) -> dict[Node, str]:
+    """The weights whose product chooses experts, each with the reason to leave it in float: there are few of them, and
+    another choice is no small error."""
+    products = set(product_nodes(graph_module))
+    pending = [arguments_of(node)["experts"] for node in products if is_call(node, EXPERT_LINEAR)]
+    found, seen = dict[Node, str](), set[Node]()
+    while pending:
+        node = pending.pop()
+        if node in products:
+            found[weight_node(node)] = "its product chooses experts"
+        elif node not in seen:
+            seen.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def _weight(node: Node, kind: WeightKind, is_tied: bool = False, reason: str | None = None) -> GraphWeight:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from teq_graph.capture.buffers import keep_no_state, table_switch
 from teq_graph.capture.captured import CapturedGraph, DecoderShape, magnitude
+from teq_graph.capture.experts import traceable_experts
 from teq_graph.capture.pretrained import (
     PAST,
     DecoderStep,
@@ -73,6 +74,13 @@ def capture(
     weights that are not finite.
     """
     check_model(model)
+    with traceable_experts(model):
+        return _capture(model, example_inputs, dynamic_shapes)
+
+
+def _capture(
+    model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any] | None, dynamic_shapes: Any
+) -> CapturedGraph:
     pretrained = is_pretrained(model)
     if example_inputs is not None:
         args, kwargs = _split_inputs(example_inputs)

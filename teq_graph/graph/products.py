@@ -1,10 +1,12 @@
-"""Products with a constant matrix W[N, K]: linears, and convolutions as sums over windows.
+"""Products with a constant matrix W[N, K]: linears, those of experts, and convolutions as sums over windows.
 
     linear(x, W, bias)
+    expert_linear(x, W, bias, experts, E)
     conv2d(x, view(W, [N, C / groups, height, width]), bias, stride, padding, dilation, groups)
 
 are their normal forms, and so for one and three dimensions. A convolution multiplies W with the numbers of each window
-of its input, K = C / groups * height * width; of several groups, each N / groups rows read their own channels.
+of its input, K = C / groups * height * width; of several groups, each N / groups rows read their own channels. Of E
+experts, each N / E rows read the rows of x that are theirs.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+import teq_graph.ops  # noqa: F401  registers the operators
 from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operand_of
 from teq_graph.graph.op_sets import TRANSPOSES
 
@@ -28,7 +31,8 @@ PADDED_CONVOLUTIONS: Mapping[Any, Any] = {
     aten.conv3d.padding: aten.conv3d.default,
 }
 """Those that take "same" or "valid" for their padding -> the same with numbers."""
-PRODUCTS = (aten.linear.default, *CONVOLUTIONS)
+EXPERT_LINEAR = torch.ops.teq_graph.expert_linear.default
+PRODUCTS = (aten.linear.default, EXPERT_LINEAR, *CONVOLUTIONS)
 
 
 def weight_node(product: Node) -> Node:
@@ -119,10 +123,12 @@ def outputs_for(rows: Tensor, weight: Tensor) -> Tensor:
 class Reading:
     """What a product's weight is multiplied with: the windows of the value of a node, or its rows (`kernel` None).
 
-    Products whose readings are equal read the same.
+    Products whose readings are equal read the same. Of several `groups` of the weight's rows, each reads other channels,
+    or the rows that `experts`, a node, says are its own.
     """
 
     source: Node
+    experts: Node | None = None
     kernel: tuple[int, ...] | None = None
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
@@ -133,15 +139,24 @@ class Reading:
     def of(cls, product: Node) -> Reading:
         """The reading of a product in normal form."""
         source = operand_of(product)
+        values = arguments_of(product)
+        if is_call(product, EXPERT_LINEAR):
+            return cls(source, values["experts"], groups=values["num_experts"])
         if not is_convolution(product):
             return cls(source)
-        values = arguments_of(product)
         kernel = tuple(values["weight"].meta["val"].shape[2:])
         stride, padding, dilation = (_for_each(values[name], kernel) for name in ("stride", "padding", "dilation"))
-        return cls(source, kernel, stride, padding, dilation, values["groups"])
+        return cls(source, None, kernel, stride, padding, dilation, values["groups"])
 
-    def rows(self, value: Tensor) -> Tensor:
-        """All rows [groups, T, K] that the weight is multiplied with."""
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """Those whose values `rows` takes."""
+        return (self.source,) if self.experts is None else (self.source, self.experts)
+
+    def rows(self, value: Tensor, experts: Tensor | None = None) -> Tensor:
+        """All rows [groups, T, K] that the weight is multiplied with; zeros follow those of an expert that has fewer."""
+        if experts is not None:
+            return by_expert(value, experts, self.groups)
         if self.kernel is None:
             return value.reshape(1, -1, value.shape[-1])
         spatial = len(self.kernel)
@@ -162,11 +177,23 @@ class Reading:
         examples: Sequence[Tensor] = value.split(1)
         return examples
 
-    def flat(self, result: Tensor) -> Tensor:
+    def flat(self, result: Tensor, experts: Tensor | None = None) -> Tensor:
         """A product's result, or its gradient, in the order of `rows`: [T, N]."""
+        if experts is not None:
+            return by_expert(result, experts, self.groups).transpose(0, 1).flatten(1)
         dim = -1 if self.kernel is None else -1 - len(self.kernel)
         rows: Tensor = result.movedim(dim, -1).flatten(0, -2)
         return rows
+
+
+def by_expert(rows: Tensor, experts: Tensor, count: int) -> Tensor:
+    """Of rows [T, K] those of each of `count` experts, in order, with zeros up to the most that one has: [count, t, K]."""
+    chosen, order = experts.sort(stable=True)
+    counts = torch.bincount(experts, minlength=count)
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[chosen]
+    result = rows.new_zeros(count, int(counts.max()), rows.shape[-1])
+    result[chosen, place] = rows[order]
+    return result
 
 
 def _for_each(size: int | list[int], kernel: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,10 +3,12 @@
     teq_graph::matmul_nbits      a [..., K] times a quantized weight [N, K], plus bias
     teq_graph::dequantize_nbits  a quantized weight [N, K] as floats
     teq_graph::embedding_nbits   rows of a quantized table [V, D], by indices [...]: [..., D]
+    teq_graph::expert_linear        each row [K] times the matrix of its expert, plus its bias
+    teq_graph::expert_matmul_nbits  the same with quantized matrices
     teq_graph::group_query_attention  causal attention over a KV cache, see `teq_graph.ops.group_query_attention`
 
-Storage is that of com.microsoft::MatMulNBits (see `teq_graph.quantization.weight.QuantizedWeight`). All are for
-inference: a backward pass through `matmul_nbits` raises KernelError.
+Storage is that of com.microsoft::MatMulNBits (see `teq_graph.quantization.weight.QuantizedWeight`). All but
+`expert_linear` are for inference: a backward pass through them raises KernelError.
 """
 
 from __future__ import annotations
@@ -19,6 +21,14 @@ from torch import Tensor
 
 from teq_graph.config import BITS
 from teq_graph.errors import InputError, KernelError
+from teq_graph.ops.expert_linear import (
+    check_expert_linear,
+    check_experts,
+    expert_linear,
+    expert_linear_backward,
+    for_each_expert,
+    remember,
+)
 from teq_graph.ops.group_query_attention import group_query_attention
 from teq_graph.quantization.grid import SCALE_DTYPES, num_blocks
 from teq_graph.quantization.weight import dequantize_rows
@@ -32,6 +42,8 @@ _SCHEMAS = {
     "matmul_nbits": f"(Tensor a, {_WEIGHT}, Tensor? bias, {_SIZES}) -> Tensor",
     "dequantize_nbits": f"({_WEIGHT}, {_SIZES}) -> Tensor",
     "embedding_nbits": f"(Tensor indices, {_WEIGHT}, int D, int bits, int block_size) -> Tensor",
+    "expert_linear": "(Tensor input, Tensor weight, Tensor? bias, Tensor experts, int num_experts) -> Tensor",
+    "expert_matmul_nbits": f"(Tensor a, {_WEIGHT}, Tensor? bias, Tensor experts, {_SIZES}, int num_experts) -> Tensor",
     "group_query_attention": (
         "(Tensor query, Tensor? key, Tensor? value, Tensor past_key, Tensor past_value, Tensor bias, Tensor? cos, "
         "Tensor? sin, int num_heads, int kv_num_heads, float scale, float softcap, int window, bool interleaved) "
@@ -120,6 +132,29 @@ def _embedding_fake(
     return scales.new_empty((*indices.shape, d))
 
 
+def _expert_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tensor, num_experts: int) -> Tensor:
+    check_expert_linear(x, weight, bias, experts, num_experts)
+    return x.new_empty((x.shape[0], weight.shape[0] // num_experts))
+
+
+def _expert_matmul_fake(
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    experts: Tensor,
+    k: int,
+    n: int,
+    bits: int,
+    block: int,
+    num_experts: int,
+) -> Tensor:
+    check_experts(a, experts, num_experts)
+    _check_matmul(a, b, scales, zero_points, bias, k, num_experts * n, bits, block)
+    return a.new_empty((a.shape[0], n))
+
+
 def _attention_fake(
     query: Tensor,
     _key: Tensor | None,
@@ -187,6 +222,30 @@ def _embedding(
     return result
 
 
+def _expert_matmul(
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    experts: Tensor,
+    k: int,
+    n: int,
+    bits: int,
+    block: int,
+    num_experts: int,
+) -> Tensor:
+    check_experts(a, experts, num_experts)
+    _check_matmul(a, b, scales, zero_points, bias, k, num_experts * n, bits, block)
+
+    def product(rows: Tensor, expert: int) -> Tensor:
+        own = slice(expert * n, (expert + 1) * n)
+        zeros, offsets = (None if tensor is None else tensor[own] for tensor in (zero_points, bias))
+        return _matmul(rows, b[own], scales[own], zeros, offsets, k, n, bits, block)
+
+    return for_each_expert(a, experts, num_experts, n, product)
+
+
 def _dequantized_chunks(
     b: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int
 ) -> Iterator[tuple[int, Tensor]]:
@@ -219,11 +278,20 @@ def _register() -> None:
     # torch keeps these registrations for as long as the process lives, also when this module is loaded again.
     for name, schema in _SCHEMAS.items():
         torch.library.define(f"teq_graph::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_autograd(f"teq_graph::{name}", _refuse_backward)
+        if name != "expert_linear":
+            torch.library.register_autograd(f"teq_graph::{name}", _refuse_backward)
+    torch.library.register_autograd("teq_graph::expert_linear", expert_linear_backward, setup_context=remember)
     torch.library.register_fake("teq_graph::matmul_nbits", _matmul_fake)
     torch.library.register_fake("teq_graph::dequantize_nbits", _dequantize_fake)
     torch.library.register_fake("teq_graph::embedding_nbits", _embedding_fake)
     torch.library.register_fake("teq_graph::group_query_attention", _attention_fake)
+    torch.library.register_fake("teq_graph::expert_linear", _expert_linear_fake)
+    torch.library.register_fake("teq_graph::expert_matmul_nbits", _expert_matmul_fake)
+    torch.library.impl("teq_graph::expert_linear", "CompositeExplicitAutograd", expert_linear)
+    torch.library.impl("teq_graph::expert_matmul_nbits", ("cpu", "cuda"), _expert_matmul)
+    for device in ("cpu", "cuda"):
+        # As torch has it for linear.
+        torch.library.register_autocast("teq_graph::expert_linear", device, torch.bfloat16)
     torch.library.impl("teq_graph::matmul_nbits", ("cpu", "cuda"), _matmul)
     torch.library.impl("teq_graph::dequantize_nbits", ("cpu", "cuda"), _dequantize)
     torch.library.impl("teq_graph::embedding_nbits", ("cpu", "cuda"), _embedding)

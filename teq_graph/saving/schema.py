@@ -87,7 +87,7 @@ class Site(Strict):
     """An `Equivalence`; `scale` is a tensor of the tensors' file."""
 
     producer: Text
-    kind: Literal["linear", "convolution", "layer_norm", "rms_norm", "gain"]
+    kind: Literal["linear", "experts", "convolution", "layer_norm", "rms_norm", "gain"]
     channels: Count
     divided: list[Scaled]
     multiplied: list[Scaled]

@@ -22,6 +22,7 @@ from teq_graph.report import Curve
 from teq_graph.system import memory
 from teq_graph.system.progress import Task
 from teq_graph.training.linear_errors import LinearErrors, factors_of
+from teq_graph.training.moments import Moments
 from teq_graph.training.losses import LOSS_BATCHES, as_tokens, mean_loss, relative_error
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.reference import FloatReference, TargetOf
@@ -52,6 +53,7 @@ class BlockTrainer:
         self.curves: dict[str, Curve] = {}
         self.linear_errors: dict[str, dict[str, float]] = {}
         self.weights: Mapping[str, Tensor] = {}
+        self.rows: dict[str, Tensor] = {}
 
     def error(self) -> float:
         """The block's error as it is now, on a few batches."""
@@ -180,26 +182,23 @@ class BlockTrainer:
         batches; those that read the same share them."""
         reading_of = {name: Reading.of(product) for product, name in self.tensors.linears.items() if name in weights}
         readings = set(reading_of.values())
-        sources = {reading.source for reading in readings}
+        sources = {node for reading in readings for node in reading.nodes}
         # Nothing reads what comes after them, the block's last product mostly.
         inside = [index for index, node in enumerate(self.block.nodes) if node in sources]
         nodes = self.block.nodes[: max(inside, default=-1) + 1]
-        moments: dict[Reading, Tensor] = {}
-        means: dict[Reading, Tensor] = {}
+        moments = {reading: Moments() for reading in readings}
         for values in self.values:
             with torch.no_grad(), self.fast_products():
                 env = advance(nodes, {**values, **constants}, sources)
             for reading in readings:
-                parts = reading.parts(env[reading.source])
-                for part in parts:
-                    read = reading.rows(part).float()
-                    count = read.shape[1] * len(parts) * len(self.values)
-                    of_part = (read.mT @ read).div_(count), read.sum(1) / count
-                    for total, share in zip((moments, means), of_part, strict=True):
-                        total[reading] = total[reading].add_(share) if reading in total else share
+                moments[reading].add(reading, *(env[node] for node in reading.nodes))
+        self.rows = {name: moments[reading].counts for name, reading in reading_of.items() if reading.experts}
+        second, first = {}, {}
+        for reading in readings:
+            second[reading], first[reading] = moments[reading].result()
         return (
-            {name: moments[reading] for name, reading in reading_of.items()},
-            {name: means[reading] for name, reading in reading_of.items()},
+            {name: second[reading] for name, reading in reading_of.items()},
+            {name: first[reading] for name, reading in reading_of.items()},
         )
 
     def _bias_of(self, names: Sequence[str], floats: Sequence[str]) -> dict[str, str]:

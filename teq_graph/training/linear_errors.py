@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from teq_graph.analysis.equivalences.equivalence import divide
 from teq_graph.graph.products import outputs_for
 from teq_graph.passes.insert_scales import InsertedScales, spread_scale
 from teq_graph.quantization import dequantize, fake_quantize
@@ -44,7 +45,7 @@ class LinearErrors:
         for name in names:
             quantized = dequantize(*choice.codes[name])
             for factor in self.factors.get(name, ()):
-                quantized = quantized.div_(factor)
+                quantized = divide(quantized, factor)
             self.by_name[name][stage] = self._error(name, quantized)
 
     def _error(self, name: str, quantized: Tensor) -> float:

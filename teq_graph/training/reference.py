@@ -101,9 +101,14 @@ class FloatReference:
         return keep_only(env, needed), reads
 
     def _some_rows(self, reading: Reading, env: Values) -> Tensor:
-        """So many that all batches together give `ROWS`, from each part alike."""
+        """So many that all batches together give `ROWS`, from each part alike; as many of each expert, at most."""
         parts = reading.parts(env[reading.source])
         rows = -(-ROWS // (len(self.batches) * len(parts)))
+        if reading.experts is not None:
+            value, experts = (env[node] for node in reading.nodes)
+            order = torch.randperm(len(value), generator=self.generator).to(value.device)
+            chosen = reading.rows(value[order], experts[order])[:, :rows]
+            return torch.nn.functional.pad(chosen, (0, 0, 0, rows - chosen.shape[1]))
         found = []
         for part in parts:
             read = reading.rows(part)

@@ -112,9 +112,11 @@ def loss_increases(
     generator = torch.Generator().manual_seed(seed)
     total = 0
 
-    def add_in_backward_pass(name: str, weight: Tensor, reading: Reading, x: Tensor, output: Tensor) -> None:
+    def add_in_backward_pass(
+        name: str, weight: Tensor, reading: Reading, x: Sequence[Tensor], output: Tensor
+    ) -> None:
         output.requires_grad_()  # an input of the graph has no gradient, nor has what derives from it
-        hook = functools.partial(_add_increases, curves[name], grids[name], weight, reading, x.detach())
+        hook = functools.partial(_add_increases, curves[name], grids[name], weight, reading, [v.detach() for v in x])
         output.register_hook(hook)
 
     with task("measuring sensitivity", 2 * len(batches)) as bar:
@@ -142,10 +144,10 @@ def _run(
     specs: Mapping[str, WeightSpec],
     batch: Any,
     number: int,
-    seen: Callable[[str, Tensor, Reading, Tensor, Tensor], None],
+    seen: Callable[[str, Tensor, Reading, Sequence[Tensor], Tensor], None],
 ) -> Values:
     """All values of the float graph for a batch; `seen` gets each product of `specs`: name, weight, how it reads
-    its input, that, and its output."""
+    its input, the values of that, and its output."""
     products = set(product_nodes(captured.graph_module))
     with batch_named(number):
         values = captured.placeholder_values(batch)
@@ -153,7 +155,8 @@ def _run(
             run([node], values)
             if node in products and (name := weight_name_of(node)) in specs:
                 reading = Reading.of(node)
-                seen(name, node_tensor(weight_node(node)), reading, values[reading.source], values[node])
+                inputs = [values[source] for source in reading.nodes]
+                seen(name, node_tensor(weight_node(node)), reading, inputs, values[node])
     return values
 
 
@@ -167,10 +170,11 @@ def _clipped_grids(
     """The grids of least error of each weight, for each of `BITS`."""
     squares: dict[str, Tensor] = {}
 
-    def add_squares(name: str, weight: Tensor, reading: Reading, x: Tensor, _output: Tensor) -> None:
-        parts = reading.parts(x)
+    def add_squares(name: str, weight: Tensor, reading: Reading, x: Sequence[Tensor], _output: Tensor) -> None:
+        value, *experts = x
+        parts = reading.parts(value)
         for part in parts:
-            of_part = reading.rows(part).float().square().mean(1) / len(parts)
+            of_part = reading.rows(part, *experts).float().square().mean(1) / len(parts)
             if len(of_part) > 1:
                 of_part = of_part.repeat_interleave(len(weight) // len(of_part), 0)
             squares[name] = squares[name] + of_part if name in squares else of_part
@@ -194,15 +198,19 @@ def _add_increases(
     grids: Mapping[int, Grid],
     weight: Tensor,
     reading: Reading,
-    x: Tensor,
+    x: Sequence[Tensor],
     gradient: Tensor,
 ) -> None:
-    """A hook on the gradient of a product's output; x is its input, of which `reading` makes rows."""
+    """A hook on the gradient of a product's output; x are the values of which `reading` makes rows."""
     lost = {bits: dequantize(quantize(weight, grid), grid).sub_(weight) for bits, grid in grids.items()}
-    for part, of_part in zip(reading.parts(x), reading.parts(gradient), strict=True):
-        rows, wanted = reading.rows(part).float(), reading.flat(of_part).float()
+    value, *experts = x
+    # One row of several experts holds a token of each.
+    tokens = reading.groups if experts else 1
+    for part, of_part in zip(reading.parts(value), reading.parts(gradient), strict=True):
+        rows, wanted = reading.rows(part, *experts).float(), reading.flat(of_part, *experts).float()
         for bits, change in lost.items():
-            curve[bits] += 0.5 * float(outputs_for(rows, change).mul_(wanted).sum(-1).square_().sum())
+            changes = outputs_for(rows, change).mul_(wanted).unflatten(-1, (tokens, -1))
+            curve[bits] += 0.5 * float(changes.sum(-1).square_().sum())
 
 
 def loss_of_drawn_tokens(logits: Tensor, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, int]:

@@ -1,6 +1,7 @@
 """Label propagation: where does each output channel of a producer go, and where does it escape?
 
-Every channel gets its index as a label. A label tensor has the shape of the value it describes and holds,
+Every channel gets its index as a label; of several experts, where the channels of each row are others, that of row and
+channel. A label tensor has the shape of the value it describes and holds,
 per element, the channel whose scale that element carries, or -1. `RULES` says how labels pass through an op;
 every other op lets the labels that reach it escape, as do the graph's outputs.
 """
@@ -14,6 +15,8 @@ from torch.fx import GraphModule, Node
 from teq_graph.analysis.equivalences.example_values import ExampleValues
 from teq_graph.analysis.equivalences.rules import RULES, grown_cache
 from teq_graph.analysis.equivalences.trace import Labels, Trace
+from teq_graph.graph.nodes import arguments_of, is_call
+from teq_graph.graph.products import EXPERT_LINEAR
 
 
 def trace_channels(
@@ -21,8 +24,12 @@ def trace_channels(
 ) -> Trace:
     """Follow the channels in the dimension `dim` < 0 of `producer`'s output through the graph."""
     shape = values.env[producer].shape
-    trace = Trace(producer, values, cache_pairs)
-    trace.labels[producer] = torch.arange(shape[dim]).reshape(-1, *[1] * (-1 - dim)).expand(shape)
+    trace = Trace(producer, values, cache_pairs, shape[dim])
+    if is_call(producer, EXPERT_LINEAR):
+        trace.rows = arguments_of(producer)["experts"]
+        trace.labels[producer] = torch.arange(shape.numel()).reshape(shape)
+    else:
+        trace.labels[producer] = torch.arange(shape[dim]).reshape(-1, *[1] * (-1 - dim)).expand(shape)
     pending = set(producer.users)
     for node in graph_module.graph.nodes:
         if node not in pending:

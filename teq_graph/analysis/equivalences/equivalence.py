@@ -19,7 +19,7 @@ from torch import Tensor
 
 from teq_graph.errors import EquivalenceError
 
-ProducerKind = Literal["linear", "convolution", "layer_norm", "rms_norm", "gain"]
+ProducerKind = Literal["linear", "experts", "convolution", "layer_norm", "rms_norm", "gain"]
 
 
 def spread(scale: Tensor, index: Tensor) -> Tensor:
@@ -28,19 +28,25 @@ def spread(scale: Tensor, index: Tensor) -> Tensor:
 
 
 def divide(tensor: Tensor, factor: Tensor) -> Tensor:
-    """`tensor / factor`, computed in float32, in the tensor's dtype."""
-    return (tensor.float() / factor).to(tensor.dtype)
+    """`tensor / factor`, computed in float32, in the tensor's dtype; see `by_group`."""
+    return (by_group(tensor.float(), factor) / factor).reshape(tensor.shape).to(tensor.dtype)
 
 
 def multiply(tensor: Tensor, factor: Tensor) -> Tensor:
-    """`tensor * factor`, computed in float32, in the tensor's dtype."""
-    return (tensor.float() * factor).to(tensor.dtype)
+    """`tensor * factor`, computed in float32, in the tensor's dtype; see `by_group`."""
+    return (by_group(tensor.float(), factor) * factor).reshape(tensor.shape).to(tensor.dtype)
+
+
+def by_group(tensor: Tensor, factor: Tensor) -> Tensor:
+    """A weight [N, K] as [groups, N / groups, K] where `factor` [groups, …] tells its groups of rows apart."""
+    return tensor.unflatten(0, (len(factor), -1)) if factor.dim() > tensor.dim() else tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class ScaledTensor:
     """A tensor that takes part. `index`, broadcastable to its shape, holds the channel whose scale each
-    element takes; -1 where it takes none."""
+    element takes; -1 where it takes none. That of a weight whose groups of rows differ has one dimension more, the
+    groups."""
 
     name: str
     index: Tensor

@@ -17,7 +17,15 @@ from teq_graph.analysis.equivalences.trace import Trace
 from teq_graph.capture import CapturedGraph
 from teq_graph.config import check_type
 from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operands_of, rank_of
-from teq_graph.graph.products import channel_dim, is_convolution, is_product, readers_of, weight_name_of, weight_node
+from teq_graph.graph.products import (
+    EXPERT_LINEAR,
+    channel_dim,
+    is_convolution,
+    is_product,
+    readers_of,
+    weight_name_of,
+    weight_node,
+)
 from teq_graph.graph.tensors import node_tensor
 
 
@@ -87,7 +95,7 @@ def producers(graph_module: GraphModule) -> Iterator[Producer]:
         if is_product(node):
             bias = arguments_of(node)["bias"]
             if bias is None or is_tensor_constant(bias):
-                kind: ProducerKind = "convolution" if is_convolution(node) else "linear"
+                kind = _kind_of(node)
                 yield _producer(node, kind, channel_dim(node), (weight_node(node), 0), bias)
         elif is_call(node, aten.layer_norm.default, aten.rms_norm.default):
             values = arguments_of(node)
@@ -102,6 +110,12 @@ def producers(graph_module: GraphModule) -> Iterator[Producer]:
                 dim = _gain_dim(gain, node)
                 if dim is not None and isinstance(x, Node) and not is_tensor_constant(x):
                     yield _producer(node, "gain", dim, (gain, rank_of(gain) + dim), None)
+
+
+def _kind_of(product: Node) -> ProducerKind:
+    if is_convolution(product):
+        return "convolution"
+    return "experts" if is_call(product, EXPERT_LINEAR) else "linear"
 
 
 def _producer(node: Node, kind: ProducerKind, dim: int, weight: tuple[Node, int], bias: Node | None) -> Producer:
@@ -140,7 +154,23 @@ def _examine(producer: Producer, trace: Trace) -> Equivalence | Refusal:
         scaled = ScaledTensor(weight_name_of(product), channel[columns])
         if bool((scaled.index >= 0).any()):
             multiplied[scaled.name] = scaled
-    return Equivalence(producer.name, producer.kind, len(alive), tuple(divided), tuple(multiplied.values()))
+    found = Equivalence(producer.name, producer.kind, len(alive), tuple(divided), tuple(multiplied.values()))
+    return found if trace.rows is None else _of_each_expert(found, arguments_of(producer.node)["num_experts"])
+
+
+def _of_each_expert(shared: Equivalence, experts: int) -> Equivalence:
+    """`shared`, whose channels are the same in all experts, with channels of its own for each."""
+    first = shared.channels * torch.arange(experts)
+
+    def apart(scaled: ScaledTensor) -> ScaledTensor:
+        # [N] of a bias; [N, 1] and [1, K] of weights.
+        index = scaled.index[None] + first.reshape(-1, *[1] * scaled.index.dim())
+        index = index.where(scaled.index >= 0, -1)
+        return ScaledTensor(scaled.name, index if scaled.index.dim() > 1 else index.flatten())
+
+    divided, multiplied = (tuple(map(apart, tensors)) for tensors in (shared.divided, shared.multiplied))
+    channels = experts * shared.channels
+    return dataclasses.replace(shared, channels=channels, divided=divided, multiplied=multiplied)
 
 
 def _along(node: Node, dim: int, index: Tensor) -> ScaledTensor:

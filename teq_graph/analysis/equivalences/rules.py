@@ -18,7 +18,7 @@ from torch.fx import Node
 from teq_graph.analysis.equivalences.trace import Labels, Trace
 from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operands_of
 from teq_graph.graph.op_sets import CASTS, COPIES, EACH_CHANNEL, HOMOGENEOUS, MOVES, SELECTS
-from teq_graph.graph.products import CONVOLUTIONS, channel_dim, is_product, weight_node
+from teq_graph.graph.products import CONVOLUTIONS, EXPERT_LINEAR, channel_dim, is_product, weight_node
 
 # ---------------------------------------------------------------------------------------------- data movement
 
@@ -265,6 +265,29 @@ def _consume(node: Node, trace: Trace) -> Labels | None:
     return None
 
 
+def _consume_of_expert(node: Node, trace: Trace) -> Labels | None:
+    """Each expert takes its columns' labels, and the trace ends.
+
+    They are the same for all experts; or, of channels that an expert gave, those of the same expert: each row must come
+    from the row of the same number, and both ops choose by one node.
+    """
+    values = arguments_of(node)
+    labels = trace.labels_of(values["input"])
+    if labels is None or not is_product(node):
+        return None
+    if trace.rows is not None:
+        if values["experts"] is not trace.rows:
+            return None
+        own = torch.arange(len(labels))[:, None]
+        if not bool(((labels < 0) | (labels // trace.channels == own)).all()):
+            return None
+        labels = labels.where(labels < 0, labels % trace.channels)
+    columns = _collapse(labels, 0)
+    if columns is not None:
+        trace.columns[node] = columns
+    return None
+
+
 def _convolve(node: Node, trace: Trace) -> Labels | None:
     """A convolution takes the labels of its channels, in all of which a window has one, and ends the trace."""
     values = arguments_of(node)
@@ -324,6 +347,7 @@ RULES: dict[Any, Rule] = {
     aten.matmul.default: _matmul,
     aten.bmm.default: _matmul,
     aten.linear.default: _consume,
+    EXPERT_LINEAR: _consume_of_expert,
     **dict.fromkeys(CONVOLUTIONS, _convolve),
     **dict.fromkeys(EACH_CHANNEL, _each_channel),
 }

@@ -29,6 +29,10 @@ class Trace:
     producer: Node
     values: ExampleValues
     cache_pairs: dict[Node, Node]
+    channels: int
+    """Of the producer. A label of a row of several experts' is row * channels + channel."""
+    rows: Node | None = None
+    """What chooses the expert of each row, where the producer is of several experts."""
     labels: dict[Node, Labels] = dataclasses.field(default_factory=dict)
     columns: dict[Node, Tensor] = dataclasses.field(default_factory=dict)
     """Consumer -> the label of each element of its weight [N, K]: [1, K] where all rows have the same, or [N, K]."""
@@ -42,9 +46,8 @@ class Trace:
     def escape(self, labels: Labels, node: Node, reason: str) -> None:
         for tensor in labels if isinstance(labels, list) else [labels]:
             if tensor is not None:
-                for label in tensor.unique().tolist():
-                    if label >= 0:
-                        self.escapes.setdefault(label, Escape(node, reason))
+                for label in tensor[tensor >= 0].remainder(self.channels).unique().tolist():
+                    self.escapes.setdefault(label, Escape(node, reason))
 
     def require_agreement(self, other: Trace) -> None:
         """Let labels escape that escape in `other`, or that reach other elements there."""

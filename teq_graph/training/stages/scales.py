@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor
+from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor, by_group, divide, multiply
 from teq_graph.config import Init, WeightSpec
 from teq_graph.graph.products import outputs_for
 from teq_graph.quantization import fake_quantize
@@ -35,7 +35,7 @@ def initial_scale(
         return ones
     if init == "weight":
         largest = {c.name: weights[c.name].float().abs() for c in consumers}
-        columns = {c.name: largest[c.name] if len(c.index) > 1 else largest[c.name].amax(0) for c in consumers}
+        columns = {c.name: _largest_by_index(largest[c.name], c.index) for c in consumers}
         return _balanced(1 / _per_channel(equivalence, columns).sqrt())
     inputs = {c.name: _unit_rows(inputs[c.name].float()) for c in consumers}
     magnitude = _per_channel(equivalence, {name: rows.abs().mean(1) for name, rows in inputs.items()})
@@ -48,6 +48,13 @@ def initial_scale(
         if loss < best_loss:
             best, best_loss = scale, loss
     return best
+
+
+def _largest_by_index(weight: Tensor, index: Tensor) -> Tensor:
+    """The largest of the elements [N, K] that one element of `index` stands for."""
+    if index.dim() > weight.dim():
+        return by_group(weight, index).amax(1)
+    return weight if len(index) > 1 else weight.amax(0)
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
@@ -64,6 +71,9 @@ def _per_channel(equivalence: Equivalence, columns: Mapping[str, Tensor]) -> Ten
             index = scaled.index.reshape(-1)
             carried = index >= 0
             figures = torch.atleast_2d(columns[scaled.name].cpu())
+            if len(figures) > len(scaled.index):
+                # All experts carry the same channels.
+                figures = figures.mean(0, keepdim=True)
             figures = figures.repeat_interleave(len(scaled.index) // len(figures), 0).reshape(-1)
             total.index_add_(0, index[carried], figures[carried])
             count.index_add_(0, index[carried], torch.ones(int(carried.sum())))
@@ -81,7 +91,7 @@ def _output_error(
     """Squared error of the product's output when its weight is scaled and quantized, relative to the output."""
     weight = weight.float()
     factor = equivalence.factor(consumer, scale.to(weight.device))
-    error = fake_quantize(weight * factor, spec) / factor - weight
+    error = divide(fake_quantize(multiply(weight, factor), spec), factor) - weight
     return float(_energy(outputs_for(inputs, error)) / _energy(outputs_for(inputs, weight)).clamp(min=1e-12))
 
 
