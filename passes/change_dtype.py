@@ -35,6 +35,9 @@ PRODUCTS = (
     aten.rms_norm.default,
     *EMBEDDINGS,
     torch.ops.teq_graph.matmul_nbits.default,
+    torch.ops.teq_graph.expert_linear.default,
+    torch.ops.teq_graph.expert_matmul_nbits.default,
+    torch.ops.teq_graph.expert_mixture_nbits.default,
 )
 
 # Results that leave the range of float16 for ordinary operands: sums of squares, and what is made of them.

@@ -26,6 +26,7 @@ from teq_graph.passes.fold_batch_norms import FoldBatchNorms
 from teq_graph.passes.fold_constants import FoldConstants
 from teq_graph.passes.fold_scales import FoldScales
 from teq_graph.passes.fuse_attention import FuseAttention
+from teq_graph.passes.fuse_experts import FuseExperts
 from teq_graph.passes.fuse_rms_norm import FuseRMSNorm
 from teq_graph.passes.grow_caches_in_place import GrowCachesInPlace
 from teq_graph.passes.insert_scales import InsertedScales, InsertScales
@@ -111,8 +112,11 @@ def quantize(
     )
 
 
-def for_onnxruntime(captured: CapturedGraph, dtype: torch.dtype) -> Phase:
-    """A compiled graph as onnxruntime has kernels for it; `captured` is that graph with float32 example inputs."""
+def for_onnxruntime(captured: CapturedGraph, dtype: torch.dtype, exact: bool = False) -> Phase:
+    """A compiled graph as onnxruntime has kernels for it; `captured` is that graph with float32 example inputs.
+
+    `exact`: without kernels that round activations to integers.
+    """
     return Phase(
         "for onnxruntime",
         (
@@ -125,6 +129,8 @@ def for_onnxruntime(captured: CapturedGraph, dtype: torch.dtype) -> Phase:
             MergeProducts(),
             # After products are merged: what is joined is one layout, whichever it becomes.
             MatchOnnxruntimeLayout(),
+            # After the layout, which decides whether one op takes the experts; before half precision, as for attention.
+            FuseExperts(exact),
             ChangeDtype(dtype),
             # The casts that two changes leave.
             RemoveNoOps(),

@@ -5,6 +5,7 @@
     teq_graph::embedding_nbits   rows of a quantized table [V, D], by indices [...]: [..., D]
     teq_graph::expert_linear        each row [K] times the matrix of its expert, plus its bias
     teq_graph::expert_matmul_nbits  the same with quantized matrices
+    teq_graph::expert_mixture_nbits  two of those, an activation between them, and the weighted sum of a token's experts
     teq_graph::group_query_attention  causal attention over a KV cache, see `teq_graph.ops.group_query_attention`
 
 Storage is that of com.microsoft::MatMulNBits (see `teq_graph.quantization.weight.QuantizedWeight`). All but
@@ -29,6 +30,7 @@ from teq_graph.ops.expert_linear import (
     for_each_expert,
     remember,
 )
+from teq_graph.ops.expert_mixture import activate, expert_mixture
 from teq_graph.ops.group_query_attention import group_query_attention
 from teq_graph.quantization.grid import SCALE_DTYPES, num_blocks
 from teq_graph.quantization.weight import dequantize_rows
@@ -44,6 +46,11 @@ _SCHEMAS = {
     "embedding_nbits": f"(Tensor indices, {_WEIGHT}, int D, int bits, int block_size) -> Tensor",
     "expert_linear": "(Tensor input, Tensor weight, Tensor? bias, Tensor experts, int num_experts) -> Tensor",
     "expert_matmul_nbits": f"(Tensor a, {_WEIGHT}, Tensor? bias, Tensor experts, {_SIZES}, int num_experts) -> Tensor",
+    "expert_mixture_nbits": (
+        "(Tensor x, Tensor chosen, Tensor weights, Tensor b1, Tensor scales1, Tensor? zero_points1, Tensor? bias1, "
+        "Tensor b2, Tensor scales2, Tensor? zero_points2, Tensor? bias2, int K, int N1, int I, int N, int bits1, "
+        "int bits2, int block_size, int num_experts, str activation, float alpha, float beta, float? limit) -> Tensor"
+    ),
     "group_query_attention": (
         "(Tensor query, Tensor? key, Tensor? value, Tensor past_key, Tensor past_value, Tensor bias, Tensor? cos, "
         "Tensor? sin, int num_heads, int kv_num_heads, float scale, float softcap, int window, bool interleaved) "
@@ -155,6 +162,11 @@ def _expert_matmul_fake(
     return a.new_empty((a.shape[0], n))
 
 
+def _expert_mixture_fake(x: Tensor, *rest: Any) -> Tensor:
+    n = rest[13]  # after what is chosen, the weights, and the sizes before it
+    return x.new_empty((x.shape[0], n))
+
+
 def _attention_fake(
     query: Tensor,
     _key: Tensor | None,
@@ -246,6 +258,40 @@ def _expert_matmul(
     return for_each_expert(a, experts, num_experts, n, product)
 
 
+def _expert_mixture(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    b1: Tensor,
+    scales1: Tensor,
+    zero_points1: Tensor | None,
+    bias1: Tensor | None,
+    b2: Tensor,
+    scales2: Tensor,
+    zero_points2: Tensor | None,
+    bias2: Tensor | None,
+    k: int,
+    n1: int,
+    i: int,
+    n: int,
+    bits1: int,
+    bits2: int,
+    block: int,
+    num_experts: int,
+    activation: str,
+    alpha: float,
+    beta: float,
+    limit: float | None,
+) -> Tensor:
+    def first(rows: Tensor, experts: Tensor) -> Tensor:
+        return _expert_matmul(rows, b1, scales1, zero_points1, bias1, experts, k, n1, bits1, block, num_experts)
+
+    def second(rows: Tensor, experts: Tensor) -> Tensor:
+        return _expert_matmul(rows, b2, scales2, zero_points2, bias2, experts, i, n, bits2, block, num_experts)
+
+    return expert_mixture(x, chosen, weights, first, second, lambda h: activate(h, activation, alpha, beta, limit))
+
+
 def _dequantized_chunks(
     b: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int
 ) -> Iterator[tuple[int, Tensor]]:
@@ -287,6 +333,8 @@ def _register() -> None:
     torch.library.register_fake("teq_graph::group_query_attention", _attention_fake)
     torch.library.register_fake("teq_graph::expert_linear", _expert_linear_fake)
     torch.library.register_fake("teq_graph::expert_matmul_nbits", _expert_matmul_fake)
+    torch.library.register_fake("teq_graph::expert_mixture_nbits", _expert_mixture_fake)
+    torch.library.impl("teq_graph::expert_mixture_nbits", ("cpu", "cuda"), _expert_mixture)
     torch.library.impl("teq_graph::expert_linear", "CompositeExplicitAutograd", expert_linear)
     torch.library.impl("teq_graph::expert_matmul_nbits", ("cpu", "cuda"), _expert_matmul)
     for device in ("cpu", "cuda"):

@@ -23,6 +23,7 @@ from teq_graph.errors import ExportError, one_line
 from teq_graph.graph.tensors import clone_graph
 from teq_graph.graph.tracing import without_dispatch_cache
 from teq_graph.onnx.export.dequantized import dequantize_linearly
+from teq_graph.onnx.export.experts import split_experts
 from teq_graph.onnx.export.fusions import fuse
 from teq_graph.onnx.export.names import name_values
 from teq_graph.onnx.export.translations import foreign_operators, translation_table
@@ -31,6 +32,8 @@ from teq_graph.system.quiet import quiet
 
 # The first with Attention, RMSNormalization and RotaryEmbedding.
 OPSETS = (23, 24)
+INTEGERS = 4
+"""The accuracy level at which products round activations to 8 bits."""
 
 TALKATIVE = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 """Loggers that tell of their own internals."""
@@ -61,12 +64,15 @@ def lower(
     target = getattr(torch, dtype)
     wide = _with_example_dtype(captured, torch.float32)
     wide.graph_module = graph_module = clone_graph(captured.graph_module)
-    attention = pipeline.run(pipeline.for_onnxruntime(wide, target), graph_module).of(FuseAttention)
+    attention = pipeline.run(
+        pipeline.for_onnxruntime(wide, target, exact=accuracy_level != INTEGERS), graph_module
+    ).of(FuseAttention)
     example = _with_example_dtype(captured, target)
     with torch.no_grad(), quiet(*TALKATIVE), without_dispatch_cache():
         program = _trace(captured, graph_module, example.example_args, example.example_kwargs)
         model = _translate(program, opset, accuracy_level)
     dequantize_linearly(model)
+    split_experts(model)
     _simplify(model)
     name_values(model, captured, graph_module)
     foreign = foreign_operators(model)

@@ -114,6 +114,104 @@ GATHER_BLOCK_QUANTIZED = values.Op(
 )
 
 
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.QMoE
+QMOE = values.Op(
+    values.Opset(CONTRIB_DOMAIN, 1),
+    "QMoE",
+    _Schema(
+        "QMoE",
+        CONTRIB_DOMAIN,
+        1,
+        inputs=[
+            _parameter("input", "T"),
+            _parameter("router_probs", "T"),
+            _parameter("fc1_experts_weights", "T1"),
+            _parameter("fc1_scales", "T", optional=True),
+            _parameter("fc1_experts_bias", "T", optional=True),
+            _parameter("fc2_experts_weights", "T1"),
+            _parameter("fc2_scales", "T", optional=True),
+            _parameter("fc2_experts_bias", "T", optional=True),
+            _parameter("fc3_experts_weights", "T1", optional=True),
+            _parameter("fc3_scales", "T", optional=True),
+            _parameter("fc3_experts_bias", "T", optional=True),
+            _parameter("fc1_zero_points", "T1", optional=True),
+            _parameter("fc2_zero_points", "T1", optional=True),
+            _parameter("fc3_zero_points", "T1", optional=True),
+            _parameter("router_weights", "T", optional=True),
+        ],
+        outputs=[_parameter("output", "T")],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
+            ("T1", ["tensor(uint8)"], ""),
+        ],
+        attributes=[
+            *(
+                _Schema.Attribute(name, _INTEGER, "", required=False)
+                for name in (
+                    *("k", "block_size", "expert_weight_bits", "fc1_expert_weight_bits", "fc2_expert_weight_bits"),
+                    *("swiglu_fusion", "normalize_routing_weights", "weights_prepacked", "accuracy_level"),
+                )
+            ),
+            *(
+                _Schema.Attribute(name, _Schema.AttrType.FLOAT, "", required=False)
+                for name in ("activation_alpha", "activation_beta", "swiglu_limit")
+            ),
+            _Schema.Attribute("activation_type", _Schema.AttrType.STRING, "", required=False),
+        ],
+    ),
+)
+
+EXPERT_LINEAR = values.Op(
+    values.Opset("teq_graph", 1),
+    "ExpertLinear",
+    _Schema(
+        "ExpertLinear",
+        "teq_graph",
+        1,
+        inputs=[
+            _parameter("a", "T"),
+            _parameter("experts", "I"),
+            _parameter("weight", "T"),
+            _parameter("bias", "T", optional=True),
+        ],
+        outputs=[_parameter("y", "T")],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
+            ("I", ["tensor(int64)"], ""),
+        ],
+        attributes=[_Schema.Attribute("num_experts", _INTEGER, "")],
+    ),
+)
+EXPERT_MATMUL_NBITS = values.Op(
+    values.Opset("teq_graph", 1),
+    "ExpertMatMulNBits",
+    _Schema(
+        "ExpertMatMulNBits",
+        "teq_graph",
+        1,
+        inputs=[
+            _parameter("a", "T"),
+            _parameter("experts", "I"),
+            _parameter("b", "T1"),
+            _parameter("scales", "T"),
+            _parameter("zero_points", "T1", optional=True),
+            _parameter("bias", "T", optional=True),
+        ],
+        outputs=[_parameter("y", "T")],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
+            ("T1", ["tensor(uint8)"], ""),
+            ("I", ["tensor(int64)"], ""),
+        ],
+        attributes=[
+            _Schema.Attribute(name, _INTEGER, "")
+            for name in ("num_experts", "K", "N", "bits", "block_size", "accuracy_level")
+        ],
+    ),
+)
+"""Products of rows with the weights of their experts: what stands for them until each expert has its own product, see
+`experts`; no model that is written has them."""
+
 DEQUANTIZE_NBITS = values.Op(
     values.Opset("teq_graph", 1),
     "DequantizeNBits",

@@ -16,10 +16,14 @@ from teq_graph.graph.nodes import aten
 from teq_graph.onnx.export.schemas import (
     CONTRIB_DOMAIN,
     DEQUANTIZE_NBITS,
+    EXPERT_LINEAR,
+    EXPERT_MATMUL_NBITS,
     GATHER_BLOCK_QUANTIZED,
     GROUP_QUERY_ATTENTION,
     MATMUL_NBITS,
+    QMOE,
 )
+from teq_graph.ops.expert_mixture import GATED
 
 CODES_OF = {"MatMulNBits": 1, "GatherBlockQuantized": 0, "DequantizeLinear": 0}
 """Operators over quantized weights -> which of their inputs are the codes."""
@@ -49,6 +53,84 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
     def dequantize_nbits(b: Any, scales: Any, zero_points: Any, K: int, N: int, bits: int, block_size: int) -> Any:
         inputs = [b, scales] if zero_points is None else [b, scales, zero_points]
         return DEQUANTIZE_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size)
+
+    def expert_linear(input: Any, weight: Any, bias: Any, experts: Any, num_experts: int) -> Any:  # noqa: A002
+        inputs = [input, experts, weight] if bias is None else [input, experts, weight, bias]
+        return EXPERT_LINEAR(*inputs, num_experts=num_experts)
+
+    def expert_matmul_nbits(
+        a: Any,
+        b: Any,
+        scales: Any,
+        zero_points: Any,
+        bias: Any,
+        experts: Any,
+        K: int,
+        N: int,
+        bits: int,
+        block_size: int,
+        num_experts: int,
+    ) -> Any:
+        inputs = [a, experts, b, scales, zero_points, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        sizes = {"K": K, "N": N, "bits": bits, "block_size": block_size, "accuracy_level": accuracy_level}
+        return EXPERT_MATMUL_NBITS(*inputs, num_experts=num_experts, **sizes)
+
+    def expert_mixture_nbits(
+        x: Any,
+        chosen: Any,
+        weights: Any,
+        b1: Any,
+        scales1: Any,
+        zero_points1: Any,
+        bias1: Any,
+        b2: Any,
+        scales2: Any,
+        zero_points2: Any,
+        bias2: Any,
+        K: int,
+        N1: int,
+        I: int,  # noqa: E741  the schema's name
+        N: int,
+        bits1: int,
+        bits2: int,
+        block_size: int,
+        num_experts: int,
+        activation: str,
+        alpha: float,
+        beta: float,
+        limit: float | None,
+    ) -> Any:
+        # The operator takes the experts of the k largest numbers of a row: ones where they are chosen.
+        tokens = op.Shape(chosen, start=0, end=1)
+        all_experts = op.Concat(tokens, op.Constant(value_ints=[num_experts]), axis=0)
+        none, one = (op.CastLike(op.Constant(value_float=number), x) for number in (0.0, 1.0))
+        empty = op.Expand(none, all_experts)
+        choice = op.ScatterElements(empty, chosen, op.Expand(one, op.Shape(chosen)), axis=1)
+        shares = op.ScatterElements(empty, chosen, op.CastLike(weights, x), axis=1)
+
+        def of_each(tensor: Any, *sizes: int) -> Any:
+            return None if tensor is None else op.Reshape(tensor, op.Constant(value_ints=[num_experts, *sizes]))
+
+        limits = {} if limit is None else {"swiglu_limit": limit}
+        gated = activation == GATED
+        return QMOE(
+            *(x, choice, of_each(b1, N1, -1), of_each(scales1, N1, -1), of_each(bias1, N1)),
+            *(of_each(b2, N, -1), of_each(scales2, N, -1), of_each(bias2, N), None, None, None),
+            *(of_each(zero_points1, N1, -1), of_each(zero_points2, N, -1), None, shares),
+            k=chosen.shape[1],
+            block_size=block_size,
+            expert_weight_bits=bits1,
+            fc2_expert_weight_bits=bits2,
+            activation_type=activation,
+            swiglu_fusion=int(gated),
+            activation_alpha=alpha,
+            activation_beta=beta,
+            weights_prepacked=0,
+            accuracy_level=accuracy_level,
+            **limits,
+        )
 
     def embedding_nbits(indices: Any, b: Any, scales: Any, zero_points: Any, D: int, bits: int, block_size: int) -> Any:
         count, *row = b.shape
@@ -177,6 +259,9 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
     return {
         torch.ops.teq_graph.matmul_nbits.default: matmul_nbits,
         torch.ops.teq_graph.dequantize_nbits.default: dequantize_nbits,
+        torch.ops.teq_graph.expert_linear.default: expert_linear,
+        torch.ops.teq_graph.expert_matmul_nbits.default: expert_matmul_nbits,
+        torch.ops.teq_graph.expert_mixture_nbits.default: expert_mixture_nbits,
         torch.ops.teq_graph.embedding_nbits.default: embedding_nbits,
         torch.ops.teq_graph.group_query_attention.default: group_query_attention,
         aten.scaled_dot_product_attention.default: attention,
