@@ -205,7 +205,7 @@ def _activation(nodes: Sequence[Node], first: Node, end: Node) -> Activation | N
     for candidate in _candidates(nodes, n, inner):
         x = rows if candidate.order is None else rows[:, candidate.order]
         given = activate(x, candidate.name, candidate.alpha, candidate.beta, candidate.limit)
-        if bool(((given - wanted).abs().max() <= TOLERANCE * scale)):
+        if bool((given - wanted).abs().max() <= TOLERANCE * scale):
             return candidate
     return None
 

@@ -14,7 +14,7 @@ from teq_graph.graph.nodes import CallBuilder, arguments_of, aten, is_call, is_t
 from teq_graph.graph.products import EXPERT_LINEAR
 from teq_graph.graph.tensors import drop_unused, node_tensor, replace_tensors
 from teq_graph.passes.base import GraphPass, PassResult
-from teq_graph.passes.fold_constants import Origin
+from teq_graph.passes.fold_constants import Origin, Step
 
 PRODUCTS = (aten.bmm.default, aten.matmul.default)
 
@@ -103,7 +103,7 @@ def _with_each(product: Node, chosen: Node, experts: Node) -> _Product | None:
             return rows, experts
         sizes = [call(aten.sym_size.int, experts, dim) for dim in range(rank)]
         each = call(aten.expand.default, rows, [*sizes, -1])
-        return call(aten.flatten.using_ints, each, 0, -2), call(aten.flatten.using_ints, experts, 0, -1)
+        return call(aten.flatten.using_ints, each, 0, -2), _in_a_row(call, experts)
 
     def shaped(call: CallBuilder, result: Node) -> Node:
         if rank == 1:
@@ -112,6 +112,14 @@ def _with_each(product: Node, chosen: Node, experts: Node) -> _Product | None:
         return call(aten.view.default, result, [*sizes, result.meta["val"].shape[-1]])
 
     return _Product(end, is_transposed, inputs, shaped)
+
+
+def _in_a_row(call: CallBuilder, experts: Node) -> Node:
+    """Choices of several dimensions in one, by the same node for all products: so they are seen to be the same."""
+    for user in experts.users:
+        if is_call(user, aten.flatten.using_ints) and user.args[1:] == (0, -1):
+            return user
+    return CallBuilder(call.graph_module, experts.next)(aten.flatten.using_ints, experts, 0, -1)
 
 
 def _index_of(chosen: Node, stack: Node) -> Node | None:
@@ -154,15 +162,15 @@ def _with_all(product: Node, weight: Node) -> list[_Product]:
 def _stack(graph_module: GraphModule, weight: Node, is_transposed: bool) -> None:
     tensor = node_tensor(weight)
     matrices = tensor.mT if is_transposed else tensor
-    steps = [(aten.mT.default, (None,), {})] if is_transposed else []
+    steps: list[Step] = [(aten.mT.default, (None,), {})] if is_transposed else []
     _flatten(graph_module, weight, matrices.reshape(-1, matrices.shape[-1]), steps)
 
 
-def _flatten(graph_module: GraphModule, constant: Node, flat: Tensor, steps: Sequence[Any] = ()) -> None:
+def _flatten(graph_module: GraphModule, constant: Node, flat: Tensor, steps: Sequence[Step] = ()) -> None:
     """Let `constant` be `flat`, its own value in another shape after `steps`."""
     name = str(constant.target)
     origin = Origin.of(graph_module, name)
-    reshape = (aten.reshape.default, (None, list(flat.shape)), {})
+    reshape: Step = (aten.reshape.default, (None, list(flat.shape)), {})
     known = None if origin.steps is None else (*origin.steps, *steps, reshape)
     graph_module.meta.setdefault("origins", {})[name] = Origin(origin.sources, known)
     replace_tensors(graph_module, {name: flat})

@@ -239,9 +239,7 @@ def make_report(
 ) -> Report:
     """What was done, from the linears of each block, and the weights in float and as stored."""
     return Report(
-        weights=report_weights(
-            analysis.weights, analysis.findings.scaled, floats, stored, result.weight_errors, result.linear_errors
-        ),
+        weights=report_weights(analysis.weights, analysis.findings.scaled, floats, stored, result.errors),
         sites=report_sites(result.equivalences),
         refusals=analysis.findings.refusals,
         blocks=result.blocks,

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,9 @@ ROUNDED = "rounded to nearest"
 
 SHARES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 """Of the channels, whose quantiles tell how scales are distributed."""
+
+FEW_ROWS = 16
+"""Of the calibration data. An expert that has fewer goes by what all experts of its weight read, more than by those."""
 
 _POINTS = 100
 """Of a training curve at most."""
@@ -74,13 +77,29 @@ class SiteReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class WeightErrors:
+    """How well a weight was quantized.
+
+    weight: ‖dequantized − float‖ / ‖float‖, scales included. stages: squared relative error of the product's output
+    after each stage, `ROUNDED` first, for inputs as the float model has them. experts: as `weight`, of each expert's
+    matrix by itself; rows: how many rows of all calibration data it had.
+    """
+
+    weight: float
+    stages: dict[str, float] = dataclasses.field(default_factory=dict)
+    experts: tuple[float, ...] = ()
+    rows: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class WeightReport:
     """One weight of the graph. `spec` is None where it stays in float, for the `reason` given.
 
     `scaled`: an equivalence scales some of its columns. `tied`: an embedding table that a linear reads, too. `error` is
     ‖dequantized − float‖ / ‖float‖ of the weight as it was quantized, scales included. `stages` holds, where codes were
     chosen on calibration data, the squared relative error of the linear's output after each stage, `ROUNDED` first, for
-    inputs as the float model has them.
+    inputs as the float model has them. Of a weight that holds the matrices of several experts, `experts` has the error
+    of each, and `rows` how many rows of the calibration data chose it.
     """
 
     name: str
@@ -94,6 +113,8 @@ class WeightReport:
     bytes_before: int = 0
     bytes_after: int = 0
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
+    experts: tuple[float, ...] = ()
+    rows: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,14 +158,19 @@ class Report:
         return tuple(weight for weight in self.weights if weight.kind == "linear" or weight.tied)
 
     @property
+    def experts(self) -> tuple[WeightReport, ...]:
+        """The weights that hold the matrices of several experts, one after the other: [experts * N, K]."""
+        return tuple(weight for weight in self.weights if weight.kind == "experts")
+
+    @property
     def convolutions(self) -> tuple[WeightReport, ...]:
         """The weights that convolutions read, as matrices [N, K] over the K numbers of a window."""
         return tuple(weight for weight in self.weights if weight.kind == "convolution")
 
     @property
     def products(self) -> tuple[WeightReport, ...]:
-        """The weights that linears and convolutions read."""
-        return (*self.linears, *self.convolutions)
+        """The weights that linears, experts and convolutions read."""
+        return (*self.linears, *self.experts, *self.convolutions)
 
     @property
     def embeddings(self) -> tuple[WeightReport, ...]:
@@ -153,7 +179,7 @@ class Report:
 
     @property
     def quantized(self) -> tuple[WeightReport, ...]:
-        """The weights of linears and convolutions that were quantized."""
+        """The weights of linears, experts and convolutions that were quantized."""
         return tuple(weight for weight in self.products if weight.spec is not None)
 
     @property
@@ -163,12 +189,12 @@ class Report:
 
     @property
     def covered(self) -> int:
-        """How many linears and convolutions have at least one equivalence that scales their columns."""
+        """How many of `products` have at least one equivalence that scales their columns."""
         return sum(weight.scaled for weight in self.products)
 
     def counts(self) -> dict[str, str]:
-        """How many linears and convolutions are quantized, as in `30 of 31`, of each kind that there is."""
-        kinds = {"linears": self.linears, "convolutions": self.convolutions}
+        """How many of the weights of each kind that there is are quantized, as in `30 of 31`."""
+        kinds = {"linears": self.linears, "experts": self.experts, "convolutions": self.convolutions}
         return {
             kind: f"{sum(weight.spec is not None for weight in weights)} of {len(weights)}"
             for kind, weights in kinds.items()
@@ -229,7 +255,7 @@ class Report:
         specs = [spec for spec, _ in counts.most_common(3)]
         at = f" at {', '.join(specs)}{' …' if len(counts) > 3 else ''}" if specs else ""
         size = f"{self.bytes_after / 1e6:,.0f} MB" if self.bytes_after >= 1e7 else f"{self.bytes_after / 1e3:,.0f} kB"
-        kinds = (("linear", self.linears), ("convolution", self.convolutions))
+        kinds = (("linear", self.linears), ("weight of experts", self.experts), ("convolution", self.convolutions))
         counted_kinds = [counted(sum(w.spec is not None for w in weights), kind) for kind, weights in kinds if weights]
         return f"{' and '.join(counted_kinds) or '0 linears'}{at}, {counted(len(self.sites), 'equivalence')}, {size}"
 
@@ -250,6 +276,20 @@ class Report:
     def __str__(self) -> str:
         return "\n".join(f"{label:<14}{value}" for label, value in self._lines())
 
+    def _describe_experts(self) -> Iterator[str]:
+        """How far the errors of experts are apart, and how many of them few tokens chose."""
+        errors = [error for weight in self.experts if weight.spec for error in weight.experts]
+        if errors:
+            most = max(len(weight.experts) for weight in self.experts)
+            yield f"{most} a weight, errors {min(errors):.1%} to {max(errors):.1%}"
+        rows = [count for weight in self.experts for count in weight.rows]
+        few = sum(count < FEW_ROWS for count in rows)
+        if few:
+            yield (
+                f"{few} of {len(rows)} matrices had fewer than {FEW_ROWS} rows of the calibration data: their codes go "
+                "by what all experts read"
+            )
+
     def _lines(self) -> list[tuple[str, str]]:
         lines = [
             *((kind, f"{count} quantized") for kind, count in self.counts().items()),
@@ -261,6 +301,7 @@ class Report:
             if table.spec is not None:
                 tied = ", one with the vocabulary projection" if table.tied else ""
                 lines.append(("embedding", f"{table.name}: {table.spec}, error {table.error:.1%}{tied}"))
+        lines += [("experts", line) for line in self._describe_experts()]
         if self.blocks:
             lines.append(("block error", self.describe_errors()))
         if self.distillation is not None:
@@ -275,8 +316,9 @@ class Report:
 
 
 def counted(count: int, noun: str) -> str:
-    """As in `1 linear` and `2 linears`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    """As in `1 linear`, `2 linears` and `2 weights of experts`."""
+    first, *rest = noun.split(" ")
+    return " ".join([str(count), f"{first}{'' if count == 1 else 's'}", *rest])
 
 
 def _schema() -> Any:
@@ -311,13 +353,11 @@ def report_weights(
     scaled: Collection[str],
     floats: Mapping[str, Tensor],
     stored: Mapping[str, QuantizedWeight],
-    errors: Mapping[str, float],
-    stages: Mapping[str, dict[str, float]],
+    errors: Mapping[str, WeightErrors],
 ) -> tuple[WeightReport, ...]:
-    """Errors and sizes of the planned weights: `floats` as they were, `stored` as they are kept, their `errors` where
-    these are known already, and those after each of the `stages`, by name."""
-    reports = (_report_weight(weight, weight.name in scaled, floats[weight.name], stored, errors) for weight in plan)
-    return tuple(dataclasses.replace(report, stages=stages.get(report.name, {})) for report in reports)
+    """Errors and sizes of the planned weights: `floats` as they were, `stored` as they are kept, and their `errors`
+    where these are known already, by name."""
+    return tuple(_report_weight(weight, weight.name in scaled, floats[weight.name], stored, errors) for weight in plan)
 
 
 def _report_weight(
@@ -325,7 +365,7 @@ def _report_weight(
     scaled: bool,
     original: Tensor,
     stored: Mapping[str, QuantizedWeight],
-    errors: Mapping[str, float],
+    errors: Mapping[str, WeightErrors],
 ) -> WeightReport:
     size = original.numel() * original.element_size()
     report = WeightReport(
@@ -333,13 +373,26 @@ def _report_weight(
     )
     if weight.spec is None:
         return report
-    kept, error = stored[weight.name], errors.get(weight.name)
-    error = weight_error(kept, original) if error is None else error
-    return dataclasses.replace(report, error=error, bytes_after=kept.nbytes)
+    kept = stored[weight.name]
+    found = errors.get(weight.name) or errors_of(kept, original, weight.experts)
+    return dataclasses.replace(
+        report,
+        error=found.weight,
+        bytes_after=kept.nbytes,
+        stages=found.stages,
+        experts=found.experts,
+        rows=found.rows,
+    )
 
 
-def weight_error(kept: QuantizedWeight, weight: Tensor) -> float:
-    """‖dequantized − weight‖ / ‖weight‖."""
+def errors_of(kept: QuantizedWeight, weight: Tensor, experts: int = 0) -> WeightErrors:
+    """What `kept` is off by, as a whole and for each of several experts."""
     with torch.no_grad():
         wanted = weight.float()
-        return float((kept.dequantize().to(wanted.device) - wanted).norm() / wanted.norm().clamp(min=1e-30))
+        lost = kept.dequantize().to(wanted.device) - wanted
+
+        def relative(lost: Tensor, wanted: Tensor) -> float:
+            return float(lost.norm() / wanted.norm().clamp(min=1e-30))
+
+        parts = zip(lost.chunk(experts), wanted.chunk(experts), strict=True) if experts else ()
+        return WeightErrors(relative(lost, wanted), experts=tuple(relative(*part) for part in parts))

@@ -19,7 +19,7 @@ class PlannedWeight:
     """What becomes of one weight. `spec` is None where it stays in float, for the `reason` given.
 
     `is_tied`: an embedding table that a linear reads, too; both read one weight. `bits_are_free`: its bits are chosen
-    on calibration data, those of `spec` until then.
+    on calibration data, those of `spec` until then. `experts`: of how many it holds the matrices, 0 where of none.
     """
 
     name: str
@@ -29,6 +29,7 @@ class PlannedWeight:
     reason: str | None = None
     is_tied: bool = False
     bits_are_free: bool = False
+    experts: int = 0
 
     @property
     def is_linear(self) -> bool:
@@ -42,7 +43,7 @@ class PlannedWeight:
 
 
 WeightPlan = tuple[PlannedWeight, ...]
-"""One entry for each weight: those of linears, experts, convolutions, tables, others; first those that are quantized."""
+"""One entry for each weight: those of linears, experts, convolutions, tables, others; the quantized ones first."""
 
 
 def plan_weights(captured: CapturedGraph, quantization: QuantizationConfig) -> WeightPlan:
@@ -79,7 +80,9 @@ def with_names(plan: WeightPlan, renamed: Mapping[str, str]) -> WeightPlan:
 
 
 def _plan_one(weight: GraphWeight, captured: CapturedGraph, quantization: QuantizationConfig) -> list[PlannedWeight]:
-    planned = PlannedWeight(weight.name, weight.kind, weight.shape, None, weight.reason, weight.is_tied)
+    planned = PlannedWeight(
+        weight.name, weight.kind, weight.shape, None, weight.reason, weight.is_tied, experts=weight.experts
+    )
     is_product = weight.kind in ("linear", "convolution", "experts")
     if weight.kind != "embedding" and (not is_product or weight.reason is not None):
         return [planned]

@@ -28,7 +28,7 @@ def rules() -> dict[str, list[str]]:
 
 def name_of(op: Any) -> str:
     """`movedim.int`, without the overload where it is the default one."""
-    return "getitem" if op is operator.getitem else str(op).removeprefix("aten.").removesuffix(".default")
+    return "getitem" if op is operator.getitem else str(op).partition(".")[2].removesuffix(".default")
 
 
 def table() -> str:

@@ -10,8 +10,18 @@ import torch
 from torch.fx import GraphModule, Node
 
 from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operand_of
-from teq_graph.graph.op_sets import CONVOLUTIONS, EXPERTS, OTHER_PRODUCTS, PRODUCTS, RECURRENT, op_name, passes_on
-from teq_graph.graph.products import EXPERT_LINEAR, is_convolution, product_nodes, weight_node
+from teq_graph.graph.op_sets import (
+    CONVOLUTIONS,
+    EXPERTS,
+    FILLS,
+    OTHER_PRODUCTS,
+    PRODUCTS,
+    RECURRENT,
+    SHAPE_QUERIES,
+    op_name,
+    passes_on,
+)
+from teq_graph.graph.products import EXPERT_LINEAR, expert_counts, is_convolution, product_nodes, weight_node
 from teq_graph.graph.tensors import node_tensor
 
 WeightKind = Literal["linear", "embedding", "convolution", "recurrent", "experts", "product"]
@@ -20,7 +30,8 @@ WeightKind = Literal["linear", "embedding", "convolution", "recurrent", "experts
 
 @dataclasses.dataclass(frozen=True)
 class GraphWeight:
-    """A weight, by its name in the graph; `is_tied`: an embedding table that a linear reads, too.
+    """A weight, by its name in the graph; `is_tied`: an embedding table that a linear reads, too; `experts`: of how
+    many it holds the matrices, 0 where of none.
 
     `reason` says why it must stay in float, None where it need not.
     """
@@ -30,6 +41,7 @@ class GraphWeight:
     shape: tuple[int, ...]
     is_tied: bool = False
     reason: str | None = None
+    experts: int = 0
 
 
 def find_weights(graph_module: GraphModule) -> tuple[GraphWeight, ...]:
@@ -54,7 +66,8 @@ def find_weights(graph_module: GraphModule) -> tuple[GraphWeight, ...]:
             if reader is not None:
                 kind = _kind_of_product(reader) or "product"
                 found.append(_weight(node, kind, reason=f"read by {op_name(reader)}, {_why_in_float(reader, kind)}"))
-    return tuple(found)
+    counts = expert_counts(graph_module)
+    return tuple(dataclasses.replace(weight, experts=counts.get(weight.name, 0)) for weight in found)
 
 
 def _kind_in_normal_form(product: Node) -> WeightKind:
@@ -73,7 +86,7 @@ def _routers(graph_module: GraphModule) -> dict[Node, str]:
         node = pending.pop()
         if node in products:
             found[weight_node(node)] = "its product chooses experts"
-        elif node not in seen:
+        elif node not in seen and node.target not in (*FILLS, *SHAPE_QUERIES):
             seen.add(node)
             pending += node.all_input_nodes
     return found
@@ -103,8 +116,7 @@ def _kind_of_product(node: Node) -> WeightKind | None:
     name = node.target._opname
     families: tuple[tuple[WeightKind, tuple[str, ...]], ...] = (
         ("recurrent", RECURRENT),
-        ("experts", EXPERTS),
-        ("product", (*CONVOLUTIONS, *OTHER_PRODUCTS)),
+        ("product", (*CONVOLUTIONS, *EXPERTS, *OTHER_PRODUCTS)),
     )
     for kind, parts in families:
         if any(part in name for part in parts):

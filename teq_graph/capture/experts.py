@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ that tokens chose, and no rows sorted by them."""
 @contextlib.contextmanager
 def traceable_experts(model: nn.Module) -> Iterator[None]:
     """While a Hugging Face model's experts are products that the analysis reads; other modules stay as they are."""
-    found = [getattr(module, "config", None) for module in model.modules()]
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in found if hasattr(config, "_experts_implementation")}
     before = {key: config._experts_implementation for key, config in configs.items()}
     try:

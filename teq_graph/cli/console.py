@@ -53,6 +53,12 @@ class Inspection:
                 for w in weights
                 if w.is_linear
             ],
+            "experts": [
+                {"name": w.name, "shape": w.shape, "experts": w.experts, "in_float": w.reason}
+                | {"covered": w.name in findings.scaled}
+                for w in weights
+                if w.kind == "experts"
+            ],
             "convolutions": [
                 {"name": w.name, "shape": w.shape, "covered": w.name in findings.scaled, "in_float": w.reason}
                 for w in weights
@@ -72,7 +78,7 @@ class Inspection:
             "other_weights": [
                 {"name": w.name, "kind": w.kind, "shape": w.shape, "reason": w.reason}
                 for w in weights
-                if w.kind not in ("linear", "convolution", "embedding")
+                if not w.is_product and w.kind != "embedding"
             ],
             "attention": self.attentions
             and {
@@ -94,7 +100,8 @@ class Inspection:
         chosen = [product for product in products if product.reason is None]
         kinds = {
             "linears": [w for w in products if w.is_linear],
-            "convolutions": [w for w in products if not w.is_linear],
+            "experts": [w for w in products if w.kind == "experts"],
+            "convolutions": [w for w in products if w.kind == "convolution"],
         }
         covered = sum(linear.name in findings.scaled for linear in chosen)
         tables = [weight for weight in weights if weight.kind == "embedding" and weight.reason is None]

@@ -58,6 +58,12 @@ def is_convolution(node: Node) -> bool:
     return is_call(node, *CONVOLUTIONS)
 
 
+def expert_counts(graph_module: GraphModule) -> dict[str, int]:
+    """Of how many experts each weight holds the matrices, for those that do, by name."""
+    linears = (node for node in product_nodes(graph_module) if is_call(node, EXPERT_LINEAR))
+    return {weight_name_of(linear): arguments_of(linear)["num_experts"] for linear in linears}
+
+
 def weight_name_of(product: Node) -> str:
     """Name of a product's matrix."""
     return str(weight_node(product).target)
@@ -123,8 +129,8 @@ def outputs_for(rows: Tensor, weight: Tensor) -> Tensor:
 class Reading:
     """What a product's weight is multiplied with: the windows of the value of a node, or its rows (`kernel` None).
 
-    Products whose readings are equal read the same. Of several `groups` of the weight's rows, each reads other channels,
-    or the rows that `experts`, a node, says are its own.
+    Products whose readings are equal read the same. Of several `groups` of the weight's rows, each reads other
+    channels, or the rows that `experts`, a node, says are its own.
     """
 
     source: Node
@@ -154,7 +160,7 @@ class Reading:
         return (self.source,) if self.experts is None else (self.source, self.experts)
 
     def rows(self, value: Tensor, experts: Tensor | None = None) -> Tensor:
-        """All rows [groups, T, K] that the weight is multiplied with; zeros follow those of an expert that has fewer."""
+        """All rows [groups, T, K] that the weight is multiplied with; zeros follow those of an expert with fewer."""
         if experts is not None:
             return by_expert(value, experts, self.groups)
         if self.kernel is None:
@@ -187,7 +193,7 @@ class Reading:
 
 
 def by_expert(rows: Tensor, experts: Tensor, count: int) -> Tensor:
-    """Of rows [T, K] those of each of `count` experts, in order, with zeros up to the most that one has: [count, t, K]."""
+    """Of rows [T, K] those of each of `count` experts, in order, with zeros up to the most of one: [count, t, K]."""
     chosen, order = experts.sort(stable=True)
     counts = torch.bincount(experts, minlength=count)
     place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[chosen]

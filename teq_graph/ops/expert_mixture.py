@@ -49,4 +49,5 @@ def expert_mixture(
     experts = chosen.flatten()
     rows = x.repeat_interleave(chosen.shape[1], 0)
     results = second(between(first(rows, experts)), experts)
-    return (results.unflatten(0, chosen.shape) * weights[..., None]).sum(1)
+    summed: Tensor = (results.unflatten(0, chosen.shape) * weights[..., None]).sum(1)
+    return summed

@@ -208,6 +208,7 @@ def _sizes(directory: ReportedDirectory) -> list[tuple[str, int]]:
     rows = [("the float model's tensors", report.bytes_before), ("the quantized graph's tensors", report.bytes_after)]
     for what, weights in (
         ("linears", report.linears),
+        ("experts", report.experts),
         ("convolutions", report.convolutions),
         ("embeddings", report.embeddings),
     ):

@@ -22,8 +22,8 @@ from teq_graph.report import Curve
 from teq_graph.system import memory
 from teq_graph.system.progress import Task
 from teq_graph.training.linear_errors import LinearErrors, factors_of
-from teq_graph.training.moments import Moments
 from teq_graph.training.losses import LOSS_BATCHES, as_tokens, mean_loss, relative_error
+from teq_graph.training.moments import Moments
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.reference import FloatReference, TargetOf
 from teq_graph.training.stages.codes import CHOOSING, BlockProblem, Choice, fast_products, round_to_nearest, tune
@@ -53,7 +53,7 @@ class BlockTrainer:
         self.curves: dict[str, Curve] = {}
         self.linear_errors: dict[str, dict[str, float]] = {}
         self.weights: Mapping[str, Tensor] = {}
-        self.rows: dict[str, Tensor] = {}
+        self.rows: dict[str, tuple[int, ...]] = {}
 
     def error(self) -> float:
         """The block's error as it is now, on a few batches."""
@@ -192,7 +192,7 @@ class BlockTrainer:
                 env = advance(nodes, {**values, **constants}, sources)
             for reading in readings:
                 moments[reading].add(reading, *(env[node] for node in reading.nodes))
-        self.rows = {name: moments[reading].counts for name, reading in reading_of.items() if reading.experts}
+        self.rows = {name: moments[reading].rows() for name, reading in reading_of.items() if reading.experts}
         second, first = {}, {}
         for reading in readings:
             second[reading], first[reading] = moments[reading].result()

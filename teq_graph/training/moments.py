@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from teq_graph.graph.products import Reading
-
-PRIOR = 16
-"""Rows of all experts together, as their moments have them, that count beside an expert's own: an expert that few
-tokens chose goes by what all read."""
+from teq_graph.report import FEW_ROWS
 
 
 class Moments:
@@ -32,12 +29,17 @@ class Moments:
             self.first = read.sum(1).add_(self.first.to(read.device))
             self.second = (read.mT @ read).add_(self.second.to(read.device))
 
+    def rows(self) -> tuple[int, ...]:
+        """How many each group had."""
+        return tuple(map(int, self.counts.tolist()))
+
     def result(self) -> tuple[Tensor, Tensor]:
         """Second moments [groups, K, K] and means [groups, K], float32."""
         counts = self.counts
         if self.of_experts:
             total = counts.sum().clamp(min=1)
-            self.second += PRIOR / total * self.second.sum(0)
-            self.first += PRIOR / total * self.first.sum(0)
-            counts = counts + PRIOR
+            # So many rows of all experts, as they are on average, beside an expert's own.
+            self.second += FEW_ROWS / total * self.second.sum(0)
+            self.first += FEW_ROWS / total * self.first.sum(0)
+            counts = counts + FEW_ROWS
         return self.second.div_(counts[:, None, None]), self.first / counts[:, None]

@@ -112,9 +112,7 @@ def loss_increases(
     generator = torch.Generator().manual_seed(seed)
     total = 0
 
-    def add_in_backward_pass(
-        name: str, weight: Tensor, reading: Reading, x: Sequence[Tensor], output: Tensor
-    ) -> None:
+    def add_in_backward_pass(name: str, weight: Tensor, reading: Reading, x: Sequence[Tensor], output: Tensor) -> None:
         output.requires_grad_()  # an input of the graph has no gradient, nor has what derives from it
         hook = functools.partial(_add_increases, curves[name], grids[name], weight, reading, [v.detach() for v in x])
         output.register_hook(hook)

@@ -28,11 +28,12 @@ from teq_graph.capture import CapturedGraph
 from teq_graph.config import BLOCK_STAGES, TrainingConfig, WeightSpec
 from teq_graph.errors import InputError
 from teq_graph.graph.execution import Values, advance, constant_ancestors, needed_after, run, shared
+from teq_graph.graph.products import expert_counts
 from teq_graph.graph.tensors import clone_graph, get_tensor, replace_tensors, set_tensor
 from teq_graph.passes.fold_scales import FoldScales
 from teq_graph.passes.insert_scales import SMALLEST_SCALE, InsertScales
 from teq_graph.quantization import QuantizedWeight
-from teq_graph.report import BlockReport, weight_error
+from teq_graph.report import BlockReport, WeightErrors, errors_of
 from teq_graph.system import memory
 from teq_graph.system.progress import task
 from teq_graph.training.block import BlockTrainer, starting_scale
@@ -70,16 +71,14 @@ class TrainingResult:
     `equivalences` are those that were given, each with its learned scale, None where none was trained. `weights` are
     the codes that the stages chose, by name; what is not there is yet to be rounded. `blocks` tells the error of each
     block that was trained, or the loss where scales learned from the whole model; `distillation` that model's loss;
-    `linear_errors` those of each weight after each stage, by name; `weight_errors` what each of `weights` is off by, as
-    reports have it.
+    `errors` tells what each of `weights` is off by.
     """
 
     equivalences: tuple[Equivalence, ...]
     weights: Mapping[str, QuantizedWeight]
     blocks: tuple[BlockReport, ...]
     distillation: BlockReport | None
-    linear_errors: Mapping[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    weight_errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    errors: Mapping[str, WeightErrors] = dataclasses.field(default_factory=dict)
 
 
 class Trainer:
@@ -111,6 +110,7 @@ class Trainer:
         self.tables = tables or {}
         self.after_first_block = after_first_block
         self.stages = config.stages_for(specs.values())
+        self.experts = expert_counts(captured.graph_module)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.reference = FloatReference(captured, batches, self.generator)
         self.working = clone_graph(captured.graph_module)
@@ -129,9 +129,8 @@ class Trainer:
         self.trained: set[int] = set()
         self.reports: list[BlockReport] = []
         self.distillation: BlockReport | None = None
-        self.linear_errors: dict[str, dict[str, float]] = {}
         self.weights: dict[str, QuantizedWeight] = {}
-        self.weight_errors: dict[str, float] = {}
+        self.errors: dict[str, WeightErrors] = {}
         self.floats: dict[str, Tensor] = {}
 
     def run(self) -> TrainingResult:
@@ -150,8 +149,7 @@ class Trainer:
             self.weights,
             tuple(self.reports),
             self.distillation,
-            self.linear_errors,
-            self.weight_errors,
+            self.errors,
         )
 
     # ------------------------------------------------------------------------------------------------ objectives
@@ -217,7 +215,9 @@ class Trainer:
             choice, errors, error = trainer.choose_codes(weights, floats, by_block, error, samples)
             self._keep(choice, trainer.weights)
             stages |= errors
-            self.linear_errors |= trainer.linear_errors
+            for name in weights:
+                of_stages, rows = trainer.linear_errors.get(name, {}), trainer.rows.get(name, ())
+                self.errors[name] = dataclasses.replace(self.errors[name], stages=of_stages, rows=rows)
         return BlockReport(trainer.block.linears, before, error, stages, trainer.curves)
 
     def _train_model(self) -> None:
@@ -315,7 +315,10 @@ class Trainer:
         that the codes stand for."""
         for name, chosen in choice.codes.items():
             kept = QuantizedWeight.from_codes(*chosen, weights[name].dtype)
-            self.weights[name], self.weight_errors[name] = kept, weight_error(kept, weights[name])
+            found = errors_of(kept, weights[name], self.experts.get(name, 0))
+            before = self.errors.get(name, found)
+            self.weights[name] = kept
+            self.errors[name] = dataclasses.replace(found, stages=before.stages, rows=before.rows)
         self.floats.update(choice.floats)
 
     def _fold(self) -> tuple[Equivalence, ...]:

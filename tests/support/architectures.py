@@ -21,6 +21,7 @@ HYBRID = dict(
     **dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=1, mamba_expand=2),
     **dict(num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48),
 )
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
 WINDOW = 6  # shorter than the sequences of the tests
 
 
@@ -105,6 +106,18 @@ ARCHITECTURES = (
     _decoder("LFM2", "lfm2", 14, 12, **GQA, layer_types=["conv", "full_attention"]),
     _decoder("Mamba2", "mamba2", 7, 5, **TOKENS, **SCAN),
     _decoder("Granite 4 (hybrid)", "granitemoehybrid", 12, 11, **GQA, **HYBRID, layer_types=["mamba", "attention"]),
+    _decoder("Mixtral", "mixtral", 15, 15, **GQA, num_experts_per_tok=2, num_local_experts=4),
+    _decoder("Qwen3-MoE", "qwen3_moe", 15, 15, **GQA, **EXPERTS, head_dim=8, num_experts=8),
+    _decoder("OLMoE", "olmoe", 15, 15, **GQA, num_experts_per_tok=2, num_experts=4),
+    _decoder("gpt-oss", "gpt_oss", 15, 13, **GQA, head_dim=8, num_experts_per_tok=2, num_local_experts=4),
+    _decoder(
+        "DeepSeek-V3",
+        "deepseek_v3",
+        20,
+        18,
+        **dict(**TEXT, **LATENT, **EXPERTS),
+        **dict(n_routed_experts=8, n_group=4, topk_group=2, first_k_dense_replace=1, n_shared_experts=1),
+    ),
     Architecture(
         "BERT (post-LN)",
         _pretrained("bert", "AutoModel", **{**SIZES, **TOKENS}),

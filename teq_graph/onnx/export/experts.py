@@ -54,9 +54,7 @@ def _rows_of(tape: ir.tape.Tape, model: ir.Model, experts: ir.Value, expert: int
     return tape.op("Reshape", [tape.op("NonZero", [hits]), _constant(model, "last", np.array([-1]))])
 
 
-def _product(
-    tape: ir.tape.Tape, kind: str, rows: ir.Value, weights: Weights, numbers: Mapping[str, int]
-) -> ir.Value:
+def _product(tape: ir.tape.Tape, kind: str, rows: ir.Value, weights: Weights, numbers: Mapping[str, int]) -> ir.Value:
     if kind == EXPERT_LINEAR.name:
         inputs = [rows, *(value for value in weights if value is not None)]
         return tape.op("Gemm", inputs, {"transB": 1})

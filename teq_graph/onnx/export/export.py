@@ -81,12 +81,12 @@ def export_onnx(
 def _count_weights(model: ir.Model) -> dict[str, int]:
     kinds: dict[ir.Value | None, str] = {}
     for node in model.graph.all_nodes():
-        if node.op_type in CODES_OF:
-            codes = node.inputs[CODES_OF[node.op_type]]
+        for place, attribute in CODES_OF.get(node.op_type, {}).items():
+            codes = node.inputs[place]
             view = codes.producer() if codes is not None else None
             group = node.attributes["block_size"].as_int()
-            if "bits" in node.attributes:
-                bits = node.attributes["bits"].as_int()
+            if attribute in node.attributes:
+                bits = node.attributes[attribute].as_int()
             else:
                 assert codes is not None and codes.dtype is not None
                 bits = int(8 * codes.dtype.itemsize)

@@ -64,9 +64,9 @@ def lower(
     target = getattr(torch, dtype)
     wide = _with_example_dtype(captured, torch.float32)
     wide.graph_module = graph_module = clone_graph(captured.graph_module)
-    attention = pipeline.run(
-        pipeline.for_onnxruntime(wide, target, exact=accuracy_level != INTEGERS), graph_module
-    ).of(FuseAttention)
+    attention = pipeline.run(pipeline.for_onnxruntime(wide, target, exact=accuracy_level != INTEGERS), graph_module).of(
+        FuseAttention
+    )
     example = _with_example_dtype(captured, target)
     with torch.no_grad(), quiet(*TALKATIVE), without_dispatch_cache():
         program = _trace(captured, graph_module, example.example_args, example.example_kwargs)

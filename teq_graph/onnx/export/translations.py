@@ -25,8 +25,14 @@ from teq_graph.onnx.export.schemas import (
 )
 from teq_graph.ops.expert_mixture import GATED
 
-CODES_OF = {"MatMulNBits": 1, "GatherBlockQuantized": 0, "DequantizeLinear": 0}
-"""Operators over quantized weights -> which of their inputs are the codes."""
+CODES_OF: Mapping[str, Mapping[int, str]] = {
+    "MatMulNBits": {1: "bits"},
+    "GatherBlockQuantized": {0: "bits"},
+    "DequantizeLinear": {0: "bits"},
+    "QMoE": {2: "expert_weight_bits", 5: "fc2_expert_weight_bits"},
+}
+"""Operators over quantized weights -> which of their inputs are codes, and the attribute that has their bits, where it
+is not their type."""
 
 
 def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any], Callable[..., Any]]:
