@@ -476,7 +476,7 @@ def test_the_model_computes_its_experts_as_before() -> None:
     assert model.config._experts_implementation == before  # type: ignore[union-attr]
 
 
-def test_experts_as_a_list_of_modules() -> None:
+def test_experts_as_a_list_of_modules(tmp_path: Path) -> None:
     """Each expert's linears are linears like others, over the rows that chose it."""
     model, x = randomize(Loop()), example()
     shapes = ({0: DYNAMIC, 1: DYNAMIC},)
@@ -489,3 +489,6 @@ def test_experts_as_a_list_of_modules() -> None:
     y = example(2, 9)
     with torch.no_grad():
         assert float((compiled(y) - model(y)).norm() / model(y).norm()) < 0.02
+    onnx_model = OnnxModel(compiled.export_onnx(tmp_path / "out", accuracy_level=1))
+    for y in (example(2, 9), example(1, 1)):
+        assert relative_error(onnx_model.run((y,)), compiled(y)) <= 1e-5

@@ -72,7 +72,7 @@ def for_each_expert(
     return result
 
 
-def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  torch calls it by names
     """What the backward pass of `expert_linear` reads."""
     x, weight, bias, experts, ctx.num_experts = inputs
     ctx.save_for_backward(x, weight, experts)

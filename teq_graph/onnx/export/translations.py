@@ -95,9 +95,9 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         scales2: Any,
         zero_points2: Any,
         bias2: Any,
-        K: int,
+        _K: int,
         N1: int,
-        I: int,  # noqa: E741  the schema's name
+        _I: int,
         N: int,
         bits1: int,
         bits2: int,
@@ -218,21 +218,39 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         return op.Identity(self) if dtype is None or dtype == -1 else cast(self, dtype)
 
     def split(self: Any, split_sizes: Sequence[int], dim: int = 0) -> Any:
-        if len(split_sizes) > 1 and len(set(split_sizes)) == 1:
+        are_known = all(isinstance(size, int) for size in split_sizes)
+        if are_known and len(split_sizes) > 1 and len(set(split_sizes)) == 1:
             return op.Split(self, axis=dim, num_outputs=len(split_sizes))
-        ends = list(itertools.accumulate(split_sizes))
-        axis = op.Constant(value_ints=[dim])
-        bounds = (
-            (op.Constant(value_ints=[value]) for value in (end - size, end))
-            for end, size in zip(ends, split_sizes, strict=True)
-        )
-        return [op.Slice(self, start, end, axis) for start, end in bounds]
+        axis, one = op.Constant(value_ints=[dim]), op.Constant(value_ints=[1])
+        if are_known:
+            ends = [op.Constant(value_ints=[end]) for end in itertools.accumulate(split_sizes)]
+        else:
+            sizes = [op.Constant(value_ints=[s]) if isinstance(s, int) else op.Reshape(s, one) for s in split_sizes]
+            ends = list(itertools.accumulate(sizes, op.Add))
+        starts = [op.Constant(value_ints=[0]), *ends]
+        return [op.Slice(self, start, end, axis) for start, end in zip(starts, ends, strict=False)]
 
     def transpose(self: Any) -> Any:
         return op.Transpose(self)
 
     def bitwise_and(self: Any, other: Any) -> Any:
         return op.And(self, other) if self.dtype == ir.DataType.BOOL else op.BitwiseAnd(self, other)
+
+    def indices_where(condition: Any) -> Any:
+        # One tensor for each dimension.
+        found, row = op.NonZero(condition), op.Constant(value_ints=[-1])
+        count = len(condition.shape)
+        rows = op.Split(found, axis=0, num_outputs=count) if count > 1 else [found]
+        return [op.Reshape(indices, row) for indices in rows]
+
+    def index_add(self: Any, dim: int, index: Any, source: Any, alpha: float = 1) -> Any:
+        if dim % len(self.shape) or alpha != 1:
+            raise ValueError(f"index_add along {dim} with alpha={alpha}: accepted are 0 and 1")
+        places = op.Unsqueeze(index, op.Constant(value_ints=[-1]))
+        return op.ScatterND(self, places, source, reduction="add")
+
+    def item(self: Any) -> Any:
+        return op.Reshape(self, op.Constant(value=ir.tensor([], dtype=ir.DataType.INT64)))
 
     def conv3d(
         self: Any,
@@ -277,6 +295,9 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         aten.numpy_T.default: transpose,
         aten.split_with_sizes.default: split,
         aten.conv3d.default: conv3d,
+        aten.where.default: indices_where,
+        aten.index_add.default: index_add,
+        aten.item.default: item,
         aten.rsub.Scalar: subtract_from,
         aten.__and__.Tensor: bitwise_and,
     }
