@@ -407,6 +407,18 @@ def test_one_operator_does_a_mixture(
     assert found["QMoE"] == 1 and found["MatMulNBits"] == 0
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_symmetric_codes_in_half_precision(bits: int, tmp_path: Path) -> None:
+    quantization = QuantizationConfig(bits=bits, group_size=16, symmetric=True)
+    shapes = ({0: DYNAMIC, 1: DYNAMIC},)
+    model = randomize(Mixture(bias=True))
+    compiled = teq_graph.compile(model, (example(),), shapes, quantization=quantization, training=None)
+    directory = compiled.export_onnx(tmp_path / "out", dtype="float16", accuracy_level=4)
+    assert operators(directory)["QMoE"] == 1
+    x = example()
+    assert relative_error(OnnxModel(directory).run((x.half(),)).float(), compiled(x)) <= 0.05
+
+
 @pytest.mark.parametrize(
     ("bits", "level", "fused"), [(2, 1, False), (3, 1, True), (8, 1, False), (2, 4, True), (4, 4, True), (8, 4, True)]
 )

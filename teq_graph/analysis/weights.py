@@ -21,7 +21,7 @@ from teq_graph.graph.op_sets import (
     op_name,
     passes_on,
 )
-from teq_graph.graph.products import EXPERT_LINEAR, expert_counts, is_convolution, product_nodes, weight_node
+from teq_graph.graph.products import EXPERT_LINEAR, expert_counts, is_convolution, kind_of, product_nodes, weight_node
 from teq_graph.graph.tensors import node_tensor
 
 WeightKind = Literal["linear", "embedding", "convolution", "recurrent", "experts", "product"]
@@ -52,7 +52,7 @@ def find_weights(graph_module: GraphModule) -> tuple[GraphWeight, ...]:
     """
     kinds: dict[Node, WeightKind] = {}
     for product in product_nodes(graph_module):
-        kinds.setdefault(weight_node(product), _kind_in_normal_form(product))
+        kinds.setdefault(weight_node(product), kind_of(product))
     tables = dict.fromkeys(
         operand_of(node) for node in graph_module.graph.nodes if is_call(node, aten.embedding.default)
     )
@@ -68,12 +68,6 @@ def find_weights(graph_module: GraphModule) -> tuple[GraphWeight, ...]:
                 found.append(_weight(node, kind, reason=f"read by {op_name(reader)}, {_why_in_float(reader, kind)}"))
     counts = expert_counts(graph_module)
     return tuple(dataclasses.replace(weight, experts=counts.get(weight.name, 0)) for weight in found)
-
-
-def _kind_in_normal_form(product: Node) -> WeightKind:
-    if is_convolution(product):
-        return "convolution"
-    return "experts" if is_call(product, EXPERT_LINEAR) else "linear"
 
 
 def _routers(graph_module: GraphModule) -> dict[Node, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ PADDED_CONVOLUTIONS: Mapping[Any, Any] = {
 }
 """Those that take "same" or "valid" for their padding -> the same with numbers."""
 EXPERT_LINEAR = torch.ops.teq_graph.expert_linear.default
+ProductKind = Literal["linear", "experts", "convolution"]
 PRODUCTS = (aten.linear.default, EXPERT_LINEAR, *CONVOLUTIONS)
 
 
@@ -62,6 +63,13 @@ def expert_counts(graph_module: GraphModule) -> dict[str, int]:
     """Of how many experts each weight holds the matrices, for those that do, by name."""
     linears = (node for node in product_nodes(graph_module) if is_call(node, EXPERT_LINEAR))
     return {weight_name_of(linear): arguments_of(linear)["num_experts"] for linear in linears}
+
+
+def kind_of(product: Node) -> ProductKind:
+    """What kind of product in normal form `product` is."""
+    if is_convolution(product):
+        return "convolution"
+    return "experts" if is_call(product, EXPERT_LINEAR) else "linear"
 
 
 def weight_name_of(product: Node) -> str:

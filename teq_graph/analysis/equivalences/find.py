@@ -18,10 +18,9 @@ from teq_graph.capture import CapturedGraph
 from teq_graph.config import check_type
 from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operands_of, rank_of
 from teq_graph.graph.products import (
-    EXPERT_LINEAR,
     channel_dim,
-    is_convolution,
     is_product,
+    kind_of,
     readers_of,
     weight_name_of,
     weight_node,
@@ -95,7 +94,7 @@ def producers(graph_module: GraphModule) -> Iterator[Producer]:
         if is_product(node):
             bias = arguments_of(node)["bias"]
             if bias is None or is_tensor_constant(bias):
-                kind = _kind_of(node)
+                kind: ProducerKind = kind_of(node)
                 yield _producer(node, kind, channel_dim(node), (weight_node(node), 0), bias)
         elif is_call(node, aten.layer_norm.default, aten.rms_norm.default):
             values = arguments_of(node)
@@ -110,12 +109,6 @@ def producers(graph_module: GraphModule) -> Iterator[Producer]:
                 dim = _gain_dim(gain, node)
                 if dim is not None and isinstance(x, Node) and not is_tensor_constant(x):
                     yield _producer(node, "gain", dim, (gain, rank_of(gain) + dim), None)
-
-
-def _kind_of(product: Node) -> ProducerKind:
-    if is_convolution(product):
-        return "convolution"
-    return "experts" if is_call(product, EXPERT_LINEAR) else "linear"
 
 
 def _producer(node: Node, kind: ProducerKind, dim: int, weight: tuple[Node, int], bias: Node | None) -> Producer:

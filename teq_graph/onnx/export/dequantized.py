@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from teq_graph.onnx.export.initializers import add_initializer
 from teq_graph.onnx.export.schemas import DEQUANTIZE_NBITS
 from teq_graph.quantization import QuantizedWeight
 
@@ -43,7 +44,7 @@ def _replace(model: ir.Model, node: ir.Node) -> None:
     else:
         inputs.append(grid.zero_points.numpy().astype(UNSIGNED[bits]))
     names = ("matrix", "zeros")[: len(inputs)]
-    made = [_initializer(model, f"{source.name}.{name}", array) for name, array in zip(names, inputs, strict=True)]
+    made = [add_initializer(model, f"{source.name}.{name}", array) for name, array in zip(names, inputs, strict=True)]
     replacement = ir.node(
         "DequantizeLinear", [made[0], node.inputs[1], *made[1:]], {"axis": 1, "block_size": sizes["block_size"]}
     )
@@ -60,10 +61,3 @@ def _tensor(value: ir.Value) -> torch.Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(np.array(array))
-
-
-def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value

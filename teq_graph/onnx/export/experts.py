@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from teq_graph.onnx.export.initializers import add_initializer
 from teq_graph.onnx.export.schemas import CONTRIB_DOMAIN, EXPERT_LINEAR, EXPERT_MATMUL_NBITS
 
 Weights = Sequence[ir.Value | None]
@@ -72,19 +73,10 @@ def _parts(model: ir.Model, value: ir.Value, count: int) -> list[ir.Value]:
     array = tensor.numpy()
     size = len(array) // count
     return [
-        _initializer(model, f"{value.name}.{expert}", array[expert * size : (expert + 1) * size])
+        add_initializer(model, f"{value.name}.{expert}", array[expert * size : (expert + 1) * size])
         for expert in range(count)
     ]
 
 
 def _constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    return _initializer(model, f"experts.{name}", array)
-
-
-def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    if name in model.graph.initializers:
-        return model.graph.initializers[name]
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
+    return add_initializer(model, f"experts.{name}", array)
