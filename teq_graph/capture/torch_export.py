@@ -22,22 +22,26 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from teq_graph.capture.buffers import keep_no_state, table_switch
-from teq_graph.capture.captured import CapturedGraph, DecoderShape, magnitude
+from teq_graph.capture.captured import CapturedGraph, magnitude
 from teq_graph.capture.pretrained import (
     PAST,
     DecoderStep,
+    EncoderDecoderStep,
     call,
     counts_positions,
     decoder_inputs,
+    encoder_decoder_inputs,
     generates_text,
     inputs_from_config,
     is_pretrained,
     longest_text,
     name_of,
     probe_decoder,
+    probe_encoder_decoder,
     short_scans,
     without_cache,
 )
+from teq_graph.capture.shapes import DecoderShape, EncoderDecoderShape
 from teq_graph.errors import CaptureError, NumericsError, one_line
 from teq_graph.graph.tensors import drop_unused, node_tensor, set_tensor
 from teq_graph.graph.tracing import without_dispatch_cache
@@ -150,6 +154,8 @@ def _export_pretrained(model: nn.Module) -> CapturedGraph:
             if not shape.states:
                 raise
             reason = str(error)
+    if (both := probe_encoder_decoder(model)) is not None:
+        return _export_encoder_decoder(model, both)
     try:
         captured = _export(model, *inputs_from_config(model))
         if generates_text(model):
@@ -173,6 +179,14 @@ def _export_decoder(model: nn.Module, shape: DecoderShape) -> CapturedGraph:
     _strip_prefix(captured.graph_module, "model.")
     switch = table_switch(captured.graph_module)
     return dataclasses.replace(captured, decoder=dataclasses.replace(shape, recompute_after=switch))
+
+
+def _export_encoder_decoder(model: nn.Module, shape: EncoderDecoderShape) -> CapturedGraph:
+    """The model's encoder and the step over a cache of its decoder."""
+    args, dynamic_shapes = encoder_decoder_inputs(model, shape)
+    captured = _export(EncoderDecoderStep(model, shape.decoder.layers), args, {}, dynamic_shapes)
+    _strip_prefix(captured.graph_module, "model.")
+    return dataclasses.replace(captured, encoder_decoder=shape)
 
 
 def _export_with_states(step: DecoderStep, shape: DecoderShape) -> CapturedGraph:

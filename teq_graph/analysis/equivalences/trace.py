@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class Trace:
     producer: Node
     values: ExampleValues
     cache_pairs: dict[Node, Node]
+    encoded: Collection[Node] = ()
+    """Outputs that the graph reads itself in the next step, in the place of computing them."""
     labels: dict[Node, Labels] = dataclasses.field(default_factory=dict)
     columns: dict[Node, Tensor] = dataclasses.field(default_factory=dict)
     """Consumer -> the label of each element of its weight [N, K]: [1, K] where all rows have the same, or [N, K]."""
