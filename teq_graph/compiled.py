@@ -118,6 +118,8 @@ class CompiledModel:
     ) -> Path:
         """Write `directory/model.onnx` and its neighbours for onnxruntime and onnxruntime-genai.
 
+        An encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx`, which onnxruntime runs.
+
         accuracy_level: MatMulNBits' own: 0 unset, 1 float32, 4 int8 activations. provenance: plain data that goes into
         the description and the model card before what is known. Raises ExportError; nothing is left behind then.
         """

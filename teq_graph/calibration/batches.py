@@ -18,10 +18,10 @@ from teq_graph.calibration.decoding_step import decoding_step
 from teq_graph.calibration.self_sampling import WRITTEN_AT_ONCE, sample_text
 from teq_graph.calibration.sources import WindowChooser, elements_of, join_texts, text_column, text_of, token_rows
 from teq_graph.capture import CapturedGraph
-from teq_graph.capture.captured import symbol
 from teq_graph.config import TrainingConfig
 from teq_graph.errors import ConfigError, InputError, NumericsError, brief
 from teq_graph.graph.nodes import placeholder_nodes
+from teq_graph.graph.sizes import symbol
 from teq_graph.system.memory import available_bytes
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from teq_graph.capture.shapes import (
 )
 from teq_graph.errors import InputError, brief, one_line
 from teq_graph.graph.nodes import placeholder_nodes
+from teq_graph.graph.sizes import fixed, symbol
 
 
 @dataclasses.dataclass
@@ -156,7 +157,7 @@ class CapturedGraph:
         """The placeholder of each cached tensor -> the node that gives its successor."""
         if not self.cached:
             return {}
-        outputs, kept = self._outputs(), len(self.encoded())
+        outputs, kept = self.outputs(), len(self.encoded())
         count, last = len(self.cached), len(outputs) - kept
         placeholders = placeholder_nodes(self.graph_module)[-count:]
         return dict(zip(placeholders, outputs[last - count : last], strict=True))
@@ -164,11 +165,13 @@ class CapturedGraph:
     def encoded(self) -> tuple[Node, ...]:
         """For an encoder-decoder: the nodes that give the tensors of `encoder.layers`, which every step reads again."""
         count = 0 if self.encoder_decoder is None else sum(map(len, self.encoder_decoder.encoder.layers))
-        return tuple(self._outputs()[-count:]) if count else ()
+        return tuple(self.outputs()[-count:]) if count else ()
 
-    def _outputs(self) -> list[Node]:
+    def outputs(self) -> list[Any]:
+        """The leaves of the graph's result, in order."""
         output = next(iter(reversed(self.graph_module.graph.nodes)))
-        return pytree.tree_leaves(output.args[0])
+        leaves: list[Any] = pytree.tree_leaves(output.args[0])
+        return leaves
 
 
 def _bind_decoder(captured: CapturedGraph, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -253,20 +256,6 @@ def describe(tensor: Tensor) -> str:
     """Shape and type, as in `[2, any] torch.int64`."""
     sizes = ("any" if symbol(size) is not None else str(size) for size in tensor.shape)
     return f"[{', '.join(sizes)}] {tensor.dtype}"
-
-
-def symbol(size: Any) -> Any:
-    """The symbol that a dynamic size consists of; None for a number or an expression."""
-    expression = size.node.expr if isinstance(size, torch.SymInt) else None
-    return expression if expression is not None and expression.is_Symbol else None
-
-
-def fixed(size: Any, sizes: Mapping[Any, int]) -> int | None:
-    """The number that a size is, given those of symbols; None while one of its symbols is not known."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    value = size.node.expr.subs(sizes)
-    return int(value) if value.is_number else None
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:

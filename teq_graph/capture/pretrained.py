@@ -213,7 +213,8 @@ def generates_text(model: Any) -> bool:
 def longest_text(model: Any) -> int | None:
     """The positions that the model has; None where its config names no limit."""
     config = model.config.get_text_config()
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len"))
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    limits = (getattr(config, name, None) for name in names)
     # XLNet has -1 for none.
     return next((limit for limit in limits if limit is not None and limit > 0), None)
 

@@ -143,6 +143,11 @@ class EncoderDecoderShape:
     encoder: EncoderShape
     decoder: DecoderShape
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EncoderDecoderShape:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(EncoderShape.from_dict(data["encoder"]), DecoderShape.from_dict(data["decoder"]))
+
     @property
     def inputs(self) -> list[str]:
         """The names of all inputs, in order."""

@@ -41,7 +41,7 @@ from teq_graph.capture.pretrained import (
     short_scans,
     without_cache,
 )
-from teq_graph.capture.shapes import DecoderShape, EncoderDecoderShape
+from teq_graph.capture.shapes import CachedTensor, DecoderShape, EncoderDecoderShape
 from teq_graph.errors import CaptureError, NumericsError, one_line
 from teq_graph.graph.tensors import drop_unused, node_tensor, set_tensor
 from teq_graph.graph.tracing import without_dispatch_cache
@@ -186,7 +186,15 @@ def _export_encoder_decoder(model: nn.Module, shape: EncoderDecoderShape) -> Cap
     args, dynamic_shapes = encoder_decoder_inputs(model, shape)
     captured = _export(EncoderDecoderStep(model, shape.decoder.layers), args, {}, dynamic_shapes)
     _strip_prefix(captured.graph_module, "model.")
-    return dataclasses.replace(captured, encoder_decoder=shape)
+    captured = dataclasses.replace(captured, encoder_decoder=shape)
+    # One sequence does not tell which sizes are the encoder's positions: of a model of sounds, all are fixed.
+    values = iter(node.meta["val"].shape[1:] for node in captured.encoded())
+    layers = tuple(
+        tuple(CachedTensor(one.name, tuple(n if isinstance(n, int) else None for n in next(values))) for one in layer)
+        for layer in shape.encoder.layers
+    )
+    encoder = dataclasses.replace(shape.encoder, layers=layers)
+    return dataclasses.replace(captured, encoder_decoder=dataclasses.replace(shape, encoder=encoder))
 
 
 def _export_with_states(step: DecoderStep, shape: DecoderShape) -> CapturedGraph:

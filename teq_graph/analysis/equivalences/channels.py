@@ -17,9 +17,7 @@ from teq_graph.analysis.equivalences.trace import Labels, Trace
 from teq_graph.capture import CapturedGraph
 
 
-def trace_channels(
-    captured: CapturedGraph, producer: Node, dim: int, values: ExampleValues
-) -> Trace:
+def trace_channels(captured: CapturedGraph, producer: Node, dim: int, values: ExampleValues) -> Trace:
     """Follow the channels in the dimension `dim` < 0 of `producer`'s output through the graph."""
     shape = values.env[producer].shape
     trace = Trace(producer, values, captured.cache_pairs(), captured.encoded())

@@ -67,9 +67,7 @@ def find_equivalences(captured: CapturedGraph) -> Findings:
             reason = "the graph runs at the example's sizes alone, which proves nothing about others"
             refusals.append(Refusal(producer.name, producer.kind, producer.node.name, reason))
             continue
-        trace, *others = (
-            trace_channels(captured, producer.node, producer.dim, values) for values in samples
-        )
+        trace, *others = (trace_channels(captured, producer.node, producer.dim, values) for values in samples)
         for other in others:
             trace.require_agreement(other)
         found = _examine(producer, trace)

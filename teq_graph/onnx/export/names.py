@@ -27,7 +27,8 @@ def name_values(model: ir.Model, captured: CapturedGraph, graph_module: GraphMod
     for value, name in zip(graph.outputs, _output_names(graph_module), strict=True):
         value.name = name
     renamed: dict[str, str] = {}
-    for value in graph.inputs:
+    for value, named in zip(graph.inputs, _input_names(captured), strict=True):
+        value.name = named or value.name
         assert value.shape is not None
         value.shape = ir.Shape(
             renamed.setdefault(str(size.value), "batch_size" if axis == 0 else f"{value.name}_{axis}")
@@ -35,6 +36,18 @@ def name_values(model: ir.Model, captured: CapturedGraph, graph_module: GraphMod
             else size
             for axis, size in enumerate(value.shape)
         )
+
+
+def _input_names(captured: CapturedGraph) -> list[str | None]:
+    """The path to each tensor among the arguments that have names; None for the others."""
+    leaves, spec = pytree.tree_flatten((captured.example_args, captured.example_kwargs))
+    _, kwargs = pytree.tree_unflatten(list(range(len(leaves))), spec)
+    paths = dict(_paths(kwargs, ()))
+    return [
+        ".".join(paths[number]) if number in paths else None
+        for number, leaf in enumerate(leaves)
+        if isinstance(leaf, torch.Tensor)
+    ]
 
 
 def _name_decoder(graph: ir.Graph, captured: CapturedGraph) -> None:

@@ -190,11 +190,11 @@ class DeviceSession(DecoderSession):
                 start = 0 if row is None else row * int(np.prod(size)) * tensors.array_type(self._dtype).itemsize
                 shape = [batch if row is None else 1, *size]
                 kind = tensors.element_type(self._dtype)
-                bind(name, self._device, self._device_id, kind, shape, value.data_ptr() + start)
+                bind(name, self.device, self.device_id, kind, shape, value.data_ptr() + start)
         return binding
 
     def _empty(self, shape: list[int], dtype: Any) -> OrtValue:
-        value: OrtValue = OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device, self._device_id)
+        value: OrtValue = OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, self.device_id)
         return value
 
     def _capacity(self, positions: int) -> int:
