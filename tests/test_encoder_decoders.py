@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import teq_graph
 from teq_graph import QuantizationConfig
 from teq_graph.capture import CapturedGraph, capture
+from teq_graph.capture.cutting import cut
 from teq_graph.compile import analyze
-from teq_graph.onnx.export.encoder_decoder import cut
 from teq_graph.onnx.runtime import OnnxEncoderDecoder, load
 
 PAD, START, END = 0, 3, 2

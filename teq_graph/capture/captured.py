@@ -69,7 +69,7 @@ class CapturedGraph:
         """The graph's args and kwargs for what a user gives: a mapping by argument name, a tuple, or one tensor.
 
         A decoder needs `input_ids`; `attention_mask` (all ones) and `past_key_values` (none) are optional. An
-        encoder-decoder needs `decoder_input_ids` beside its encoder's inputs.
+        encoder-decoder needs its encoder's inputs; `decoder_input_ids` are its start token where they are not given.
         Arguments that are no tensors keep the values that the graph was captured with. Raises InputError for
         tensors of another type or shape than the graph takes.
         """
@@ -193,12 +193,15 @@ def _bind_decoder(captured: CapturedGraph, inputs: Mapping[str, Any]) -> tuple[A
 def _bind_encoder_decoder(
     captured: CapturedGraph, shape: EncoderDecoderShape, inputs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
+    given = {name: inputs[name] for name in shape.encoder.inputs if inputs.get(name) is not None}
+    first, start = next(iter(given.values()), None), shape.decoder_start_token_id
+    if isinstance(first, Tensor) and inputs.get("decoder_input_ids") is None and start is not None:
+        inputs = {**inputs, "decoder_input_ids": torch.full((len(first), 1), start, device=first.device)}
     tokens, past = _bind_step("decoder_input_ids", captured, shape.decoder, inputs)
     _check_room(shape.decoder, tokens.shape[1] + (shape.decoder.past_length(past) or 0))
-    given = {name: inputs[name] for name in shape.encoder.inputs if inputs.get(name) is not None}
     missing = [name for name in shape.encoder.inputs if name not in given]
-    if missing == [MASK] and isinstance(text := next(iter(given.values())), Tensor):
-        given[MASK] = torch.ones_like(text)
+    if missing == [MASK] and isinstance(first, Tensor):
+        given[MASK] = torch.ones_like(first)
     elif missing:
         raise InputError(f"inputs {sorted(inputs)}: missing are {missing}")
     # A mask of booleans, say, is what one of integers is.

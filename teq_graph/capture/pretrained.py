@@ -201,6 +201,7 @@ def probe_encoder_decoder(model: Any) -> EncoderDecoderShape | None:
             max_positions=longest_text(model) if text else None,
         ),
         DecoderShape(own, vocab_size=output.logits.shape[-1], max_positions=longest_text(model)),
+        getattr(model.generation_config, "decoder_start_token_id", None),
     )
 
 

@@ -12,6 +12,10 @@ from torch import Tensor
 
 T = TypeVar("T")
 DECODER_INPUTS = ["input_ids", "attention_mask", "past_key_values"]
+ENCODED = "encoder_"
+"""What the names of a decoder's inputs begin with that are inputs of its encoder, too."""
+PAST, PRESENT = "past_key_values", "present"
+"""What the names of cached tensors begin with, as inputs and as outputs; `DecoderShape.cache_names` follow."""
 MASK = "attention_mask"
 STEP_INPUTS = ["decoder_input_ids", "past_key_values"]
 """What an encoder-decoder takes beside its encoder's inputs."""
@@ -138,15 +142,21 @@ class EncoderShape:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoderShape:
-    """What a caller must know to drive a captured encoder-decoder; `decoder` is its step over what it has written."""
+    """What a caller must know to drive a captured encoder-decoder.
+
+    `decoder` is its step over what it has written, which begins with the token `decoder_start_token_id`; None where
+    the model names none.
+    """
 
     encoder: EncoderShape
     decoder: DecoderShape
+    decoder_start_token_id: int | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EncoderDecoderShape:
         """The inverse of `dataclasses.asdict`."""
-        return cls(EncoderShape.from_dict(data["encoder"]), DecoderShape.from_dict(data["decoder"]))
+        parts = {"encoder": EncoderShape.from_dict(data["encoder"]), "decoder": DecoderShape.from_dict(data["decoder"])}
+        return cls(**{**data, **parts})
 
     @property
     def inputs(self) -> list[str]:

@@ -34,11 +34,6 @@ their readers refuse what is damaged."""
 LOGITS_FROM = "logits_from"
 """Input that the runtime adds to a decoder: the position from which on logits are computed; [-1] the last alone."""
 
-ENCODED = "encoder_"
-"""What the names of a decoder's inputs begin with that are inputs of its encoder, too."""
-PAST, PRESENT = "past_key_values", "present"
-"""What the names of cached tensors begin with, as inputs and as outputs; `DecoderShape.cache_names` follow."""
-
 WRITTEN = "a directory that export_onnx or teq-graph quantize wrote"
 
 

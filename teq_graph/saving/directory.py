@@ -171,6 +171,7 @@ def _describe_both(shape: EncoderDecoderShape) -> schema.EncoderDecoder:
             max_positions=encoder.max_positions,
         ),
         decoder=_describe_decoder(shape.decoder),
+        decoder_start_token_id=shape.decoder_start_token_id,
     )
 
 

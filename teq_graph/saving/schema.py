@@ -111,6 +111,7 @@ class EncoderDecoder(Strict):
 
     encoder: Encoder
     decoder: Decoder
+    decoder_start_token_id: Annotated[int, Field(ge=0, lt=2**31)] | None
 
 
 class Description(Strict):

@@ -12,12 +12,13 @@ from typing import Any
 import onnx_ir as ir
 
 from teq_graph.capture import CapturedGraph
+from teq_graph.capture.cutting import cut
 from teq_graph.onnx.directory import CARD_FILE, DECODER_FILE, ENCODER_FILE, METADATA_FILE, MODEL_FILE, Metadata
 from teq_graph.onnx.export.card import model_card
-from teq_graph.onnx.export.encoder_decoder import cut, name_sizes
 from teq_graph.onnx.export.genai import write_genai_files
 from teq_graph.onnx.export.lower import Lowered, check_options, lower
 from teq_graph.onnx.export.model_file import save_model
+from teq_graph.onnx.export.names import name_sizes
 from teq_graph.onnx.export.translations import CODES_OF
 from teq_graph.provenance import provenance as known
 from teq_graph.report import REPORT_FILE, Report
@@ -71,7 +72,7 @@ def export_onnx(
             pad_token_id=_first_of("pad_token_id", generation_config, config, tokenizer),
             shared_buffers=_shares_buffers(models[-1]),
             encoder=None if both is None else both.encoder,
-            decoder_start_token_id=_first_of("decoder_start_token_id", generation_config, config),
+            decoder_start_token_id=_first_of("decoder_start_token_id", generation_config, both),
             provenance={**known(report, config), **(provenance or {})},
         )
         metadata.write(staging)

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from teq_graph.capture import CapturedGraph
-from teq_graph.onnx.directory import PAST, PRESENT
+from teq_graph.capture.shapes import PAST, PRESENT
 
 
 def name_values(model: ir.Model, captured: CapturedGraph, graph_module: GraphModule) -> None:
@@ -48,6 +48,16 @@ def _input_names(captured: CapturedGraph) -> list[str | None]:
         for number, leaf in enumerate(leaves)
         if isinstance(leaf, torch.Tensor)
     ]
+
+
+def name_sizes(model: ir.Model, part: CapturedGraph) -> None:
+    """Call the dynamic sizes of the inputs as in `part`, one of `cut`: torch forgets the names that it is given."""
+    leaves = pytree.tree_leaves(part.dynamic_shapes, is_leaf=lambda sizes: isinstance(next(iter(sizes), None), int))
+    for value, sizes in zip(model.graph.inputs, leaves, strict=True):
+        assert value.shape is not None
+        value.shape = ir.Shape(
+            size if axis not in sizes else sizes[axis].__name__ for axis, size in enumerate(value.shape)
+        )
 
 
 def _name_decoder(graph: ir.Graph, captured: CapturedGraph) -> None:

@@ -12,15 +12,16 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime import OrtValue
 
+from teq_graph.capture.shapes import ENCODED, MASK, PAST, PRESENT
 from teq_graph.errors import InputError, ModelFileError, one_line
-from teq_graph.onnx.directory import ENCODED, PAST, PRESENT, Metadata
+from teq_graph.onnx.directory import Metadata
 from teq_graph.onnx.runtime import arguments, tensors
 from teq_graph.onnx.runtime.generation.decoding import Cache, Continuation, DecoderSession, never
 from teq_graph.onnx.runtime.generation.options import GenerationOptions
 from teq_graph.onnx.runtime.language_model import LanguageModel, Stream, as_stream
 from teq_graph.onnx.runtime.session import CPU, Provider, open_directory, open_encoder
 
-IDS, MASK = "input_ids", "attention_mask"
+IDS = "input_ids"
 
 
 class EncodedSession(DecoderSession):

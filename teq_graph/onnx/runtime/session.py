@@ -10,14 +10,13 @@ from typing import Any
 import onnxruntime
 
 from teq_graph.capture import EncoderShape
+from teq_graph.capture.shapes import PAST, PRESENT
 from teq_graph.errors import InputError, ModelFileError, one_line
 from teq_graph.onnx.directory import (
     DECODER_FILE,
     ENCODER_FILE,
     METADATA_FILE,
     MODEL_FILE,
-    PAST,
-    PRESENT,
     VERIFIED,
     WRITTEN,
     Metadata,

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime import OrtValue
 
+from teq_graph.capture.shapes import PAST, PRESENT
 from teq_graph.errors import InputError, one_line
-from teq_graph.onnx.directory import LOGITS_FROM, PAST, PRESENT, Metadata
+from teq_graph.onnx.directory import LOGITS_FROM, Metadata
 from teq_graph.onnx.runtime import tensors
 from teq_graph.onnx.runtime.generation.prompt_lookup import guess
 from teq_graph.onnx.runtime.generation.sampling import Sampler

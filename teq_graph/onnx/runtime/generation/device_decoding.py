@@ -13,8 +13,9 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime import OrtValue
 
+from teq_graph.capture.shapes import PAST, PRESENT
 from teq_graph.errors import InputError, one_line
-from teq_graph.onnx.directory import LOGITS_FROM, PAST, PRESENT, Metadata
+from teq_graph.onnx.directory import LOGITS_FROM, Metadata
 from teq_graph.onnx.padding import LAST_POSITIONS, TOTAL_LENGTH
 from teq_graph.onnx.runtime import on_device, tensors
 from teq_graph.onnx.runtime.generation.decoding import Cache, DecoderSession, IntArray

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch.export import Dim
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from teq_graph.capture import CapturedGraph
+from teq_graph.capture.captured import CapturedGraph
+from teq_graph.capture.shapes import ENCODED, PAST, PRESENT
 from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.graph.parts import needed_for, part_of
-from teq_graph.onnx.directory import ENCODED, PAST, PRESENT
 
 
 @torch.no_grad()
@@ -70,16 +69,6 @@ def cut(captured: CapturedGraph) -> tuple[CapturedGraph, CapturedGraph]:
         CapturedGraph(encoder, (), dict(values), {name: _named(node, encoded_length) for name, node in inputs.items()}),
         CapturedGraph(decoder, (), example, sizes),
     )
-
-
-def name_sizes(model: ir.Model, part: CapturedGraph) -> None:
-    """Call the dynamic sizes of the inputs as in `part`, one of `cut`: torch forgets the names that it is given."""
-    leaves = pytree.tree_leaves(part.dynamic_shapes, is_leaf=lambda sizes: isinstance(next(iter(sizes), None), int))
-    for value, sizes in zip(model.graph.inputs, leaves, strict=True):
-        assert value.shape is not None
-        value.shape = ir.Shape(
-            size if axis not in sizes else sizes[axis].__name__ for axis, size in enumerate(value.shape)
-        )
 
 
 def _named(node: Node, positions: str) -> dict[int, Any]:
