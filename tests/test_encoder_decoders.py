@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 from support.architectures import VOCAB
-from support.compiling import SMALL
+from support.compiling import SMALL, TRAINING, in_one_line
 from support.graphs import randomize, relative_error
 from torch import Tensor, nn
 
 import teq_graph
 from teq_graph import QuantizationConfig
+from teq_graph.calibration import calibration_batches
 from teq_graph.capture import CapturedGraph, capture
 from teq_graph.capture.cutting import cut
 from teq_graph.compile import analyze
-from teq_graph.onnx.runtime import OnnxEncoderDecoder, load
+from teq_graph.errors import InputError, ModelFileError
+from teq_graph.onnx.runtime import OnnxDecoder, OnnxEncoderDecoder, load
 
 PAD, START, END = 0, 3, 2
 IDS = dict(vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=END, decoder_start_token_id=START)
@@ -182,3 +184,101 @@ def test_scales_pass_from_the_encoder_to_what_the_decoder_makes_of_it() -> None:
     assert {name.rpartition("EncDecAttention.")[2] for name in ahead.linears} == {"k.weight", "v.weight"}
     assert len(ahead.linears) == 4
     assert any("EncDecAttention.v" in site.producer for site in findings.equivalences)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.7},
+    {"no_repeat_ngram_size": 2, "min_length": 9},
+    {"repetition_penalty": 1.5, "forced_bos_token_id": 11, "forced_eos_token_id": 12},
+    {"forced_bos_token_id": 11, "begin_suppress_tokens": list(range(20, 60))},
+    {
+        "no_repeat_ngram_size": 1,
+        "bad_words_ids": [[token] for token in range(30, 70)],
+        "begin_suppress_tokens": [70, 71],
+    },
+    {"max_length": 7, "forced_eos_token_id": 12, "min_new_tokens": 3},
+]
+
+
+def test_options_choose_the_tokens_that_transformers_chooses(tmp_path: Path) -> None:
+    model = bart(forced_eos_token_id=None)
+    compiled = teq_graph.compile(model, quantization=QuantizationConfig(skip=("*",)), training=None)
+    runtime = load(compiled.export_onnx(tmp_path / "out", accuracy_level=1))
+    assert isinstance(runtime, OnnxEncoderDecoder)
+    for options in OPTIONS:
+        inputs, source = sources("BART")
+        whole = options if "max_length" in options else {"max_new_tokens": NEW, **options}
+        assert runtime.generate(source, **whole) == greedy(model, inputs, **whole), options
+    # After tokens that are given, as Whisper's language and task are.
+    start = [START, 20, 21]
+    expected = greedy(model, inputs, max_new_tokens=5, decoder_input_ids=torch.tensor([start] * len(LENGTHS)))
+    assert runtime.generate(source, max_new_tokens=5, decoder_input_ids=start) == [row[2:] for row in expected]
+
+
+@pytest.mark.parametrize("kind", ["BART", "Whisper"])
+def test_it_calibrates_itself(kind: str) -> None:
+    model = KINDS[kind]()
+    (inputs, _), tokens = sources(kind), written()
+    compiled = teq_graph.compile(model, quantization=SMALL, training=TRAINING)
+    expected = model(**inputs, decoder_input_ids=tokens, use_cache=False).logits
+    assert relative_error(compiled(**inputs, decoder_input_ids=tokens).logits, expected) < 0.15
+    assert len(compiled.report.blocks) > 2
+
+
+def test_sources_of_the_user_are_completed_by_what_the_model_writes() -> None:
+    captured = analyze(bart()).captured
+    given = [{"input_ids": torch.randint(4, VOCAB, (3, 8))}, {"input_ids": torch.randint(4, VOCAB, (1, 5))}]
+    own = {**given[1], "decoder_input_ids": torch.tensor([[START, 9]])}
+    made = calibration_batches([given[0], own], captured, TRAINING, None)
+    assert [batch["decoder_input_ids"].shape for batch in made] == [(2, 12), (1, 12), (1, 2)]
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in made[:2]]), given[0]["input_ids"])
+    assert all((batch["decoder_input_ids"][:, 0] == START).all() for batch in made)
+    assert len({tuple(row) for batch in made[:2] for row in batch["decoder_input_ids"].tolist()}) == 3
+
+
+def test_inputs_that_are_refused(tmp_path: Path) -> None:
+    compiled = teq_graph.compile(bart(), quantization=SMALL, training=None)
+    inputs, _ = sources("BART")
+    assert compiled(**inputs).logits.shape == (3, 1, VOCAB)  # of the start token
+    for wrong, message in (
+        ({"decoder_input_ids": written()}, r"missing are \['input_ids', 'attention_mask'\]"),
+        (
+            {**inputs, "labels": written()},
+            r"inputs \['labels'\]: accepted are \['input_ids', 'attention_mask', 'decoder_",
+        ),
+        ({**inputs, "decoder_input_ids": written(65)}, "sequence of 65 positions: the model has 64"),
+        ({**inputs, "past_key_values": 3}, "past_key_values=3: accepted is a list of 2"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            compiled(**wrong)
+        in_one_line(caught)
+    out = compiled.export_onnx(tmp_path / "out", accuracy_level=1)
+    runtime = load(out)
+    assert isinstance(runtime, OnnxEncoderDecoder)
+    for source, options, message in (
+        ([[5, VOCAB]], {}, f"source: token {VOCAB}; accepted are 0 to {VOCAB - 1}"),
+        ([[5], []], {}, "source: it is empty"),
+        ([[5] * 65], {}, "source of 65 tokens: accepted are up to 64"),
+        ([[5]], {"decoder_input_ids": [[3]]}, "decoder_input_ids: .* is no token id"),
+        ([[5]], {"forced_bos_token_id": VOCAB}, f"forced_bos_token_id: token {VOCAB}; accepted are 0 to"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            runtime.generate(source, **options)
+        in_one_line(caught)
+    with pytest.raises(ModelFileError, match="it is not a causal language model"):
+        OnnxDecoder.load(out)
+    (out / "encoder_model.onnx").unlink()
+    with pytest.raises(ModelFileError, match=r"encoder_model\.onnx is missing"):
+        load(out, verify=False)
+
+
+def test_features_of_another_size_are_refused(tmp_path: Path) -> None:
+    compiled = teq_graph.compile(whisper(), quantization=SMALL, training=None)
+    runtime = load(compiled.export_onnx(tmp_path / "out"))
+    assert isinstance(runtime, OnnxEncoderDecoder)
+    features = torch.randn(BINS, FRAMES).numpy()
+    assert runtime.generate([features], max_new_tokens=3) == [runtime.generate(features, max_new_tokens=3)]
+    for wrong in (features[:, 1:], "a text", features[None, None]):
+        with pytest.raises(InputError, match=r"^source.*accepted are numbers \[batch_size, 16, 40\]") as caught:
+            runtime.generate(wrong)
+        in_one_line(caught)

@@ -137,7 +137,7 @@ ARCHITECTURES = (
             "decoder_input_ids": _tokens(b, s),
         },
         linears=33,
-        covered=28,
+        covered=32,
     ),
     Architecture(
         "MLP",
