@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from teq_graph.analysis.equivalences.equivalence import Equivalence
 from teq_graph.capture import CapturedGraph
-from teq_graph.capture.captured import DECODER_INPUTS
+from teq_graph.capture.shapes import DECODER_INPUTS
 from teq_graph.config import check_type
 from teq_graph.errors import InputError, ModelFileError, brief
 from teq_graph.loading import load_tokenizer, quiet_transformers, reason_of
@@ -35,6 +35,15 @@ class DecoderOutput(NamedTuple):
 
     logits: Tensor
     past_key_values: list[tuple[Tensor, Tensor]]
+
+
+class EncoderDecoderOutput(NamedTuple):
+    """What a step of an encoder-decoder gives: logits [b, s, vocab], of each of the decoder's layers keys and values of
+    its tokens, and of each the keys and values that it made of the encoder's result."""
+
+    logits: Tensor
+    past_key_values: list[tuple[Tensor, Tensor]]
+    encoder_key_values: list[tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass(repr=False)
@@ -73,11 +82,14 @@ class CompiledModel:
         """Run the quantized graph on what the model takes; returns what the model returns.
 
         A causal language model takes `input_ids` and, optionally, `attention_mask` (over past and present)
-        and `past_key_values` (as returned), and returns a `DecoderOutput`.
+        and `past_key_values` (as returned), and returns a `DecoderOutput`. An encoder-decoder takes, by name, its
+        encoder's inputs, `decoder_input_ids` and, optionally, `past_key_values`, and returns an `EncoderDecoderOutput`;
+        here it encodes anew in each step, where exported it encodes once.
         """
         if len(args) > len(DECODER_INPUTS) and self.captured.decoder is not None:
             raise InputError(f"{len(args)} positional inputs: accepted are {', '.join(DECODER_INPUTS)}")
-        if args and kwargs and self.captured.decoder is None:
+        steps = self.captured.decoder is not None or self.captured.encoder_decoder is not None
+        if args and kwargs and not steps:
             return self.graph_module(*args, **kwargs)
         if len(args) == 1 and isinstance(args[0], dict):
             inputs: Any = args[0]
@@ -87,9 +99,9 @@ class CompiledModel:
             inputs = args or kwargs
         bound_args, bound_kwargs = self.captured.bind(inputs)
         result = self.graph_module(*bound_args, **bound_kwargs)
-        if self.captured.decoder is None:
-            return result
-        return DecoderOutput(*result)
+        if self.captured.encoder_decoder is not None:
+            return EncoderDecoderOutput(*result)
+        return result if self.captured.decoder is None else DecoderOutput(*result)
 
     def to(self, device: str | torch.device) -> CompiledModel:
         """Move every tensor, and the graph's own device arguments, to `device`; returns self."""
@@ -105,6 +117,8 @@ class CompiledModel:
         provenance: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write `directory/model.onnx` and its neighbours for onnxruntime and onnxruntime-genai.
+
+        An encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx`, which onnxruntime runs.
 
         accuracy_level: MatMulNBits' own: 0 unset, 1 float32, 4 int8 activations. provenance: plain data that goes into
         the description and the model card before what is known. Raises ExportError; nothing is left behind then.

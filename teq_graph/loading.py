@@ -48,6 +48,11 @@ class LoadedModel:
     stored_dtype: str | None = None
 
     @property
+    def writes_text(self) -> bool:
+        """Whether it is a causal language model or an encoder-decoder, which write what they are calibrated on."""
+        return self.is_causal or bool(self.model.can_generate() and self.model.config.is_encoder_decoder)
+
+    @property
     def is_causal(self) -> bool:
         """Whether it is a causal language model of one stack, which continues a text."""
         model = self.model

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from teq_graph.capture import DecoderShape
-from teq_graph.capture.captured import CachedTensor, LayerCache, attention_cache
+from teq_graph.capture.shapes import CachedTensor, LayerCache, attention_cache
 from teq_graph.onnx.directory import GENAI_FILE, Metadata
 from teq_graph.onnx.export.genai import DEFAULT_CONTEXT, describe_limits, genai_config
 

@@ -138,8 +138,8 @@ def _is_float(value: object) -> bool:
 
 
 def _results(captured: CapturedGraph, output: Node) -> list[Node]:
-    """The floating-point results of the graph, its KV cache aside."""
-    successors = set(captured.cache_pairs().values())
+    """The floating-point results of the graph, what it keeps for the next step aside."""
+    successors = {*captured.cache_pairs().values(), *captured.encoded()}
     leaves = torch.utils._pytree.tree_leaves(output.args[0])
     return [
         leaf for leaf in leaves if isinstance(leaf, Node) and leaf not in successors and _is_float(leaf.meta.get("val"))

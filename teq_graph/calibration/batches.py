@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,13 +16,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
 from teq_graph.calibration.decoding_step import decoding_step
+from teq_graph.calibration.encoder_decoders import random_sources, with_answers
 from teq_graph.calibration.self_sampling import WRITTEN_AT_ONCE, sample_text
 from teq_graph.calibration.sources import WindowChooser, elements_of, join_texts, text_column, text_of, token_rows
 from teq_graph.capture import CapturedGraph
-from teq_graph.capture.captured import symbol
+from teq_graph.capture.shapes import MASK
 from teq_graph.config import TrainingConfig
 from teq_graph.errors import ConfigError, InputError, NumericsError, brief
 from teq_graph.graph.nodes import placeholder_nodes
+from teq_graph.graph.sizes import symbol
 from teq_graph.system.memory import available_bytes
 
 if TYPE_CHECKING:
@@ -46,9 +49,15 @@ class TokenInputs:
 
     @classmethod
     def of(cls, captured: CapturedGraph) -> TokenInputs | None:
-        """Those of a decoder, or of a graph with `input_ids` among its keyword arguments."""
+        """Those of a decoder, of an encoder of texts, or of a graph with `input_ids` among its keyword arguments."""
         if captured.decoder is not None:
             return cls(captured.decoder.vocab_size, captured.decoder.max_positions)
+        if captured.encoder_decoder is not None:
+            encoder = captured.encoder_decoder.encoder
+            if encoder.vocab_size is None:
+                return None
+            masked = torch.int64 if MASK in encoder.inputs else None
+            return cls(encoder.vocab_size, encoder.max_positions, mask=masked)
         ids, mask = (captured.example_kwargs.get(name) for name in ("input_ids", "attention_mask"))
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
             return None
@@ -98,7 +107,11 @@ def make_batches(
     if calibration is None:
         if sample_fn is None:
             raise InputError("calibration=None: only a causal language model writes its own; give inputs of the model")
-        rows = sample_fn(samples, length, seed)
+        sampled = sample_fn(samples, length, seed)
+        if sampled.is_floating_point():
+            elements = sampled.split(batch_size)
+        else:
+            rows = sampled
     elif isinstance(calibration, (str, Path)):
         rows = choose.from_texts([text_of(calibration, samples * length)])
     else:
@@ -129,8 +142,25 @@ def calibration_batches(
 ) -> list[Batch]:
     """What the user gives as calibration, as inputs of the captured graph.
 
-    None stands for a causal language model's own samples, and for the user's `example_inputs` of another model.
+    None stands for a causal language model's own samples, for random sources of an encoder-decoder, and for the user's
+    `example_inputs` of another model. What an encoder-decoder is to write of a source, it writes itself, unless the
+    user gives it as `decoder_input_ids`.
     """
+    if captured.encoder_decoder is not None:
+        sources = make_batches(
+            calibration,
+            samples=training.samples,
+            length=training.length,
+            batch_size=WRITTEN_AT_ONCE,
+            seed=training.seed,
+            tokenizer=tokenizer,
+            tokens=TokenInputs.of(captured),
+            sample_fn=functools.partial(random_sources, captured),
+            batch_is_dynamic=_batch_is_dynamic(captured),
+        )
+        return list(
+            with_answers(captured, sources, length=training.length, batch_size=training.batch_size, seed=training.seed)
+        )
     decoder = captured.decoder
     if calibration is None and decoder is None and example_inputs is not None:
         calibration = [example_inputs]

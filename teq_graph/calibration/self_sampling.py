@@ -51,13 +51,13 @@ def sample_text(
             pieces, past = [written], None
             for _ in range(written.shape[1], length):
                 logits, past = step(pieces[-1], past)
-                pieces.append(_draw(logits[:, -1], generator))
+                pieces.append(draw(logits[:, -1], generator))
                 work.advance(len(written))
             texts.append(torch.cat(pieces, 1))
     return torch.cat(texts).clone()
 
 
-def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """One token per row [b, vocab] -> [b, 1]."""
     logits = logits.float().cpu()
     if not torch.isfinite(logits.amax(-1)).all():  # the maximum is NaN or infinite where any is; -inf masks a token

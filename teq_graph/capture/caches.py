@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teq_graph.capture.captured import CachedTensor, LayerCache
+from teq_graph.capture.shapes import CachedTensor, LayerCache
 
 _NAMES = ("cache", "past_key_values", "cache_params")
 """What transformers calls the cache: from 5.24 on, before, and where all of it are states."""
@@ -48,6 +49,14 @@ def describe(cache: Any) -> tuple[LayerCache, ...] | None:
     return tuple(layers) if any(layers) else None
 
 
+def described(cache: Any, name: str) -> tuple[LayerCache, ...] | None:
+    """As `describe`, with `name` before those of the tensors, of which every layer has some."""
+    layers = describe(cache)
+    if layers is None or not all(layers):
+        return None
+    return tuple(tuple(dataclasses.replace(one, name=f"{name}.{one.name}") for one in layer) for layer in layers)
+
+
 def tensors_of(layer: Any) -> dict[str, Tensor] | None:
     """The tensors that one layer of a cache holds, by name; None where it has yet to be filled, or holds others.
 
@@ -72,8 +81,32 @@ def cache_of(layers: Sequence[LayerCache], past: Sequence[Sequence[Tensor]]) -> 
 
     cache = DynamicCache()
     for layer, tensors in zip(layers, past, strict=True):
-        cache.layers.append(_filled({one.name: tensor for one, tensor in zip(layer, tensors, strict=True)}))
+        names = (one.name.rpartition(".")[2] for one in layer)
+        cache.layers.append(_filled(dict(zip(names, tensors, strict=True))))
     return cache
+
+
+def encoder_decoder_cache(past: Any, layers: int) -> Any:
+    """A cache of both attentions of a decoder that has seen `past`, and has yet to look at what it decodes."""
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    encoded = DynamicCache()
+    encoded.layers += [_written_once()() for _ in range(layers)]
+    return EncoderDecoderCache(past, encoded)
+
+
+@functools.cache
+def _written_once() -> type[Any]:
+    """A layer that holds the keys and values it is given, where transformers' own appends them to none."""
+    from transformers.cache_utils import DynamicLayer
+
+    class WrittenOnce(DynamicLayer):  # type: ignore[misc]  # transformers has no types here
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+
+    return WrittenOnce
 
 
 def _filled(held: Mapping[str, Tensor]) -> Any:

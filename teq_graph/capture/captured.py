@@ -3,109 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from teq_graph.capture.shapes import (
+    DECODER_INPUTS,
+    MASK,
+    CachedTensor,
+    DecoderShape,
+    EncoderDecoderShape,
+    LayerCache,
+)
 from teq_graph.errors import InputError, brief, one_line
 from teq_graph.graph.nodes import placeholder_nodes
-
-T = TypeVar("T")
-DECODER_INPUTS = ["input_ids", "attention_mask", "past_key_values"]
-
-
-@dataclasses.dataclass(frozen=True)
-class CachedTensor:
-    """One tensor `[b, *sizes]` of a layer, which a step takes and gives anew.
-
-    A size of None is the number of positions: that axis is prolonged by a step's tokens, and empty before the first. A
-    tensor without such an axis is a state, which is replaced, and zeros before the first step.
-    """
-
-    name: str
-    sizes: tuple[int | None, ...]
-
-    @property
-    def growing_axis(self) -> int | None:
-        """The axis of positions, counted with the batch's; None for a state."""
-        return self.sizes.index(None) + 1 if None in self.sizes else None
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers it holds for each sequence: of each position, where it grows."""
-        return math.prod(size for size in self.sizes if size is not None)
-
-    def shape(self, batch: int, positions: int) -> tuple[int, ...]:
-        """Its shape after so many positions."""
-        return (batch, *(positions if size is None else size for size in self.sizes))
-
-
-LayerCache = tuple[CachedTensor, ...]
-"""What one layer keeps between steps."""
-
-
-def attention_cache(key_heads: int, key_dim: int, value_heads: int, value_dim: int) -> LayerCache:
-    """Key `[b, key_heads, p, key_dim]` and value `[b, value_heads, p, value_dim]` of attention."""
-    return CachedTensor("key", (key_heads, None, key_dim)), CachedTensor("value", (value_heads, None, value_dim))
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderShape:
-    """What a caller must know to drive a captured decoder.
-
-    `recompute_after`: sequences of more tokens are computed with other tables of angles, all their tokens anew.
-    """
-
-    layers: tuple[LayerCache, ...]
-    vocab_size: int
-    max_positions: int | None
-    recompute_after: int | None = None
-
-    @property
-    def cached(self) -> tuple[CachedTensor, ...]:
-        """The cached tensors of all layers, in order."""
-        return tuple(tensor for layer in self.layers for tensor in layer)
-
-    @property
-    def cache_names(self) -> tuple[str, ...]:
-        """A name for each of `cached`: its layer's number, and its own name in it."""
-        return tuple(f"{index}.{tensor.name}" for index, layer in enumerate(self.layers) for tensor in layer)
-
-    @property
-    def states(self) -> bool:
-        """Whether anything cached is a state, of which a step cannot be taken back."""
-        return any(tensor.growing_axis is None for tensor in self.cached)
-
-    def cached_numbers(self, positions: int) -> int:
-        """How many numbers the cache holds for a sequence of so many positions."""
-        return sum(tensor.numbers * (1 if tensor.growing_axis is None else positions) for tensor in self.cached)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> DecoderShape:
-        """The inverse of `dataclasses.asdict`."""
-        layers = tuple(tuple(CachedTensor(t["name"], tuple(t["sizes"])) for t in layer) for layer in data["layers"])
-        return cls(**{**data, "layers": layers})
-
-    def by_layer(self, tensors: Iterable[T]) -> list[tuple[T, ...]]:
-        """Something for each of `cached`, in its layers."""
-        each = iter(tensors)
-        return [tuple(next(each) for _ in layer) for layer in self.layers]
-
-    def past_length(self, past: Sequence[Sequence[Tensor]]) -> int | None:
-        """Positions that `past` holds; None where nothing in it grows."""
-        pairs = zip(self.cached, (tensor for layer in past for tensor in layer), strict=True)
-        return next((held.shape[axis] for one, held in pairs if (axis := one.growing_axis) is not None), None)
-
-    def empty_past(
-        self, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> list[tuple[Tensor, ...]]:
-        """A cache of no positions, for prefill."""
-        return self.by_layer(torch.zeros(one.shape(batch, 0), dtype=dtype, device=device) for one in self.cached)
+from teq_graph.graph.sizes import fixed, symbol
 
 
 @dataclasses.dataclass
@@ -115,6 +31,8 @@ class CapturedGraph:
     `graph_module` takes `example_args` and `example_kwargs` (any sizes where `dynamic_shapes` says so).
     A decoder's signature is `(input_ids [b, s], attention_mask [b, p+s], past)` → `(logits [b, s, vocab], present)`,
     all integer inputs int64; past and present are lists of each layer's cached tensors, as `decoder.layers` says.
+    An encoder-decoder's is `(encoder's inputs by name, decoder_input_ids [b, s], past)` → `(logits [b, s, vocab],
+    present, encoded)`, where `encoded` are the tensors of `encoder_decoder.encoder.layers`, by layer.
     `lm_head` names the weight that projects onto the vocabulary, where the model says which it is. `without_cache` says
     why the model's states are no inputs of the graph, where it has some.
     """
@@ -126,14 +44,21 @@ class CapturedGraph:
     decoder: DecoderShape | None = None
     lm_head: str | None = None
     without_cache: str | None = None
+    encoder_decoder: EncoderDecoderShape | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of a decoder's KV cache, otherwise of the graph's first tensor that has one."""
-        if self.decoder is not None:
-            _, _, past = self.example_args
+        if self.cached:
+            *_, past = self.example_args
             return past[0][0].dtype  # type: ignore[no-any-return]
         return float_dtype(self.graph_module)
+
+    @property
+    def cached(self) -> tuple[CachedTensor, ...]:
+        """The tensors that a step takes from the one before; none of a model without a cache."""
+        stepping = self.decoder if self.encoder_decoder is None else self.encoder_decoder.decoder
+        return () if stepping is None else stepping.cached
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +68,8 @@ class CapturedGraph:
     def bind(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The graph's args and kwargs for what a user gives: a mapping by argument name, a tuple, or one tensor.
 
-        A decoder needs `input_ids`; `attention_mask` (all ones) and `past_key_values` (none) are optional.
+        A decoder needs `input_ids`; `attention_mask` (all ones) and `past_key_values` (none) are optional. An
+        encoder-decoder needs its encoder's inputs; `decoder_input_ids` are its start token where they are not given.
         Arguments that are no tensors keep the values that the graph was captured with. Raises InputError for
         tensors of another type or shape than the graph takes.
         """
@@ -157,18 +83,23 @@ class CapturedGraph:
         return dict(zip(placeholders, pytree.tree_leaves(self.bind(inputs)), strict=True))
 
     def _bind(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        steps = self.decoder is not None or self.encoder_decoder is not None
         names = DECODER_INPUTS if self.decoder is not None else list(self.example_kwargs)
+        if self.encoder_decoder is not None:
+            names = self.encoder_decoder.inputs
         if isinstance(inputs, Tensor):
-            inputs = (inputs,) if self.example_args and self.decoder is None else {names[0]: inputs}
+            inputs = (inputs,) if self.example_args and not steps else {names[0]: inputs}
         if isinstance(inputs, Mapping):
             unknown = sorted(set(inputs) - set(names))
             if unknown:
                 raise InputError(f"inputs {unknown}: accepted are {names}")
-        elif not isinstance(inputs, tuple) or self.decoder is not None or len(inputs) != len(self.example_args):
+        elif not isinstance(inputs, tuple) or steps or len(inputs) != len(self.example_args):
             accepted = f"a mapping of {names}" if names else f"a tuple of {len(self.example_args)}"
             raise InputError(f"inputs={type(inputs).__name__}: accepted is {accepted}")
         if self.decoder is not None:
             return _bind_decoder(self, inputs), {}
+        if self.encoder_decoder is not None:
+            return _bind_encoder_decoder(self, self.encoder_decoder, inputs), {}
         if isinstance(inputs, tuple):
             return inputs, dict(self.example_kwargs)
         constants = {name: value for name, value in self.example_kwargs.items() if not isinstance(value, Tensor)}
@@ -223,38 +154,81 @@ class CapturedGraph:
         self.graph_module.recompile()
 
     def cache_pairs(self) -> dict[Node, Node]:
-        """For a decoder: the placeholder of each cached tensor -> the node that gives its successor."""
-        if self.decoder is None:
+        """The placeholder of each cached tensor -> the node that gives its successor."""
+        if not self.cached:
             return {}
-        count = len(self.decoder.cached)
-        nodes = list(self.graph_module.graph.nodes)
+        outputs, kept = self.outputs(), len(self.encoded())
+        count, last = len(self.cached), len(outputs) - kept
         placeholders = placeholder_nodes(self.graph_module)[-count:]
-        outputs = pytree.tree_leaves(nodes[-1].args[0])[-count:]
-        return dict(zip(placeholders, outputs, strict=True))
+        return dict(zip(placeholders, outputs[last - count : last], strict=True))
+
+    def encoded(self) -> tuple[Node, ...]:
+        """For an encoder-decoder: the nodes that give the tensors of `encoder.layers`, which every step reads again."""
+        count = 0 if self.encoder_decoder is None else sum(map(len, self.encoder_decoder.encoder.layers))
+        return tuple(self.outputs()[-count:]) if count else ()
+
+    def outputs(self) -> list[Any]:
+        """The leaves of the graph's result, in order."""
+        output = next(iter(reversed(self.graph_module.graph.nodes)))
+        leaves: list[Any] = pytree.tree_leaves(output.args[0])
+        return leaves
 
 
 def _bind_decoder(captured: CapturedGraph, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     decoder = captured.decoder
     assert decoder is not None
-    tokens = inputs.get("input_ids")
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point() or tokens.numel() == 0:
-        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise InputError(f"input_ids={shape}: accepted are integers [batch, sequence], at least one")
-    past = inputs.get("past_key_values")
-    past = (
-        decoder.empty_past(tokens.shape[0], captured.dtype, tokens.device) if past is None else _layers(past, decoder)
-    )
+    tokens, past = _bind_step("input_ids", captured, decoder, inputs)
     seen, mask = decoder.past_length(past), inputs.get("attention_mask")
     # Without an axis of positions, how many were seen is for the caller to know.
     total = tokens.shape[1] + seen if seen is not None else max(tokens.shape[1], _length(mask))
-    if decoder.max_positions is not None and total > decoder.max_positions:
-        raise InputError(f"sequence of {total} positions: the model has {decoder.max_positions}")
+    _check_room(decoder, total)
     if mask is None:
         mask = torch.ones(tokens.shape[0], total, dtype=torch.long, device=tokens.device)
     elif not isinstance(mask, Tensor) or tuple(mask.shape) != (tokens.shape[0], total):
         shown = tuple(mask.shape) if isinstance(mask, Tensor) else brief(mask)
         raise InputError(f"attention_mask={shown}: accepted is {(tokens.shape[0], total)}, past included")
-    return tokens.long(), mask.long(), past
+    return tokens, mask.long(), past
+
+
+def _bind_encoder_decoder(
+    captured: CapturedGraph, shape: EncoderDecoderShape, inputs: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    given = {name: inputs[name] for name in shape.encoder.inputs if inputs.get(name) is not None}
+    first, start = next(iter(given.values()), None), shape.decoder_start_token_id
+    if isinstance(first, Tensor) and inputs.get("decoder_input_ids") is None and start is not None:
+        inputs = {**inputs, "decoder_input_ids": torch.full((len(first), 1), start, device=first.device)}
+    tokens, past = _bind_step("decoder_input_ids", captured, shape.decoder, inputs)
+    _check_room(shape.decoder, tokens.shape[1] + (shape.decoder.past_length(past) or 0))
+    missing = [name for name in shape.encoder.inputs if name not in given]
+    if missing == [MASK] and isinstance(first, Tensor):
+        given[MASK] = torch.ones_like(first)
+    elif missing:
+        raise InputError(f"inputs {sorted(inputs)}: missing are {missing}")
+    # A mask of booleans, say, is what one of integers is.
+    whole = {
+        name: value.long() if isinstance(value, Tensor) and not value.is_floating_point() else value
+        for name, value in given.items()
+    }
+    return {name: whole[name] for name in shape.encoder.inputs}, tokens, past
+
+
+def _bind_step(
+    name: str, captured: CapturedGraph, decoder: DecoderShape, inputs: Mapping[str, Any]
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """The tokens [b, s] int64 that `name` is, and the tensors that were cached before them."""
+    tokens = inputs.get(name)
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise InputError(f"{name}={shape}: accepted are integers [batch, sequence], at least one")
+    past = inputs.get("past_key_values")
+    if past is None:
+        return tokens.long(), decoder.empty_past(tokens.shape[0], captured.dtype, tokens.device)
+    return tokens.long(), _layers(past, decoder)
+
+
+def _check_room(decoder: DecoderShape, total: int) -> None:
+    if decoder.max_positions is not None and total > decoder.max_positions:
+        raise InputError(f"sequence of {total} positions: the model has {decoder.max_positions}")
 
 
 def _length(mask: Any) -> int:
@@ -285,20 +259,6 @@ def describe(tensor: Tensor) -> str:
     """Shape and type, as in `[2, any] torch.int64`."""
     sizes = ("any" if symbol(size) is not None else str(size) for size in tensor.shape)
     return f"[{', '.join(sizes)}] {tensor.dtype}"
-
-
-def symbol(size: Any) -> Any:
-    """The symbol that a dynamic size consists of; None for a number or an expression."""
-    expression = size.node.expr if isinstance(size, torch.SymInt) else None
-    return expression if expression is not None and expression.is_Symbol else None
-
-
-def fixed(size: Any, sizes: Mapping[Any, int]) -> int | None:
-    """The number that a size is, given those of symbols; None while one of its symbols is not known."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    value = size.node.expr.subs(sizes)
-    return int(value) if value.is_number else None
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:

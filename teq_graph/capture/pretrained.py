@@ -12,8 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teq_graph.capture.caches import cache_argument, cache_in, cache_of, describe, tensors_of
-from teq_graph.capture.captured import DecoderShape, LayerCache, float_dtype, magnitude
+from teq_graph.capture.caches import (
+    cache_argument,
+    cache_in,
+    cache_of,
+    describe,
+    described,
+    encoder_decoder_cache,
+    tensors_of,
+)
+from teq_graph.capture.captured import float_dtype, magnitude
+from teq_graph.capture.shapes import DecoderShape, EncoderDecoderShape, EncoderShape, LayerCache
 from teq_graph.errors import CaptureError, one_line
 
 # Sizes of the example inputs. Sizes 0 and 1 would be specialised by torch.export, and equal sizes could be
@@ -21,6 +30,7 @@ from teq_graph.errors import CaptureError, one_line
 BATCH, PAST, SEQUENCE = 2, 3, 4
 IMAGE = (64, 80)
 """Height and width of an example image for a model that names no size: it takes any."""
+NO_ENCODER_INPUTS = ("decoder_input_ids", "use_cache")
 CHUNK = 16
 """Tokens of a scan's chunk at most."""
 
@@ -61,6 +71,32 @@ class DecoderStep(nn.Module):
             # A state that is computed in another type is kept in that of the cache.
             present.append(tuple(new if new.dtype == old.dtype else new.to(old.dtype) for old, new in held))
         return output.logits, present
+
+
+class EncoderDecoderStep(nn.Module):
+    """An encoder and one step of its decoder over a cache of any length, as one traceable function.
+
+    What the decoder reads of the encoder are the keys and values that each layer makes of its result: they are
+    results, too, so that the graph can be cut there.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[LayerCache]) -> None:
+        super().__init__()
+        self.model = model
+        self.layers = layers
+
+    def forward(
+        self, encoder: Mapping[str, Tensor], decoder_input_ids: Tensor, past: Sequence[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+        cache = encoder_decoder_cache(cache_of(self.layers, past), len(self.layers))
+        output = self.model(
+            **encoder, decoder_input_ids=decoder_input_ids, use_cache=True, **{cache_argument(self.model): cache}
+        )
+        present, encoded = (
+            [tuple((tensors_of(layer) or {}).values()) for layer in part.layers]
+            for part in (cache.self_attention_cache, cache.cross_attention_cache)
+        )
+        return output.logits, present, encoded
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -128,7 +164,7 @@ def call(model: nn.Module, what: str, *args: Any, **kwargs: Any) -> Any:
 
 def name_of(model: nn.Module) -> str:
     """The class of the user's model."""
-    return type(model.model if isinstance(model, DecoderStep) else model).__name__
+    return type(model.model if isinstance(model, DecoderStep | EncoderDecoderStep) else model).__name__
 
 
 def probe_decoder(model: Any) -> DecoderShape | None:
@@ -143,6 +179,32 @@ def probe_decoder(model: Any) -> DecoderShape | None:
     return DecoderShape(layers=layers, vocab_size=output.logits.shape[-1], max_positions=longest_text(model))
 
 
+def probe_encoder_decoder(model: Any) -> EncoderDecoderShape | None:
+    """Decode two tokens to see which KV caches the model keeps; None if it is no such model, or keeps others."""
+    if not (model.can_generate() and model.config.is_encoder_decoder):
+        return None
+    (_, kwargs, _), device = inputs_from_config(model), _device(model)
+    inputs = {name: kwargs[name] for name in kwargs if name not in NO_ENCODER_INPUTS}
+    tokens = torch.ones(1, 2, dtype=torch.long, device=device)
+    one = {name: value[:1] for name, value in inputs.items()}
+    output = call(model, "two tokens", **one, decoder_input_ids=tokens, use_cache=True)
+    caches = (getattr(cache_in(output), f"{name}_attention_cache", None) for name in ("self", "cross"))
+    own, encoded = map(described, caches, ("decoder", "encoder"))
+    if own is None or encoded is None:
+        return None
+    text = model.main_input_name == "input_ids"
+    return EncoderDecoderShape(
+        EncoderShape(
+            tuple(inputs),
+            encoded,
+            vocab_size=model.get_input_embeddings().weight.shape[0] if text else None,
+            max_positions=longest_text(model) if text else None,
+        ),
+        DecoderShape(own, vocab_size=output.logits.shape[-1], max_positions=longest_text(model)),
+        getattr(model.generation_config, "decoder_start_token_id", None),
+    )
+
+
 def generates_text(model: Any) -> bool:
     """Whether it is a decoder-only language model."""
     found: bool = model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
@@ -152,7 +214,8 @@ def generates_text(model: Any) -> bool:
 def longest_text(model: Any) -> int | None:
     """The positions that the model has; None where its config names no limit."""
     config = model.config.get_text_config()
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    limits = (getattr(config, name, None) for name in names)
     # XLNet has -1 for none.
     return next((limit for limit in limits if limit is not None and limit > 0), None)
 
@@ -183,6 +246,17 @@ def decoder_inputs(model: nn.Module, shape: DecoderShape, sequence: int = SEQUEN
     return (tokens, mask, shape.by_layer(past)), dynamic_shapes
 
 
+def encoder_decoder_inputs(model: nn.Module, shape: EncoderDecoderShape) -> tuple[tuple[Any, ...], Any]:
+    """Example arguments and dynamic shapes of an `EncoderDecoderStep`."""
+    _, kwargs, shapes = inputs_from_config(model)
+    (tokens, _, past), (of_tokens, _, of_past) = decoder_inputs(model, shape.decoder)
+    names = shape.encoder.inputs
+    return (
+        ({name: kwargs[name] for name in names}, tokens, past),
+        ({name: shapes[name] for name in names}, of_tokens, of_past),
+    )
+
+
 def inputs_from_config(
     model: Any, length: int = SEQUENCE + 1
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
@@ -207,6 +281,16 @@ def inputs_from_config(
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.randn(BATCH, channels, height, width, generator=generator)
         kwargs["pixel_values"] = pixels.to(device, dtype)
+    elif model.main_input_name == "input_features":
+        bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+        if bins is None or frames is None:
+            raise CaptureError(
+                f"example_inputs=None: the config of {type(model).__name__} has no num_mel_bins or no "
+                "max_source_positions; accepted is a tuple or dict as for torch.export"
+            )
+        # Of such models the first convolution keeps every frame, and the second every other.
+        features = torch.randn(BATCH, bins, 2 * frames, generator=generator)
+        kwargs["input_features"], shapes["input_features"] = features.to(device, dtype), {0: dynamic}
     elif model.main_input_name == "input_ids":
         names = ["input_ids", "attention_mask"]
         if config.is_encoder_decoder:

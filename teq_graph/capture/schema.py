@@ -18,7 +18,7 @@ class Strict(BaseModel):
 class Cached(Strict):
     """A `CachedTensor`; a size of null is the number of positions, which one axis at most has."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]
+    name: Annotated[str, Field(pattern=r"^[a-z_.]{1,40}$")]
     sizes: Annotated[list[Count | None], Field(min_length=1, max_length=7)]
 
     @field_validator("sizes")
@@ -27,6 +27,15 @@ class Cached(Strict):
         if sizes.count(None) > 1:
             raise ValueError("one size at most is null")
         return sizes
+
+
+class Encoder(Strict):
+    """An `EncoderShape`."""
+
+    inputs: Annotated[list[Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]], Field(min_length=1, max_length=8)]
+    layers: Annotated[list[list[Cached]], Field(min_length=1)]
+    vocab_size: Count | None
+    max_positions: Count | None
 
 
 class Decoder(Strict):

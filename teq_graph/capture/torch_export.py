@@ -22,23 +22,27 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from teq_graph.capture.buffers import keep_no_state, table_switch
-from teq_graph.capture.captured import CapturedGraph, DecoderShape, magnitude
+from teq_graph.capture.captured import CapturedGraph, magnitude
 from teq_graph.capture.experts import traceable_experts
 from teq_graph.capture.pretrained import (
     PAST,
     DecoderStep,
+    EncoderDecoderStep,
     call,
     counts_positions,
     decoder_inputs,
+    encoder_decoder_inputs,
     generates_text,
     inputs_from_config,
     is_pretrained,
     longest_text,
     name_of,
     probe_decoder,
+    probe_encoder_decoder,
     short_scans,
     without_cache,
 )
+from teq_graph.capture.shapes import CachedTensor, DecoderShape, EncoderDecoderShape
 from teq_graph.errors import CaptureError, NumericsError, one_line
 from teq_graph.graph.tensors import drop_unused, node_tensor, set_tensor
 from teq_graph.graph.tracing import without_dispatch_cache
@@ -158,6 +162,8 @@ def _export_pretrained(model: nn.Module) -> CapturedGraph:
             if not shape.states:
                 raise
             reason = str(error)
+    if (both := probe_encoder_decoder(model)) is not None:
+        return _export_encoder_decoder(model, both)
     try:
         captured = _export(model, *inputs_from_config(model))
         if generates_text(model):
@@ -181,6 +187,22 @@ def _export_decoder(model: nn.Module, shape: DecoderShape) -> CapturedGraph:
     _strip_prefix(captured.graph_module, "model.")
     switch = table_switch(captured.graph_module)
     return dataclasses.replace(captured, decoder=dataclasses.replace(shape, recompute_after=switch))
+
+
+def _export_encoder_decoder(model: nn.Module, shape: EncoderDecoderShape) -> CapturedGraph:
+    """The model's encoder and the step over a cache of its decoder."""
+    args, dynamic_shapes = encoder_decoder_inputs(model, shape)
+    captured = _export(EncoderDecoderStep(model, shape.decoder.layers), args, {}, dynamic_shapes)
+    _strip_prefix(captured.graph_module, "model.")
+    captured = dataclasses.replace(captured, encoder_decoder=shape)
+    # One sequence does not tell which sizes are the encoder's positions: of a model of sounds, all are fixed.
+    values = iter(node.meta["val"].shape[1:] for node in captured.encoded())
+    layers = tuple(
+        tuple(CachedTensor(one.name, tuple(n if isinstance(n, int) else None for n in next(values))) for one in layer)
+        for layer in shape.encoder.layers
+    )
+    encoder = dataclasses.replace(shape.encoder, layers=layers)
+    return dataclasses.replace(captured, encoder_decoder=dataclasses.replace(shape, encoder=encoder))
 
 
 def _export_with_states(step: DecoderStep, shape: DecoderShape) -> CapturedGraph:

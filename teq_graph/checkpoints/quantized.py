@@ -134,6 +134,11 @@ def _check_agreement(captured: CapturedGraph, model: Any) -> None:
             tokens = {"input_ids": captured.example_args[0]}
             args, kwargs = captured.bind(tokens)
             given, wanted = captured.graph_module(*args, **kwargs)[0], model(**tokens, use_cache=False).logits
+        elif captured.encoder_decoder is not None:
+            source, written, _ = captured.example_args
+            inputs = {**source, "decoder_input_ids": written}
+            args, kwargs = captured.bind(inputs)
+            given, wanted = captured.graph_module(*args, **kwargs)[0], model(**inputs, use_cache=False).logits
         else:
             given, wanted = (
                 call(*captured.example_args, **captured.example_kwargs) for call in (captured.graph_module, model)

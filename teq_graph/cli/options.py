@@ -129,9 +129,9 @@ def check_calibration(calibration: str | None, text: Path | None) -> None:
 
 def check_trainable(loaded: LoadedModel, calibration: str | None, otherwise: str = "--method rtn") -> None:
     """Refuse a model that has no text to calibrate on; `otherwise` works without one, empty where nothing does."""
-    if calibration is None and not loaded.is_causal:
+    if calibration is None and not loaded.writes_text:
         kind = type(loaded.model).__name__
-        reason = f"is a {kind}, and only a causal language model writes text to calibrate on"
+        reason = f"is a {kind}, and only a language model writes text to calibrate on"
     elif calibration is not None and loaded.tokenizer is None:
         reason = "has no tokenizer to read --calibration with"
     else:

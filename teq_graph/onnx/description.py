@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from teq_graph.capture.schema import Count, Decoder, Strict
+from teq_graph.capture.schema import Count, Decoder, Encoder, Strict
 from teq_graph.config import ACCURACY_LEVELS
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -23,6 +23,8 @@ class _Description(Strict):
     eos_token_ids: list[Token]
     pad_token_id: Token | None
     shared_buffers: bool
+    encoder: Encoder | None = None
+    decoder_start_token_id: Token | None = None
     provenance: dict[str, Any]
     format_version: int
     files: dict[str, Any] = Field(default_factory=dict)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from teq_graph.capture import DecoderShape
+from teq_graph.capture import DecoderShape, EncoderShape
 from teq_graph.errors import ModelFileError, one_line
 from teq_graph.system.directories import EXPORTED
 from teq_graph.system.files import read_json, shown, write_json
@@ -15,7 +15,11 @@ from teq_graph.system.files import read_json, shown, write_json
 FORMAT_VERSION = 3
 
 MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
+ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
+"""The two graphs of an encoder-decoder, in the place of `MODEL_FILE`."""
+DATA_SUFFIX = ".data"
+"""The large tensors of a model are in the file of its name and this."""
+DATA_FILE = MODEL_FILE + DATA_SUFFIX
 METADATA_FILE = EXPORTED
 GENAI_FILE = "genai_config.json"
 GENAI_MODEL_FILE = "model.genai.onnx"
@@ -23,15 +27,12 @@ GENAI_MODEL_FILE = "model.genai.onnx"
 GENERATION_FILE = "generation_config.json"
 CARD_FILE = "README.md"
 
-VERIFIED = (MODEL_FILE, DATA_FILE)
+VERIFIED = tuple(name + suffix for name in (MODEL_FILE, ENCODER_FILE, DECODER_FILE) for suffix in ("", DATA_SUFFIX))
 """The files whose checksums are compared on opening. The others are for people to edit, as the generation config, and
 their readers refuse what is damaged."""
 
 LOGITS_FROM = "logits_from"
 """Input that the runtime adds to a decoder: the position from which on logits are computed; [-1] the last alone."""
-
-PAST, PRESENT = "past_key_values", "present"
-"""What the names of cached tensors begin with, as inputs and as outputs; `DecoderShape.cache_names` follow."""
 
 WRITTEN = "a directory that export_onnx or teq-graph quantize wrote"
 
@@ -42,6 +43,7 @@ class Metadata:
 
     `dtype` is the floating-point type of inputs and outputs (of `config.DTYPES`). `weights` counts the
     quantized weights by "bits/group_size" as stored in the file; `eos_token_ids` are the stop tokens.
+    `encoder`: `decoder` is the step of an encoder-decoder's decoder, which begins with `decoder_start_token_id`.
     `shared_buffers`: past and present of a decoder's cache may be one buffer, as long as the longest sequence.
     `provenance` says where the model comes from; nothing is computed from it.
     """
@@ -54,6 +56,8 @@ class Metadata:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     shared_buffers: bool = False
+    encoder: EncoderShape | None = None
+    decoder_start_token_id: int | None = None
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
@@ -81,5 +85,11 @@ class Metadata:
             values = validated(content)
         except ValueError as error:
             raise ModelFileError(f"{shown(path)} is damaged: {error}") from None
-        decoder = values["decoder"]
-        return cls(**{**values, "decoder": None if decoder is None else DecoderShape.from_dict(decoder)})
+        decoder, encoder = values["decoder"], values["encoder"]
+        return cls(
+            **{
+                **values,
+                "decoder": None if decoder is None else DecoderShape.from_dict(decoder),
+                "encoder": None if encoder is None else EncoderShape.from_dict(encoder),
+            }
+        )

@@ -14,11 +14,13 @@ import pydantic
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from teq_graph.analysis.equivalences.equivalence import Equivalence, ScaledTensor
-from teq_graph.capture import CapturedGraph, DecoderShape
-from teq_graph.capture.schema import Cached, Decoder
+from teq_graph.capture import CachedTensor, CapturedGraph, DecoderShape, EncoderDecoderShape
+from teq_graph.capture.schema import Cached, Decoder, Encoder
+from teq_graph.capture.shapes import LayerCache
 from teq_graph.errors import ExportError, ModelFileError
 from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.saving import (
@@ -92,7 +94,8 @@ def _describe(captured: CapturedGraph, equivalences: Iterable[Equivalence]) -> S
             raise ExportError(f"types or operators of {module} cannot be saved: it is not imported by that name")
     description = schema.Description(
         format_version=FORMAT_VERSION,
-        decoder=_describe_decoder(captured.decoder),
+        decoder=None if captured.decoder is None else _describe_decoder(captured.decoder),
+        encoder_decoder=None if captured.encoder_decoder is None else _describe_both(captured.encoder_decoder),
         lm_head=captured.lm_head,
         modules=sorted(modules),
         device=str(captured.device),
@@ -137,8 +140,15 @@ def read(directory: Path, description: schema.Description) -> tuple[CapturedGrap
     sizes: list[Sizes] = [node.sizes for node in graph.nodes if isinstance(node, schema.PlaceholderNode)]
     give_values(graph_module, pytree.tree_leaves((args, kwargs)), sizes)
     decoder = None if description.decoder is None else DecoderShape.from_dict(description.decoder.model_dump())
+    both = description.encoder_decoder
     captured = CapturedGraph(
-        graph_module, args, kwargs, _dynamic_shapes(args, kwargs, sizes), decoder, description.lm_head
+        graph_module,
+        args,
+        kwargs,
+        _dynamic_shapes(args, kwargs, sizes),
+        decoder,
+        description.lm_head,
+        encoder_decoder=None if both is None else EncoderDecoderShape.from_dict(both.model_dump()),
     )
     _check_decoder(captured)
     if not _is_there(wanted):
@@ -151,12 +161,27 @@ def _not_a_leaf(tree: schema.Tree | None) -> schema.Tree:
     return tree
 
 
-def _describe_decoder(shape: DecoderShape | None) -> Decoder | None:
-    if shape is None:
-        return None
-    layers = [[Cached(name=one.name, sizes=list(one.sizes)) for one in layer] for layer in shape.layers]
+def _describe_both(shape: EncoderDecoderShape) -> schema.EncoderDecoder:
+    encoder = shape.encoder
+    return schema.EncoderDecoder(
+        encoder=Encoder(
+            inputs=list(encoder.inputs),
+            layers=_describe_layers(encoder.layers),
+            vocab_size=encoder.vocab_size,
+            max_positions=encoder.max_positions,
+        ),
+        decoder=_describe_decoder(shape.decoder),
+        decoder_start_token_id=shape.decoder_start_token_id,
+    )
+
+
+def _describe_layers(layers: Iterable[LayerCache]) -> list[list[Cached]]:
+    return [[Cached(name=one.name, sizes=list(one.sizes)) for one in layer] for layer in layers]
+
+
+def _describe_decoder(shape: DecoderShape) -> Decoder:
     return Decoder(
-        layers=layers,
+        layers=_describe_layers(shape.layers),
         vocab_size=shape.vocab_size,
         max_positions=shape.max_positions,
         recompute_after=shape.recompute_after,
@@ -220,19 +245,40 @@ def _dynamic_shapes(args: Any, kwargs: Any, sizes: list[Sizes]) -> Any:
 
 
 def _check_decoder(captured: CapturedGraph) -> None:
-    """A decoder's caches are those that its inputs have."""
-    if captured.decoder is None:
+    """A decoder's caches are those that its inputs have, and what it reads of its encoder is what it gives."""
+    both = captured.encoder_decoder
+    if captured.decoder is not None and both is not None:
+        raise ModelFileError("a model that is both a decoder and an encoder-decoder")
+    decoder = captured.decoder if both is None else both.decoder
+    if decoder is None:
         return
-    decoder = captured.decoder
     if captured.example_kwargs or len(captured.example_args) != 3:
         raise ModelFileError(f"a decoder of {len(captured.example_args)} inputs: accepted are tokens, mask and caches")
-    layers = captured.example_args[2]
+    first, _, layers = captured.example_args
     if [len(layer) for layer in layers] != [len(layer) for layer in decoder.layers] or not all(
-        isinstance(cache, Tensor)
-        and cache.dim() == len(one.sizes) + 1
-        and all(size in (None, given) for size, given in zip(one.sizes, cache.shape[1:], strict=True))
-        for one, cache in zip(decoder.cached, pytree.tree_leaves(layers), strict=True)
+        map(_fits, decoder.cached, pytree.tree_leaves(layers))
     ):
         raise ModelFileError(f"a decoder of {len(decoder.layers)} layers with caches of other sizes")
-    if len(captured.cache_pairs()) != len(placeholder_nodes(captured.graph_module)) - 2:
+    others = 2
+    if both is not None:
+        if not isinstance(first, dict) or tuple(first) != both.encoder.inputs:
+            raise ModelFileError(f"an encoder whose inputs are not {', '.join(both.encoder.inputs)[:200]}")
+        others = 1 + len(first)
+        encoded = [tensor for layer in both.encoder.layers for tensor in layer]
+        given = captured.outputs()
+        if len(given) != 1 + len(decoder.cached) + len(encoded):
+            raise ModelFileError(f"an encoder-decoder of {len(given)} results: accepted are logits and caches")
+        if len(both.encoder.layers) != len(decoder.layers) or not all(
+            isinstance(node, Node) and _fits(one, node.meta.get("val"))
+            for one, node in zip(encoded, captured.encoded(), strict=True)
+        ):
+            raise ModelFileError("an encoder-decoder that encodes into other sizes")
+    if len(captured.cache_pairs()) != len(placeholder_nodes(captured.graph_module)) - others:
         raise ModelFileError("a decoder whose caches are not its inputs")
+
+
+def _fits(one: CachedTensor, value: object) -> bool:
+    """Whether `value` [b, …] may be kept as `one`."""
+    if not isinstance(value, Tensor) or value.dim() != len(one.sizes) + 1:
+        return False
+    return all(size in (None, given) for size, given in zip(one.sizes, value.shape[1:], strict=True))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, Field, JsonValue
 
-from teq_graph.capture.schema import Count, Decoder, Strict
+from teq_graph.capture.schema import Count, Decoder, Encoder, Strict
 from teq_graph.errors import ModelFileError, one_line
 from teq_graph.saving.names import Attribute, Identifier
 from teq_graph.system import files
@@ -106,12 +106,21 @@ class Graph(Strict):
     equivalences: list[Site]
 
 
+class EncoderDecoder(Strict):
+    """An `EncoderDecoderShape`."""
+
+    encoder: Encoder
+    decoder: Decoder
+    decoder_start_token_id: Annotated[int, Field(ge=0, lt=2**31)] | None
+
+
 class Description(Strict):
     """The description of the directory. `modules` define types and operators of the graph; `device` is where the
     tensors were; `files` are sizes and checksums; of `provenance` nothing is computed."""
 
     format_version: int
     decoder: Decoder | None
+    encoder_decoder: EncoderDecoder | None = None
     lm_head: Text | None
     modules: list[Text]
     device: Text

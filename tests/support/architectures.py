@@ -22,6 +22,11 @@ HYBRID = dict(
     **dict(num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48),
 )
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+BOTH = dict(
+    **dict(d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, decoder_start_token_id=3),
+    **dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4),
+)
+SOUND = dict(num_mel_bins=16, max_source_positions=20)
 WINDOW = 6  # shorter than the sequences of the tests
 
 
@@ -150,6 +155,24 @@ ARCHITECTURES = (
             "decoder_input_ids": _tokens(b, s),
         },
         linears=33,
+        covered=32,
+    ),
+    Architecture(
+        "BART",
+        _pretrained("bart", "AutoModelForSeq2SeqLM", **TOKENS, **BOTH, max_position_embeddings=64),
+        lambda b, s: {
+            "input_ids": _tokens(b, s + 1),
+            "attention_mask": torch.ones(b, s + 1, dtype=torch.long),
+            "decoder_input_ids": _tokens(b, s),
+        },
+        linears=33,
+        covered=10,
+    ),
+    Architecture(
+        "Whisper",
+        _pretrained("whisper", "AutoModelForSpeechSeq2Seq", **TOKENS, **BOTH, **SOUND, max_target_positions=64),
+        lambda b, s: {"input_features": torch.randn(b, 16, 40), "decoder_input_ids": _tokens(b, s)},
+        linears=35,
         covered=28,
     ),
     Architecture(

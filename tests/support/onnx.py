@@ -17,15 +17,19 @@ from teq_graph.onnx.directory import Metadata
 
 
 class OnnxModel:
-    """`model.onnx` of a directory, on the CPU, with tensors in and out."""
+    """`model.onnx` of a directory, or its two parts, on the CPU, with tensors in and out."""
 
     def __init__(self, directory: Path) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        path = str(directory / "model.onnx")
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        parts = directory / "encoder_model.onnx", directory / "decoder_model.onnx"
+        paths = parts if parts[0].exists() else (directory / "model.onnx",)
+        *encoder, self.session = (
+            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]) for path in paths
+        )
+        self.encoder = next(iter(encoder), None)
 
     def run(self, inputs: Any) -> Tensor:
         """The first output for the arguments of any model."""
@@ -33,12 +37,28 @@ class OnnxModel:
 
     def outputs(self, inputs: Any) -> list[Tensor]:
         """The outputs for the arguments of any model."""
+        if self.encoder is not None:
+            return self._decoded(inputs)
         names = [item.name for item in self.session.get_inputs()]
         tensors = dict(zip(names, pytree.tree_leaves(inputs), strict=True))
         if isinstance(inputs, dict):
             tensors = {name: inputs[name] for name in names}
         results = self.session.run(None, {name: x.numpy() for name, x in tensors.items()})
         return [torch.from_numpy(result) for result in results]
+
+    def _decoded(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        assert self.encoder is not None
+        given = {item.name: inputs[item.name].numpy() for item in self.encoder.get_inputs()}
+        names = [item.name.replace("present", "past_key_values") for item in self.encoder.get_outputs()]
+        feeds = dict(zip(names, self.encoder.run(None, given), strict=True))
+        feeds |= {"input_ids": inputs["decoder_input_ids"].numpy()}
+        for item in self.session.get_inputs():
+            if item.name.startswith("encoder_"):
+                feeds[item.name] = given[item.name.removeprefix("encoder_")]
+            elif item.name not in feeds:
+                _, heads, _, width = item.shape
+                feeds[item.name] = np.zeros((len(feeds["input_ids"]), heads, 0, width), dtype=np.float32)
+        return [torch.from_numpy(result) for result in self.session.run(None, feeds)]
 
     def step(
         self, compiled: CompiledModel, tokens: Tensor, past: list[Tensor] | None, mask: Tensor | None = None

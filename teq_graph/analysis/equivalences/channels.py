@@ -10,28 +10,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from teq_graph.analysis.equivalences.example_values import ExampleValues
 from teq_graph.analysis.equivalences.rules import RULES, grown_cache
 from teq_graph.analysis.equivalences.trace import Labels, Trace
+from teq_graph.capture import CapturedGraph
 from teq_graph.graph.nodes import arguments_of, is_call
 from teq_graph.graph.products import EXPERT_LINEAR
 
 
-def trace_channels(
-    graph_module: GraphModule, producer: Node, dim: int, values: ExampleValues, cache_pairs: dict[Node, Node]
-) -> Trace:
+def trace_channels(captured: CapturedGraph, producer: Node, dim: int, values: ExampleValues) -> Trace:
     """Follow the channels in the dimension `dim` < 0 of `producer`'s output through the graph."""
     shape = values.env[producer].shape
-    trace = Trace(producer, values, cache_pairs, shape[dim])
+    trace = Trace(producer, values, captured.cache_pairs(), shape[dim], encoded=captured.encoded())
     if is_call(producer, EXPERT_LINEAR):
         trace.rows = arguments_of(producer)["experts"]
         trace.labels[producer] = torch.arange(shape.numel()).reshape(shape)
     else:
         trace.labels[producer] = torch.arange(shape[dim]).reshape(-1, *[1] * (-1 - dim)).expand(shape)
     pending = set(producer.users)
-    for node in graph_module.graph.nodes:
+    for node in captured.graph_module.graph.nodes:
         if node not in pending:
             continue
         result = _apply_rule(node, trace)
@@ -45,7 +44,8 @@ def _apply_rule(node: Node, trace: Trace) -> Labels | None:
     if node.op == "output":
         successors = set(trace.cache_pairs.values())
         for source in node.all_input_nodes:
-            if source in trace.labels and not (source in successors and grown_cache(source, trace) is not None):
+            goes_on = source in trace.encoded or (source in successors and grown_cache(source, trace) is not None)
+            if source in trace.labels and not goes_on:
                 trace.escape(trace.labels[source], node, "it is an output of the graph")
         return None
     rule = RULES.get(node.target)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.fx import Interpreter
 
 from teq_graph.capture import CapturedGraph
-from teq_graph.capture.captured import fixed, symbol
 from teq_graph.graph.nodes import placeholder_nodes
+from teq_graph.graph.sizes import fixed, symbol
 
 
 class ExampleValues(Interpreter):

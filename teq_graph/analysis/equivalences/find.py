@@ -68,16 +68,13 @@ def find_equivalences(captured: CapturedGraph) -> Findings:
     check_type("captured", captured, CapturedGraph, "a CapturedGraph")
     graph_module = captured.graph_module
     samples = ExampleValues.at_two_sizes(captured)
-    cache_pairs = captured.cache_pairs()
     equivalences, refusals = [], []
     for producer in producers(graph_module):
         if not samples:
             reason = "the graph runs at the example's sizes alone, which proves nothing about others"
             refusals.append(Refusal(producer.name, producer.kind, producer.node.name, reason))
             continue
-        trace, *others = (
-            trace_channels(graph_module, producer.node, producer.dim, values, cache_pairs) for values in samples
-        )
+        trace, *others = (trace_channels(captured, producer.node, producer.dim, values) for values in samples)
         for other in others:
             trace.require_agreement(other)
         found = _examine(producer, trace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Trace:
     """Of the producer. A label of a row of several experts' is row * channels + channel."""
     rows: Node | None = None
     """What chooses the expert of each row, where the producer is of several experts."""
+    encoded: Collection[Node] = ()
+    """Outputs that the graph reads itself in the next step, in the place of computing them."""
     labels: dict[Node, Labels] = dataclasses.field(default_factory=dict)
     columns: dict[Node, Tensor] = dataclasses.field(default_factory=dict)
     """Consumer -> the label of each element of its weight [N, K]: [1, K] where all rows have the same, or [N, K]."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from teq_graph.onnx.directory import CARD_FILE, GENAI_FILE, METADATA_FILE, MODEL_FILE
+from teq_graph.onnx.directory import CARD_FILE, GENAI_FILE, METADATA_FILE, VERIFIED
 from teq_graph.report import REPORT_FILE, Report
 from teq_graph.system.directories import amend
 from teq_graph.system.files import read_json, shown
@@ -62,7 +62,7 @@ def _front_matter(provenance: Mapping[str, Any], is_decoder: bool) -> str:
 
 
 def _size(directory: Path, report: Report | None) -> str:
-    size = sum(file.stat().st_size for file in directory.glob(f"{MODEL_FILE}*"))
+    size = sum(file.stat().st_size for file in map(directory.joinpath, VERIFIED) if file.exists())
     before = "" if report is None else f", {report.bytes_before / 1e6:,.1f} MB before"
     return f"Size: {size / 1e6:,.1f} MB{before}."
 

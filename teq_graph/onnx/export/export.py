@@ -5,18 +5,20 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from teq_graph.capture import CapturedGraph
-from teq_graph.onnx.directory import CARD_FILE, METADATA_FILE, Metadata
+from teq_graph.capture.cutting import cut
+from teq_graph.onnx.directory import CARD_FILE, DECODER_FILE, ENCODER_FILE, METADATA_FILE, MODEL_FILE, Metadata
 from teq_graph.onnx.export.card import model_card
 from teq_graph.onnx.export.genai import write_genai_files
-from teq_graph.onnx.export.lower import check_options, lower
+from teq_graph.onnx.export.lower import Lowered, check_options, lower
 from teq_graph.onnx.export.model_file import save_model
+from teq_graph.onnx.export.names import name_sizes
 from teq_graph.onnx.export.translations import CODES_OF
 from teq_graph.provenance import provenance as known
 from teq_graph.report import REPORT_FILE, Report
@@ -40,6 +42,8 @@ def export_onnx(
 ) -> Path:
     """Write `captured` as `directory`/model.onnx with its neighbours; returns the directory.
 
+    An encoder-decoder becomes encoder_model.onnx and decoder_model.onnx in the place of model.onnx.
+
     `dtype` is that of weights, activations and KV cache: "float32", "float16" or "bfloat16" (which onnxruntime has on
     GPUs only). `accuracy_level` is MatMulNBits': 4 computes in int8 (fast), 1 in float32. `tokenizer`, `config` and
     `generation_config` are Hugging Face objects, saved beside the model where given. `report.json` has the
@@ -49,10 +53,12 @@ def export_onnx(
     behind.
     """
     check_options(dtype, accuracy_level, opset)
+    both = captured.encoder_decoder
     with new_directory(Path(directory), overwrite, METADATA_FILE) as staging:
-        lowered = lower(captured, dtype=dtype, accuracy_level=accuracy_level, opset=opset)
-        model = lowered.model
-        save_model(model, staging)
+        files = _lower_parts(captured, dtype=dtype, accuracy_level=accuracy_level, opset=opset)
+        models = [lowered.model for lowered in files.values()]
+        for name, lowered in files.items():
+            save_model(lowered.model, staging / name)
         for saved in (tokenizer, config, generation_config):
             if saved is not None:
                 saved.save_pretrained(staging)
@@ -60,15 +66,20 @@ def export_onnx(
             dtype=dtype,
             accuracy_level=accuracy_level,
             opset=opset,
-            decoder=captured.decoder,
-            weights=_count_weights(model),
+            decoder=captured.decoder if both is None else both.decoder,
+            weights=_count_weights(models),
             eos_token_ids=_eos_token_ids(generation_config, config, tokenizer),
             pad_token_id=_first_of("pad_token_id", generation_config, config, tokenizer),
-            shared_buffers=_shares_buffers(model),
+            shared_buffers=_shares_buffers(models[-1]),
+            encoder=None if both is None else both.encoder,
+            decoder_start_token_id=_first_of("decoder_start_token_id", generation_config, both),
             provenance={**known(report, config), **(provenance or {})},
         )
         metadata.write(staging)
-        attention = dataclasses.asdict(lowered.attention)
+        attention = {
+            "fused": sum(one.attention.fused for one in files.values()),
+            "refusals": [dataclasses.asdict(one) for file in files.values() for one in file.attention.refusals],
+        }
         write_json(staging / REPORT_FILE, {**(report.to_dict() if report else {}), "attention": attention})
         if captured.decoder is not None:
             bos_token_id = _first_of("bos_token_id", generation_config, config, tokenizer)
@@ -78,9 +89,20 @@ def export_onnx(
     return Path(directory)
 
 
-def _count_weights(model: ir.Model) -> dict[str, int]:
+def _lower_parts(captured: CapturedGraph, **options: Any) -> dict[str, Lowered]:
+    """The ONNX models that `captured` becomes, by the names of their files."""
+    if captured.encoder_decoder is None:
+        return {MODEL_FILE: lower(captured, **options)}
+    lowered = {}
+    for name, part in zip((ENCODER_FILE, DECODER_FILE), cut(captured), strict=True):
+        lowered[name] = lower(part, **options)
+        name_sizes(lowered[name].model, part)
+    return lowered
+
+
+def _count_weights(models: Sequence[ir.Model]) -> dict[str, int]:
     kinds: dict[ir.Value | None, str] = {}
-    for node in model.graph.all_nodes():
+    for node in (node for model in models for node in model.graph.all_nodes()):
         for place, attribute in CODES_OF.get(node.op_type, {}).items():
             codes = node.inputs[place]
             view = codes.producer() if codes is not None else None

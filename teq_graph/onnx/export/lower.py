@@ -105,7 +105,7 @@ def _trace(captured: CapturedGraph, graph_module: GraphModule, args: Any, kwargs
     For a decoder with one symbol for the length of every cached tensor, where the graph takes that: the exporter
     then reads each size once, and spends less time on comparing symbols.
     """
-    choices = [captured.dynamic_shapes]
+    choices = [captured.dynamic_shapes, _without_names(captured.dynamic_shapes)]
     if (decoder := captured.decoder) is not None:
         batch, sequence, past = (torch.export.Dim(name) for name in ("batch_size", "sequence_length", "past_length"))
         tokens, mask = {0: batch, 1: sequence}, {0: batch, 1: torch.export.Dim.DYNAMIC}
@@ -117,6 +117,13 @@ def _trace(captured: CapturedGraph, graph_module: GraphModule, args: Any, kwargs
         except Exception as error:
             reason = error
     raise ExportError(f"torch.export refuses the lowered graph: {one_line(reason)}") from reason
+
+
+def _without_names(dynamic_shapes: Any) -> Any:
+    """The same sizes dynamic, each by itself."""
+    return pytree.tree_map(
+        lambda size: torch.export.Dim.DYNAMIC if isinstance(size, torch.export.Dim) else size, dynamic_shapes
+    )
 
 
 def _translate(program: ExportedProgram, opset: int, accuracy_level: int) -> ir.Model:

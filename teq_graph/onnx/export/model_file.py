@@ -1,4 +1,4 @@
-"""Writing an ONNX model: `model.onnx`, and `model.onnx.data` for the tensors of all but the smallest."""
+"""Writing an ONNX model: a graph, and beside it a file for the tensors of all but the smallest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from teq_graph.onnx.directory import DATA_FILE, MODEL_FILE
+from teq_graph.onnx.directory import DATA_SUFFIX
 
 # Models above this size keep their tensors in model.onnx.data.
 _EXTERNAL_FROM_BYTES = 2**20
@@ -15,14 +15,13 @@ _EXTERNAL_FROM_BYTES = 2**20
 _EXTERNAL_TENSOR_BYTES = 1024
 
 
-def save_model(model: ir.Model, directory: Path) -> None:
-    """Write `model.onnx`, and `model.onnx.data` where the tensors exceed 1 MiB, into `directory`."""
-    path = directory / MODEL_FILE
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write `model` to `path`, and its tensors beside it in `path`.data where they exceed 1 MiB."""
     tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     if sum(tensor.nbytes for tensor in tensors) <= _EXTERNAL_FROM_BYTES:
         ir.save(model, path)
         return
-    ir.save(model, path, external_data=DATA_FILE, size_threshold_bytes=_EXTERNAL_TENSOR_BYTES)
+    ir.save(model, path, external_data=path.name + DATA_SUFFIX, size_threshold_bytes=_EXTERNAL_TENSOR_BYTES)
     written = ir.load(path)
     if _name_reshaped(written):
         ir.save(written, path)

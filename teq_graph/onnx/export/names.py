@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from teq_graph.capture import CapturedGraph
-from teq_graph.onnx.directory import PAST, PRESENT
+from teq_graph.capture.shapes import PAST, PRESENT
 
 
 def name_values(model: ir.Model, captured: CapturedGraph, graph_module: GraphModule) -> None:
@@ -27,13 +27,36 @@ def name_values(model: ir.Model, captured: CapturedGraph, graph_module: GraphMod
     for value, name in zip(graph.outputs, _output_names(graph_module), strict=True):
         value.name = name
     renamed: dict[str, str] = {}
-    for value in graph.inputs:
+    for value, named in zip(graph.inputs, _input_names(captured), strict=True):
+        value.name = named or value.name
         assert value.shape is not None
         value.shape = ir.Shape(
             renamed.setdefault(str(size.value), "batch_size" if axis == 0 else f"{value.name}_{axis}")
             if isinstance(size, ir.SymbolicDim)
             else size
             for axis, size in enumerate(value.shape)
+        )
+
+
+def _input_names(captured: CapturedGraph) -> list[str | None]:
+    """The path to each tensor among the arguments that have names; None for the others."""
+    leaves, spec = pytree.tree_flatten((captured.example_args, captured.example_kwargs))
+    _, kwargs = pytree.tree_unflatten(list(range(len(leaves))), spec)
+    paths = dict(_paths(kwargs, ()))
+    return [
+        ".".join(paths[number]) if number in paths else None
+        for number, leaf in enumerate(leaves)
+        if isinstance(leaf, torch.Tensor)
+    ]
+
+
+def name_sizes(model: ir.Model, part: CapturedGraph) -> None:
+    """Call the dynamic sizes of the inputs as in `part`, one of `cut`: torch forgets the names that it is given."""
+    leaves = pytree.tree_leaves(part.dynamic_shapes, is_leaf=lambda sizes: isinstance(next(iter(sizes), None), int))
+    for value, sizes in zip(model.graph.inputs, leaves, strict=True):
+        assert value.shape is not None
+        value.shape = ir.Shape(
+            size if axis not in sizes else sizes[axis].__name__ for axis, size in enumerate(value.shape)
         )
 
 

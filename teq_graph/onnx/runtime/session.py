@@ -9,8 +9,18 @@ from typing import Any
 
 import onnxruntime
 
+from teq_graph.capture import EncoderShape
+from teq_graph.capture.shapes import PAST, PRESENT
 from teq_graph.errors import InputError, ModelFileError, one_line
-from teq_graph.onnx.directory import METADATA_FILE, MODEL_FILE, PAST, VERIFIED, WRITTEN, Metadata
+from teq_graph.onnx.directory import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    METADATA_FILE,
+    MODEL_FILE,
+    VERIFIED,
+    WRITTEN,
+    Metadata,
+)
 from teq_graph.onnx.runtime import arguments
 from teq_graph.onnx.runtime.generation.device_decoding import try_step
 from teq_graph.onnx.runtime.last_logits import with_chosen_logits
@@ -52,21 +62,13 @@ def open_directory(
         raise ModelFileError(f"{path} is no directory: accepted is {WRITTEN}")
     metadata = Metadata.read(path)
     _check_providers(providers)
-    options = session_options
-    if options is None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ONLY_FATAL
-        options.add_session_config_entry(_FOLDS_WEIGHTS, "1")
-    if threads is not None:
-        accepted = f"None and integers from 1 to {MAX_THREADS}"
-        options.intra_op_num_threads = arguments.integer("threads", threads, 1, accepted, MAX_THREADS)
-    model = path / MODEL_FILE
+    options = _session_options(path, threads, session_options)
+    model = path / (MODEL_FILE if metadata.encoder is None else DECODER_FILE)
     if not model.is_file():
         raise ModelFileError(f"{model} is missing: accepted is {WRITTEN}")
     if verify:
         verify_files(path, METADATA_FILE, VERIFIED)
     try:
-        options.add_session_config_entry(_EXTERNAL_TENSORS, str(path))
         session = open_on_device(model, metadata, options, providers, _try)
         if session is None:
             changed = None if metadata.decoder is None else with_chosen_logits(model)
@@ -76,8 +78,51 @@ def open_directory(
     except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
         raise ModelFileError(f"{model} cannot be loaded: {one_line(error)}") from error
     if (difference := _difference(session, metadata)) is not None:
-        raise ModelFileError(f"{path / METADATA_FILE} is of another model than {MODEL_FILE}: {difference}")
+        raise ModelFileError(f"{path / METADATA_FILE} is of another model than {model.name}: {difference}")
     return session, metadata
+
+
+def open_encoder(
+    directory: str | os.PathLike[str],
+    encoder: EncoderShape,
+    providers: Sequence[Provider] = CPU,
+    threads: int | None = None,
+    session_options: onnxruntime.SessionOptions | None = None,
+) -> onnxruntime.InferenceSession:
+    """A session of the `encoder` in a directory whose decoder `open_directory` has opened, with the same arguments.
+
+    Raises ModelFileError where its file is missing or damaged, or it is another encoder.
+    """
+    path = Path(directory)
+    model = path / ENCODER_FILE
+    if not model.is_file():
+        raise ModelFileError(f"{model} is missing: accepted is {WRITTEN}")
+    options = _session_options(path, threads, session_options)
+    try:
+        session = onnxruntime.InferenceSession(str(model), sess_options=options, providers=list(providers))
+    except Exception as error:  # onnxruntime has a dozen exception types, with no base of their own
+        raise ModelFileError(f"{model} cannot be loaded: {one_line(error)}") from error
+    said = (set(encoder.inputs), {f"{PRESENT}.{name}" for name in encoder.cache_names})
+    has = tuple({item.name for item in items} for items in (session.get_inputs(), session.get_outputs()))
+    if said != has:
+        shown = " -> ".join(", ".join(sorted(names)) for names in said)
+        raise ModelFileError(f"{path / METADATA_FILE} is of another model than {model.name}: {shown:.200}")
+    return session
+
+
+def _session_options(
+    path: Path, threads: int | None, given: onnxruntime.SessionOptions | None
+) -> onnxruntime.SessionOptions:
+    options = given
+    if options is None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ONLY_FATAL
+        options.add_session_config_entry(_FOLDS_WEIGHTS, "1")
+    if threads is not None:
+        accepted = f"None and integers from 1 to {MAX_THREADS}"
+        options.intra_op_num_threads = arguments.integer("threads", threads, 1, accepted, MAX_THREADS)
+    options.add_session_config_entry(_EXTERNAL_TENSORS, str(path))
+    return options
 
 
 def _try(session: onnxruntime.InferenceSession, metadata: Metadata) -> None:
@@ -91,11 +136,14 @@ def _difference(session: onnxruntime.InferenceSession, metadata: Metadata) -> st
     if metadata.decoder is None:
         return None
     cached = {item.name: item for item in session.get_inputs() if item.name.startswith(f"{PAST}.")}
-    described = metadata.decoder.cached
+    described, names = metadata.decoder.cached, metadata.decoder.cache_names
+    if metadata.encoder is not None:
+        described += tuple(tensor for layer in metadata.encoder.layers for tensor in layer)
+        names += metadata.encoder.cache_names
     if len(cached) != len(described):
         layers = len(metadata.decoder.layers)
         return f"{layers} layers of {len(described)} caches, while the model has {len(cached)} inputs {PAST}"
-    for tensor, name in zip(described, (f"{PAST}.{name}" for name in metadata.decoder.cache_names), strict=True):
+    for tensor, name in zip(described, (f"{PAST}.{name}" for name in names), strict=True):
         item = cached.get(name)
         if item is None:
             return f"an input {name}, which the model does not have"

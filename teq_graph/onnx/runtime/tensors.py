@@ -35,6 +35,15 @@ def as_value(array: npt.NDArray[Any], dtype: str, device: str = "cpu", device_id
     return OrtValue.ortvalue_from_numpy(array, device, device_id)
 
 
+def of_float32(array: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+    """An array of `array_type(dtype)`, rounded to nearest."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(array).view(np.uint32)
+        rounded: npt.NDArray[Any] = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+        return rounded
+    return array.astype(array_type(dtype))
+
+
 def as_float32(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """An array of `array_type` in float32."""
     if array.dtype == np.uint16:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from teq_graph.errors import InputError
-from teq_graph.onnx.runtime.decoder import OnnxDecoder, Stream
+from teq_graph.onnx.runtime.decoder import OnnxDecoder
+from teq_graph.onnx.runtime.language_model import Stream
 
 Message = dict[str, str]
 

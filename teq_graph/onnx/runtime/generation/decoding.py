@@ -11,8 +11,9 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime import OrtValue
 
+from teq_graph.capture.shapes import PAST, PRESENT
 from teq_graph.errors import InputError, one_line
-from teq_graph.onnx.directory import LOGITS_FROM, PAST, PRESENT, Metadata
+from teq_graph.onnx.directory import LOGITS_FROM, Metadata
 from teq_graph.onnx.runtime import tensors
 from teq_graph.onnx.runtime.generation.prompt_lookup import guess
 from teq_graph.onnx.runtime.generation.sampling import Sampler
@@ -81,9 +82,10 @@ class DecoderSession:
         self.shape = metadata.decoder
         self._dtype = metadata.dtype
         provider = session.get_providers()[0]
-        self._device = _DEVICES.get(provider, "cpu")
-        self._device_id = int(session.get_provider_options().get(provider, {}).get("device_id", 0))
-        self._chooses_logits = any(item.name == LOGITS_FROM for item in session.get_inputs())
+        self.device = _DEVICES.get(provider, "cpu")
+        self.device_id = int(session.get_provider_options().get(provider, {}).get("device_id", 0))
+        names = {item.name for item in session.get_inputs()}
+        self._chooses_logits, self._takes_mask = LOGITS_FROM in names, "attention_mask" in names
 
     def logits(self, ids: IntArray, mask: IntArray) -> npt.NDArray[np.float32]:
         """Logits float32 [b, s, vocab] of whole sequences."""
@@ -120,7 +122,7 @@ class DecoderSession:
         # Attention as one operator, which shares buffers where there are no states beside it, takes several new tokens
         # after a past for one sequence only.
         whole = len(rows) > 1 and (self.metadata.shared_buffers or self.shape.states)
-        prefill = length if whole else PREFILL_TOKENS[self._device]
+        prefill = length if whole else PREFILL_TOKENS[self.device]
         switch = self.shape.recompute_after
         if switch is not None and length > switch:
             prefill = length
@@ -180,7 +182,8 @@ class DecoderSession:
         try:
             binding = cache.binding
             binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
-            binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
+            if self._takes_mask:
+                binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
             rows, positions = ids.shape
             if self._chooses_logits:
                 positions = min(positions, last)
@@ -190,7 +193,7 @@ class DecoderSession:
                 for name, value in zip(self._cache_names(PAST), cache.values, strict=True):
                     binding.bind_ortvalue_input(name, value)
                 for name in self._cache_names(PRESENT):
-                    binding.bind_output(name, self._device, self._device_id)
+                    binding.bind_output(name, self.device, self.device_id)
             self.session.run_with_iobinding(binding)
             if not self.metadata.shared_buffers:
                 cache.values = binding.get_outputs()[1:]
@@ -234,7 +237,7 @@ class DecoderSession:
         values = []
         for tensor in self.shape.cached:
             zeros = np.zeros(tensor.shape(batch, length), tensors.array_type(self._dtype))
-            values.append(tensors.as_value(zeros, self._dtype, self._device, self._device_id))
+            values.append(tensors.as_value(zeros, self._dtype, self.device, self.device_id))
         return values
 
     def _check_room(self, batch: int, positions: int) -> None:

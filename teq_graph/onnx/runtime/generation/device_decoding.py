@@ -13,8 +13,9 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime import OrtValue
 
+from teq_graph.capture.shapes import PAST, PRESENT
 from teq_graph.errors import InputError, one_line
-from teq_graph.onnx.directory import LOGITS_FROM, PAST, PRESENT, Metadata
+from teq_graph.onnx.directory import LOGITS_FROM, Metadata
 from teq_graph.onnx.padding import LAST_POSITIONS, TOTAL_LENGTH
 from teq_graph.onnx.runtime import on_device, tensors
 from teq_graph.onnx.runtime.generation.decoding import Cache, DecoderSession, IntArray
@@ -190,11 +191,11 @@ class DeviceSession(DecoderSession):
                 start = 0 if row is None else row * int(np.prod(size)) * tensors.array_type(self._dtype).itemsize
                 shape = [batch if row is None else 1, *size]
                 kind = tensors.element_type(self._dtype)
-                bind(name, self._device, self._device_id, kind, shape, value.data_ptr() + start)
+                bind(name, self.device, self.device_id, kind, shape, value.data_ptr() + start)
         return binding
 
     def _empty(self, shape: list[int], dtype: Any) -> OrtValue:
-        value: OrtValue = OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device, self._device_id)
+        value: OrtValue = OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, self.device_id)
         return value
 
     def _capacity(self, positions: int) -> int:

@@ -20,10 +20,9 @@ NEUTRAL: Mapping[str, Any] = {
     "num_beams": 1,
     "num_return_sequences": 1,
     "encoder_repetition_penalty": 1.0,
-    **dict.fromkeys(("bad_words_ids", "sequence_bias", "begin_suppress_tokens", "forced_bos_token_id"), None),
-    **dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty", "guidance_scale"), None),
+    **dict.fromkeys(("sequence_bias", "exponential_decay_length_penalty", "guidance_scale"), None),
     **dict.fromkeys(("watermarking_config", "penalty_alpha", "dola_layers", "max_time", "top_h"), None),
-    **dict.fromkeys(("constraints", "force_words_ids", "min_length"), None),
+    **dict.fromkeys(("constraints", "force_words_ids"), None),
 }
 """Options of transformers that would change the tokens and are not implemented, at the values where they do not."""
 
@@ -39,7 +38,7 @@ class GenerationOptions:
     """Names, meanings and defaults of `transformers.GenerationConfig`.
 
     max_new_tokens: tokens at most; None leaves it to `max_length` (of prompt and new tokens), or is 128.
-    min_new_tokens: tokens before which no end token is chosen.
+    min_new_tokens, min_length: tokens before which no end token is chosen; `min_length` counts the prompt's, too.
     do_sample: False takes the most likely token; None samples where an option of sampling is given, and `temperature`
         is not 0.
     temperature: samples from softmax(logits / temperature).
@@ -56,6 +55,10 @@ class GenerationOptions:
         it.
     no_repeat_ngram_size: no run of this many tokens comes twice; 0 allows all.
     suppress_tokens: tokens that never come.
+    begin_suppress_tokens: tokens that do not come first.
+    bad_words_ids: words that never come, each of one token.
+    forced_bos_token_id, forced_eos_token_id: the token that comes after a prompt of one token, as an encoder-decoder's
+        is, and that which comes last where nothing has ended the sequence before.
     eos_token_id: token or tokens before which a sequence ends; None: the model's.
     stop_strings: text before which a sequence ends.
     prompt_lookup_num_tokens: how many tokens are guessed at a time from the text before, for a sequence by itself:
@@ -67,6 +70,7 @@ class GenerationOptions:
     max_new_tokens: int | None = None
     max_length: int | None = None
     min_new_tokens: int = 0
+    min_length: int = 0
     do_sample: bool | None = None
     temperature: float = 1.0
     top_k: int = 50
@@ -80,6 +84,10 @@ class GenerationOptions:
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int], ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
     eos_token_id: tuple[int, ...] | None = None
     stop_strings: tuple[str, ...] = ()
     prompt_lookup_num_tokens: int | None = None
@@ -90,6 +98,16 @@ class GenerationOptions:
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
                 object.__setattr__(self, field.name, _CHECKS[field.name](field.name, value))
+
+    def tokens(self) -> dict[str, tuple[int, ...]]:
+        """The tokens that options name."""
+        forced = ("forced_bos_token_id", "forced_eos_token_id")
+        return {
+            **{name: getattr(self, name) or () for name in ("suppress_tokens", "begin_suppress_tokens")},
+            "bad_words_ids": tuple(token for (token,) in self.bad_words_ids),
+            "eos_token_id": self.eos_token_id or (),
+            **{name: () if (token := getattr(self, name)) is None else (token,) for name in forced},
+        }
 
     @property
     def samples(self) -> bool:
@@ -156,6 +174,20 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     return tuple(arguments.tokens(name, [value] if is_one else () if value is None else value))
 
 
+def _words(name: str, value: Any) -> tuple[tuple[int], ...]:
+    words = [arguments.tokens(name, word) for word in (() if value is None else value)]
+    if longer := [word for word in words if len(word) != 1]:
+        raise InputError(f"{name}={longer[0]}: accepted are words of one token")
+    return tuple((token,) for (token,) in words)
+
+
+def _token(name: str, value: Any) -> int:
+    found = _token_ids(name, value)
+    if len(found) != 1:
+        raise InputError(f"{name}={value!r}: accepted is one token id")
+    return found[0]
+
+
 def _strings(name: str, value: Any) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else () if value is None else value
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) and item for item in items):
@@ -171,6 +203,7 @@ _CHECKS: Mapping[str, Check] = {
     "max_new_tokens": _integer(0),
     "max_length": _integer(1),
     "min_new_tokens": _integer(0),
+    "min_length": _integer(0),
     "do_sample": _boolean,
     "temperature": _real("finite numbers >= 0 (0 is greedy)", lambda value: 0.0 <= value < float("inf")),
     "top_k": _integer(0, "integers >= 0 (0 keeps all tokens)"),
@@ -184,6 +217,10 @@ _CHECKS: Mapping[str, Check] = {
     "frequency_penalty": _PENALTY,
     "no_repeat_ngram_size": _integer(0),
     "suppress_tokens": _token_ids,
+    "begin_suppress_tokens": _token_ids,
+    "bad_words_ids": _words,
+    "forced_bos_token_id": _token,
+    "forced_eos_token_id": _token,
     "eos_token_id": _token_ids,
     "stop_strings": _strings,
     "prompt_lookup_num_tokens": _integer(0),

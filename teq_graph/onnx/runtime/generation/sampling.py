@@ -20,8 +20,10 @@ class Sampler:
     unlikely tokens, in the order of transformers' `generate`.
     """
 
-    def __init__(self, options: GenerationOptions, eos_tokens: Sequence[int] = ()) -> None:
+    def __init__(self, options: GenerationOptions, eos_tokens: Sequence[int] = (), count: int | None = None) -> None:
+        """`count` is how many tokens come at most."""
         self.options = options
+        self._count = count
         self._eos = list(eos_tokens)
         self._random = np.random.default_rng(options.seed)
         self._changes_logits = (
@@ -30,7 +32,8 @@ class Sampler:
             or options.frequency_penalty != 0.0
             or options.no_repeat_ngram_size > 0
             or options.min_new_tokens > 0
-            or bool(options.suppress_tokens)
+            or options.min_length > 0
+            or any(tokens for name, tokens in options.tokens().items() if name != "eos_token_id")
         )
 
     def __call__(
@@ -72,9 +75,18 @@ class Sampler:
             for token, count in collections.Counter(new).items():
                 row[token] -= options.presence_penalty + count * options.frequency_penalty
         banned = _repeating(sequence, options.no_repeat_ngram_size) if options.no_repeat_ngram_size else []
-        row[[*banned, *options.suppress_tokens]] = -np.inf
-        if len(new) < options.min_new_tokens:
-            row[self._eos] = -np.inf
+        banned += [token for (token,) in options.bad_words_ids]
+        if len(new) < options.min_new_tokens or len(sequence) < options.min_length:
+            banned += self._eos
+        row[banned] = -np.inf
+        if options.forced_bos_token_id is not None and len(sequence) == 1:
+            _force(row, options.forced_bos_token_id)
+        if options.forced_eos_token_id is not None and len(new) + 1 == self._count:
+            _force(row, options.forced_eos_token_id)
+        row[[*options.suppress_tokens]] = -np.inf
+        # A first token that is forced is not the one that this is about.
+        if len(new) == int(options.forced_bos_token_id is not None and len(prompt) == 1):
+            row[[*options.begin_suppress_tokens]] = -np.inf
         if row.max() == -np.inf:
             raise NumericsError("no token is left to choose from: fewer may be suppressed or kept from repeating")
         if not np.isfinite(row.max()):  # so is the largest where any is NaN
@@ -100,6 +112,11 @@ class Sampler:
                 # One is always left, however strict.
                 tokens = tokens[kept] if kept.any() else tokens[[logits[tokens].argmax()]]
         return int(self._random.choice(tokens, p=_softmax(logits[tokens])))
+
+
+def _force(row: Row, token: int) -> None:
+    row[:] = -np.inf
+    row[token] = 0.0
 
 
 def _repeating(sequence: Sequence[int], size: int) -> list[int]:
