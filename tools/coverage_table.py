@@ -75,7 +75,9 @@ def run(classes: list[ModelClass], results: Path, jobs: int, timeout: float, mem
                     lines.flush()
                     why = row.get("refused") or row.get("bare") or row.get("stopped") or row.get("not built") or ""
                     left = len(waiting) + len(running)
-                    print(f"{total - left}/{total} {one.name}: {row['stage']} {row['seconds']} s {why[:150]}", flush=True)
+                    print(
+                        f"{total - left}/{total} {one.name}: {row['stage']} {row['seconds']} s {why[:150]}", flush=True
+                    )
             time.sleep(0.02)
 
 

@@ -38,11 +38,7 @@ class ModelClass:
 
 def model_classes() -> list[ModelClass]:
     """A class for each model type that has one, each class once, by model type."""
-    from transformers.models.auto import configuration_auto, modeling_auto
-
-    # Several types share a configuration, which has the name of one of them.
-    configs = configuration_auto.CONFIG_MAPPING_NAMES.items()
-    own_types = {model_type for model_type, config in configs if _plain(config) == f"{_plain(model_type)}config"}
+    from transformers.models.auto import modeling_auto
 
     found: dict[str, ModelClass] = {}
     for mapping, task in TASKS.items():
@@ -50,8 +46,10 @@ def model_classes() -> list[ModelClass]:
         for model_type, names in table.items():
             name = names if isinstance(names, str) else names[0]
             found.setdefault(model_type, ModelClass(model_type, name, task))
+    # Several types share a class, which has the name of one of them.
+    own = {one.model_type for one in found.values() if _plain(one.name).startswith(_plain(one.model_type))}
     by_name: dict[str, ModelClass] = {}
-    for model_type in sorted(found, key=lambda one: (one not in own_types, one)):
+    for model_type in sorted(found, key=lambda one: (one not in own, one)):
         by_name.setdefault(found[model_type].name, found[model_type])
     return sorted(by_name.values(), key=lambda one: one.model_type)
 

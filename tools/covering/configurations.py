@@ -108,7 +108,9 @@ class Shrink:
             if all(isinstance(result.get(name), int) for name in (expand, heads)) and size in result and self.width:
                 result[size] = result[expand] * result["hidden_size"] // result[heads]
         # Both say the same, by name and by number of a stage.
-        return {key: value for key, value in result.items() if key not in ("out_features", "out_indices", "stage_names")}
+        return {
+            key: value for key, value in result.items() if key not in ("out_features", "out_indices", "stage_names")
+        }
 
     def one(self, key: str, value: Any, layers: int, depth: int, values: dict[str, Any]) -> Any:
         """One entry of `values`, which has so many `layers`, and is to have `depth`."""

@@ -1,1 +1,2 @@
-def page(rows): return ""
+def page(rows):
+    return ""
