@@ -22,14 +22,13 @@ from teq_graph.capture.caches import (
     tensors_of,
 )
 from teq_graph.capture.captured import float_dtype, magnitude
+from teq_graph.capture.features import MADE, Shape, choices, feature_shapes
 from teq_graph.capture.shapes import DecoderShape, EncoderDecoderShape, EncoderShape, LayerCache
 from teq_graph.errors import CaptureError, one_line
 
 # Sizes of the example inputs. Sizes 0 and 1 would be specialised by torch.export, and equal sizes could be
 # mistaken for one another by a reader of the graph.
 BATCH, PAST, SEQUENCE = 2, 3, 4
-IMAGE = (64, 80)
-"""Height and width of an example image for a model that names no size: it takes any."""
 NO_ENCODER_INPUTS = ("decoder_input_ids", "use_cache")
 CHUNK = 16
 """Tokens of a scan's chunk at most."""
@@ -260,56 +259,69 @@ def encoder_decoder_inputs(model: nn.Module, shape: EncoderDecoderShape) -> tupl
 def inputs_from_config(
     model: Any, length: int = SEQUENCE + 1
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    """Example inputs and dynamic shapes of a Hugging Face model that is no decoder, texts of so many tokens."""
-    config, device, dtype = model.config, _device(model), float_dtype(model)
+    """Example inputs and dynamic shapes of a Hugging Face model that is no decoder, texts of so many tokens.
+
+    The first that the model takes: its main input and what else its forward demands, with another where that is not
+    enough. Raises CaptureError for a model that takes none, and for inputs that none are made for.
+    """
     accepted = inspect.signature(model.forward).parameters
-    dynamic = torch.export.Dim.DYNAMIC
+    needed = [
+        name for name, one in accepted.items() if one.default is one.empty and one.kind == one.POSITIONAL_OR_KEYWORD
+    ]
+    needed = list(dict.fromkeys([model.main_input_name, *needed]))
+    more = [name for name in ("input_ids", *MADE) if name in accepted and name not in needed]
+    refusal: CaptureError | None = None
+    for names in (needed, *([*needed, name] for name in more)):
+        tensors, axes = _texts(model, names, length)
+        for chosen in choices({name: _shapes(model, name) for name in names if name not in tensors}):
+            kwargs: dict[str, Any] = tensors | {name: _floats(model, sizes) for name, (sizes, _) in chosen.items()}
+            dynamic = axes | {name: free for name, (_, free) in chosen.items()}
+            shapes: dict[str, Any] = {name: dict.fromkeys(dynamic[name], torch.export.Dim.DYNAMIC) for name in kwargs}
+            if "use_cache" in accepted:
+                kwargs["use_cache"], shapes["use_cache"] = False, None
+            try:
+                call(model, "its example inputs", **kwargs)
+                return (), kwargs, shapes
+            except CaptureError as error:
+                refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def _texts(model: Any, names: Sequence[str], length: int) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Those of an example's inputs that are tokens, with the masks over them, and which of their axes are dynamic."""
+    config, accepted = model.config, inspect.signature(model.forward).parameters
+    sizes = {name: length for name in names if name.endswith("input_ids")}
+    if "input_ids" in sizes and "attention_mask" in accepted:
+        sizes["attention_mask"] = length
+    if config.is_encoder_decoder and "decoder_input_ids" in accepted:
+        sizes["decoder_input_ids"] = length - 1
     generator = torch.Generator().manual_seed(0)
-    kwargs: dict[str, Any] = {}
-    shapes: dict[str, Any] = {}
-    if model.main_input_name == "pixel_values":
-        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-        if channels is None:
-            raise CaptureError(
-                f"example_inputs=None: the config of {type(model).__name__} has no num_channels; "
-                "accepted is a tuple or dict as for torch.export"
-            )
-        shapes["pixel_values"] = {0: dynamic}
-        if size is None:
-            size = IMAGE
-            shapes["pixel_values"] |= {2: dynamic, 3: dynamic}
-        height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.randn(BATCH, channels, height, width, generator=generator)
-        kwargs["pixel_values"] = pixels.to(device, dtype)
-    elif model.main_input_name == "input_features":
-        bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
-        if bins is None or frames is None:
-            raise CaptureError(
-                f"example_inputs=None: the config of {type(model).__name__} has no num_mel_bins or no "
-                "max_source_positions; accepted is a tuple or dict as for torch.export"
-            )
-        # Of such models the first convolution keeps every frame, and the second every other.
-        features = torch.randn(BATCH, bins, 2 * frames, generator=generator)
-        kwargs["input_features"], shapes["input_features"] = features.to(device, dtype), {0: dynamic}
-    elif model.main_input_name == "input_ids":
-        names = ["input_ids", "attention_mask"]
-        if config.is_encoder_decoder:
-            names.append("decoder_input_ids")
-        for name, size in zip(names, (length, length, length - 1), strict=False):
-            if name not in accepted:
-                continue
+    tensors = {}
+    for name, size in sizes.items():
+        if name == "attention_mask":
+            tensors[name] = torch.ones(BATCH, size, dtype=torch.long, device=_device(model))
+        else:
             tokens = torch.randint(0, config.get_text_config().vocab_size, (BATCH, size), generator=generator)
-            kwargs[name] = torch.ones_like(tokens) if name == "attention_mask" else tokens
-            kwargs[name] = kwargs[name].to(device)
-            shapes[name] = {0: dynamic, 1: dynamic}
-    else:
+            tensors[name] = tokens.to(_device(model))
+    return tensors, dict.fromkeys(tensors, (0, 1))
+
+
+def _shapes(model: Any, name: str) -> list[Shape]:
+    """The shapes to try for an input of numbers; raises CaptureError where there are none."""
+    shapes = feature_shapes(model.config, name, BATCH)
+    if not shapes:
+        why = "its config does not say how large they are" if name in MADE else f"made are input_ids, {', '.join(MADE)}"
         raise CaptureError(
-            f"example_inputs=None: no inputs are made for {model.main_input_name!r} (made are input_ids and "
-            "pixel_values); accepted is a tuple or dict as for torch.export"
+            f"example_inputs=None: no inputs are made for {name!r} of {type(model).__name__} ({why}); "
+            "accepted is a tuple or dict as for torch.export"
         )
-    if "use_cache" in accepted:
-        kwargs["use_cache"], shapes["use_cache"] = False, None
-    return (), kwargs, shapes
+    return shapes
+
+
+def _floats(model: nn.Module, sizes: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(sizes, generator=generator).to(_device(model), float_dtype(model))
 
 
 def _device(model: nn.Module) -> torch.device:
