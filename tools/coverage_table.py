@@ -13,6 +13,7 @@ import argparse
 import fnmatch
 import json
 import os
+import random
 import sys
 import tempfile
 import time
@@ -117,6 +118,8 @@ def main() -> None:
         return matches(arguments.only or ["*"]) and (one.name not in known or matches(arguments.again))
 
     classes = [one for one in model_classes() if wanted(one)]
+    # In no order, so that what an interrupted run has is a fair sample.
+    random.Random(0).shuffle(classes)
     warm()
     run(classes, arguments.results, arguments.jobs, arguments.timeout, int(arguments.memory * GIB))
     if arguments.update:

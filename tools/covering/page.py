@@ -12,10 +12,10 @@ EXACT, EQUAL = 1e-4, 1e-4
 INTRODUCTION = """\
 # Coverage
 A class of transformers for each model type, with the head of its main task, built tiny and random by
-`tools/coverage_table.py`, captured without example inputs, and quantized to 4 bits in groups of 16. *Exact*: the largest
-difference of its float outputs after scales from 0.1 to 10 are folded into every equivalence. *ONNX*: the largest
-difference between onnxruntime at `accuracy_level=1` and the quantized graph; of decoders in steps over their cache. Both
-are relative to the largest value; up to 1e-4 counts as exact and equal.
+`tools/coverage_table.py`, captured without example inputs, and quantized to 4 bits in groups of 16. *Exact*: the
+largest difference of its float outputs after scales from 0.1 to 10 are folded into every equivalence. *ONNX*: the
+largest difference between onnxruntime at `accuracy_level=1` and the quantized graph; of decoders in steps over their
+cache. Both are relative to the largest value; up to 1e-4 counts as exact and equal.
 """
 
 
