@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teq_graph.capture import CapturedGraph, capture
+from teq_graph.capture.torch_export import refuse_other_constants
 from teq_graph.errors import CaptureError, InputError
 from teq_graph.passes.remove_no_ops import RemoveNoOps
 
@@ -278,7 +279,7 @@ def test_an_image_model_without_an_image_size_takes_any(monkeypatch: pytest.Monk
     assert relative_error(actual, expected) <= 1e-5
     del config.num_channels
     monkeypatch.delattr(type(config), "num_channels", raising=False)
-    with pytest.raises(CaptureError, match="no num_channels; accepted is a tuple or dict") as caught:
+    with pytest.raises(CaptureError, match="how large they are.; accepted is a tuple or dict") as caught:
         capture(model)
     in_one_line(caught)
 
@@ -310,3 +311,15 @@ def test_a_cache_that_is_asked_for_is_refused_in_one_line() -> None:
     with pytest.raises(CaptureError, match=r"its result has a DynamicCache, .* accepted is use_cache=False") as caught:
         capture(base_model(), {"input_ids": tokens, "use_cache": True})
     in_one_line(caught)
+
+
+def test_a_constant_that_is_no_tensor_is_refused() -> None:
+    program = torch.export.export(nn.Linear(3, 3), (torch.randn(2, 3),))
+    program.graph_module.mapped = object()
+    (linear,) = (node for node in program.graph.nodes if node.op == "call_function")
+    with program.graph.inserting_before(linear):
+        constant = program.graph.create_node("get_attr", "mapped")
+        program.graph.call_function(torch.ops.aten.alias.default, (constant,))
+    with pytest.raises(CaptureError, match="functions as values") as caught:
+        refuse_other_constants(program)
+    assert "aten.alias.default" in str(caught.value)

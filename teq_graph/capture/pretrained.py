@@ -297,12 +297,18 @@ def _texts(model: Any, names: Sequence[str], length: int) -> tuple[dict[str, Ten
     if config.is_encoder_decoder and "decoder_input_ids" in accepted:
         sizes["decoder_input_ids"] = length - 1
     generator = torch.Generator().manual_seed(0)
+    vocabulary: int = getattr(config.get_text_config(), "vocab_size", 0)
+    if not vocabulary and sizes:
+        raise CaptureError(
+            f"example_inputs=None: no inputs are made for {next(iter(sizes))!r} of {type(model).__name__} (its config "
+            "names no vocab_size); accepted is a tuple or dict as for torch.export"
+        )
     tensors = {}
     for name, size in sizes.items():
         if name == "attention_mask":
             tensors[name] = torch.ones(BATCH, size, dtype=torch.long, device=_device(model))
         else:
-            tokens = torch.randint(0, config.get_text_config().vocab_size, (BATCH, size), generator=generator)
+            tokens = torch.randint(0, vocabulary, (BATCH, size), generator=generator)
             tensors[name] = tokens.to(_device(model))
     return tensors, dict.fromkeys(tensors, (0, 1))
 

@@ -230,7 +230,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         # and torch warn about their own internals while tracing; none of it is in the user's hands.
         with torch.no_grad(), _silent_export(), without_dispatch_cache():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-            _refuse_subgraphs(program)
+            refuse_other_constants(program)
             if any(map(_changes_in_place, program.graph.nodes)):
                 # Only where it is needed: it traces the program once more, and decomposes nothing.
                 program = program.run_decompositions({})
@@ -265,14 +265,16 @@ def _silent_export() -> Iterator[None]:
             del module.print
 
 
-def _refuse_subgraphs(program: ExportedProgram) -> None:
-    """Regions that torch.export keeps as submodules: branches, loops, and changes of a global mode."""
+def refuse_other_constants(program: ExportedProgram) -> None:
+    """What is no tensor: regions that torch.export keeps as submodules (branches, loops, changes of a global mode), and
+    functions, as of mappings over a dimension."""
     for node in program.graph.nodes:
-        if node.op == "get_attr" and isinstance(getattr(program.graph_module, node.target, None), GraphModule):
+        value = getattr(program.graph_module, node.target, None) if node.op == "get_attr" else None
+        if value is not None and not isinstance(value, Tensor):
             (user, *_) = node.users
             raise CaptureError(
                 f"the model uses {user.target}{_location(user)}: accepted are models without control flow over "
-                "tensors, autocast and changes of the gradient mode"
+                "tensors, autocast, changes of the gradient mode and functions as values"
             )
 
 

@@ -1,0 +1,59 @@
+"""The tool that measures a class for each model type of transformers: a few of them, and its page."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.command_line import ROOT
+
+sys.path.append(str(ROOT / "tools"))
+
+from covering.classes import model_classes
+from covering.page import is_good, page
+
+
+@pytest.mark.slow
+def test_three_classes_and_their_page(tmp_path: Path) -> None:
+    results, update = tmp_path / "results.jsonl", tmp_path / "page.md"
+    only = [option for one in ("bert", "llama", "glm_ocr_vision") for option in ("--only", one)]
+    command = [sys.executable, str(ROOT / "tools" / "coverage_table.py"), *("--results", str(results)), *only]
+    run = subprocess.run([*command, "--update", str(update)], capture_output=True, text=True, timeout=300, check=True)
+    assert "3/3" in run.stdout
+    rows = {row["class"]: row for row in map(json.loads, results.read_text(encoding="utf-8").splitlines())}
+    assert is_good(rows["LlamaForCausalLM"]) and rows["LlamaForCausalLM"]["cache"] is True
+    assert is_good(rows["BertForMaskedLM"]) and not rows["BertForMaskedLM"]["can_generate"]
+    refused = rows["GlmOcrVisionModel"]["refused"]
+    assert "names no vocab_size" in refused and "\n" not in refused
+    assert not any(row["printed"] for row in rows.values())
+    written = update.read_text(encoding="utf-8")
+    assert "captured: 2 of 3 (67%)" in written and "exact and equal in onnxruntime: 2 of 2 (100%)" in written
+    # What has results is not measured again.
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "/" not in again.stdout
+
+
+def test_each_model_type_has_a_class_and_each_class_one_type() -> None:
+    classes = model_classes()
+    assert len(classes) > 300
+    assert len({one.name for one in classes}) == len({one.model_type for one in classes}) == len(classes)
+
+
+def test_what_the_page_says() -> None:
+    done = {"stage": "done", "captured": True, "cache": True, "can_generate": True, "weights": 3, "quantized": 2}
+    rows = [
+        {"class": "Good", "task": "text", **done, "equivalences": 4, "exact": 1e-7, "onnx": 2e-7, "steps": 1e-7},
+        {"class": "Wrong", "task": "text", **done, "equivalences": 4, "exact": 1e-7, "onnx": 0.2, "steps": 1e-7},
+        {"class": "Refused", "task": "text", "stage": "capture", "refused": "a reason | with a bar"},
+        {"class": "Bare", "task": "text", "stage": "capture", "bare": "KeyError: 'x'"},
+        {"class": "None", "task": "text", "stage": "build", "not built": "ValueError: no"},
+    ]
+    written = page(rows)
+    assert "5 classes were tried, 4 of which the tool could build." in written
+    assert "exact and equal in onnxruntime: 1 of 2 (50%)" in written
+    assert "an exception that is none of ours: 1 of 4 (25%)" in written
+    assert "| Good | text | 2 of 3 | 4 | 1e-07 | 2e-07 | yes |" in written
+    assert "a reason \\| with a bar" in written and "**not ours:** KeyError: 'x'" in written
