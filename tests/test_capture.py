@@ -279,7 +279,7 @@ def test_an_image_model_without_an_image_size_takes_any(monkeypatch: pytest.Monk
     assert relative_error(actual, expected) <= 1e-5
     del config.num_channels
     monkeypatch.delattr(type(config), "num_channels", raising=False)
-    with pytest.raises(CaptureError, match="how large they are.; accepted is a tuple or dict") as caught:
+    with pytest.raises(CaptureError, match=r"how large they are\); accepted is a tuple or dict") as caught:
         capture(model)
     in_one_line(caught)
 
