@@ -51,8 +51,8 @@ def test_what_the_page_says() -> None:
         {"class": "Bare", "task": "text", "stage": "capture", "bare": "KeyError: 'x'"},
         {"class": "None", "task": "text", "stage": "build", "not built": "ValueError: no"},
     ]
-    written = page(rows)
-    assert "5 classes were tried, 4 of which the tool could build." in written
+    written = page(rows, 9)
+    assert "5 of 9 classes were tried, in no order; 4 of them the tool could build." in written
     assert "exact and equal in onnxruntime: 1 of 2 (50%)" in written
     assert "an exception that is none of ours: 1 of 4 (25%)" in written
     assert "| Good | text | 2 of 3 | 4 | 1e-07 | 2e-07 | yes |" in written

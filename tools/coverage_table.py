@@ -123,7 +123,8 @@ def main() -> None:
     warm()
     run(classes, arguments.results, arguments.jobs, arguments.timeout, int(arguments.memory * GIB))
     if arguments.update:
-        arguments.update.write_text(page(list(read(arguments.results).values())), encoding="utf-8")
+        found = list(read(arguments.results).values())
+        arguments.update.write_text(page(found, len(model_classes())), encoding="utf-8")
 
 
 if __name__ == "__main__":

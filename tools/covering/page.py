@@ -19,11 +19,11 @@ cache. Both are relative to the largest value; up to 1e-4 counts as exact and eq
 """
 
 
-def page(rows: Sequence[dict[str, Any]]) -> str:
-    """Totals, the table of what was captured, and the reasons for all else."""
+def page(rows: Sequence[dict[str, Any]], count: int) -> str:
+    """Totals, the table of what was captured, and the reasons for all else; there are `count` classes."""
     ours = [row for row in rows if row["stage"] != "build"]
     captured = [row for row in ours if row.get("captured")]
-    parts = [INTRODUCTION, _totals(rows, ours, captured)]
+    parts = [INTRODUCTION, _totals(rows, count, ours, captured)]
     parts.append(
         "## Captured\n| class | task | quantized | equivalences | exact | ONNX | cache |\n|---|---|---|---|---|---|---|"
     )
@@ -40,13 +40,15 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _totals(rows: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], captured: Sequence[dict[str, Any]]) -> str:
+def _totals(
+    rows: Sequence[dict[str, Any]], count: int, ours: Sequence[dict[str, Any]], captured: Sequence[dict[str, Any]]
+) -> str:
     good = [row for row in captured if is_good(row)]
     exported = [row for row in captured if row["stage"] == "done" and row.get("can_generate")]
     cached = [row for row in exported if row["cache"]]
     stages = collections.Counter(row["stage"] for row in captured if row["stage"] != "done")
     lines = [
-        f"{len(rows)} classes were tried, {len(ours)} of which the tool could build.",
+        f"{len(rows)} of {count} classes were tried, in no order; {len(ours)} of them the tool could build.",
         f"- captured: {_share(len(captured), len(ours))}",
         f"- of these exact and equal in onnxruntime: {_share(len(good), len(captured))}",
         f"- with `generate`, of those exported, a cache: {_share(len(cached), len(exported))}",
