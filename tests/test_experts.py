@@ -407,6 +407,16 @@ def test_one_operator_does_a_mixture(
     assert found["QMoE"] == 1 and found["MatMulNBits"] == 0
 
 
+def test_no_weight_is_another_shape_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime would make a copy in memory of what it reshapes."""
+    monkeypatch.setattr("teq_graph.onnx.export.model_file._EXTERNAL_FROM_BYTES", 0)
+    graph = onnx.load(export(Mixture(bias=True), tmp_path) / "model.onnx", load_external_data=False).graph
+    outside = {tensor.name for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
+    (mixture,) = (node for node in graph.node if node.op_type == "QMoE")
+    assert {mixture.input[2], mixture.input[5]} <= outside
+    assert not [node for node in graph.node if node.op_type == "Reshape" and node.input[0] in outside]
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_symmetric_codes_in_half_precision(bits: int, tmp_path: Path) -> None:
     quantization = QuantizationConfig(bits=bits, group_size=16, symmetric=True)

@@ -79,7 +79,7 @@ def mlp() -> CapturedGraph:
 
 
 def open_model(model: ir.Model, directory: Path) -> onnxruntime.InferenceSession:
-    save_model(model, directory)
+    save_model(model, directory / "model.onnx")
     return onnxruntime.InferenceSession(str(directory / "model.onnx"), providers=["CPUExecutionProvider"])
 
 
@@ -203,7 +203,7 @@ def test_a_layer_of_a_decoder_is_ten_operators(dtype: str) -> None:
 
 
 def test_the_model_is_valid_and_has_known_operators_only(lowered: ir.Model, tmp_path: Path) -> None:
-    save_model(lowered, tmp_path)
+    save_model(lowered, tmp_path / "model.onnx")
     path = tmp_path / "model.onnx"
     onnx.checker.check_model(str(path))
     model = onnx.load(path, load_external_data=False)

@@ -42,8 +42,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_interrupted_export_leaves_things_as_they_were(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(model: object, directory: Path) -> None:
-        (directory / "model.onnx").touch()
+    def interrupt(model: object, path: Path) -> None:
+        path.touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("teq_graph.onnx.export.export.save_model", interrupt)

@@ -310,7 +310,7 @@ def test_onnxruntime_reads_one_weight_and_equals_pytorch(tied: bool, bits: int, 
         alike = [tensor for tensor in files if (tensor.dtype, tensor.numel()) == (part.dtype, part.numel())]
         assert len(alike) == (1 if tied else 2)  # where the projection has codes of its own
         assert sum(torch.equal(tensor.view_as(part), part) for tensor in alike) == 1
-    save_model(model, tmp_path)
+    save_model(model, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     ids = word_ids(2, 9)
     (actual,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})

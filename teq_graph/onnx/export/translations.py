@@ -116,15 +116,19 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         choice = op.ScatterElements(empty, chosen, op.Expand(one, op.Shape(chosen)), axis=1)
         shares = op.ScatterElements(empty, chosen, op.CastLike(weights, x), axis=1)
 
-        def of_each(tensor: Any, *sizes: int) -> Any:
-            return None if tensor is None else op.Reshape(tensor, op.Constant(value_ints=[num_experts, *sizes]))
+        def of_each(tensor: Any, rows: int) -> Any:
+            if tensor is None:
+                return None
+            # In numbers, by which the file names the bytes of the whole weight once more: no copy of them is made.
+            row = [math.prod(tensor.shape[1:])] if len(tensor.shape) > 1 else []
+            return op.Reshape(tensor, op.Constant(value_ints=[num_experts, rows, *row]))
 
         limits = {} if limit is None else {"swiglu_limit": limit}
         gated = activation == GATED
         return QMOE(
-            *(x, choice, of_each(b1, N1, -1), of_each(scales1, N1, -1), of_each(bias1, N1)),
-            *(of_each(b2, N, -1), of_each(scales2, N, -1), of_each(bias2, N), None, None, None),
-            *(of_each(zero_points1, N1, -1), of_each(zero_points2, N, -1), None, shares),
+            *(x, choice, of_each(b1, N1), of_each(scales1, N1), of_each(bias1, N1)),
+            *(of_each(b2, N), of_each(scales2, N), of_each(bias2, N), None, None, None),
+            *(of_each(zero_points1, N1), of_each(zero_points2, N), None, shares),
             k=chosen.shape[1],
             block_size=block_size,
             expert_weight_bits=bits1,
