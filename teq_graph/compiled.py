@@ -88,8 +88,7 @@ class CompiledModel:
         """
         if len(args) > len(DECODER_INPUTS) and self.captured.decoder is not None:
             raise InputError(f"{len(args)} positional inputs: accepted are {', '.join(DECODER_INPUTS)}")
-        steps = self.captured.decoder is not None or self.captured.encoder_decoder is not None
-        if args and kwargs and not steps:
+        if args and kwargs and not self.captured.steps:
             return self.graph_module(*args, **kwargs)
         if len(args) == 1 and isinstance(args[0], dict):
             inputs: Any = args[0]

@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.effort import at_once
 
 from teq_graph import loading, plausibility
 from teq_graph.errors import ConfigError, ModelFileError, TeqGraphError, one_line
@@ -259,13 +260,12 @@ def test_absurd_configurations(llama_dir: Path, name: str, value: Any) -> None:
     What transformers reads over (a class by another name, no layers at all) is what its own models do, too.
     """
     _edit_config(llama_dir, **{name: value})
-    started = time.monotonic()
     refusal, made = "", 0
-    try:
-        made = sum(parameter.numel() for parameter in load_model(llama_dir).model.parameters())
-    except TeqGraphError as error:
-        refusal = str(error)
-    assert time.monotonic() - started < 10  # one second on a quiet machine; three minutes, and all memory, before
+    with at_once(10, name):  # it takes one; three minutes, and all memory, before
+        try:
+            made = sum(parameter.numel() for parameter in load_model(llama_dir).model.parameters())
+        except TeqGraphError as error:
+            refusal = str(error)
     assert "\n" not in refusal and "above" not in refusal and (str(llama_dir) in refusal or 0 < made < 10**6)
 
 
@@ -325,7 +325,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, lookup: Any) -> None:
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1.5")
     started = time.monotonic()
     _refused("teq-graph-tests/no-such-model", NO_HUB)
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 15
 
 
 def test_a_cached_model_without_a_network(llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +339,7 @@ def test_a_cached_model_without_a_network(llama_dir: Path, tmp_path: Path, monke
     monkeypatch.setattr(socket, "getaddrinfo", no_name)
     started = time.monotonic()
     assert load_model("teq-graph-tests/cached").name == "cached"
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 15
     _edit_config(folder / "snapshots" / ("0" * 40), num_hidden_layers=5000)
     _refused("teq-graph-tests/cached", "far more weights")
 

@@ -61,6 +61,18 @@ class CapturedGraph:
         return () if stepping is None else stepping.cached
 
     @property
+    def steps(self) -> bool:
+        """Whether the graph is a step over a cache, whose inputs have fixed names."""
+        return self.decoder is not None or self.encoder_decoder is not None
+
+    @property
+    def input_names(self) -> list[str]:
+        """The names of the inputs that a caller gives by name."""
+        if self.encoder_decoder is not None:
+            return self.encoder_decoder.inputs
+        return DECODER_INPUTS if self.decoder is not None else list(self.example_kwargs)
+
+    @property
     def device(self) -> torch.device:
         """Where the graph's tensors are."""
         return next(self.graph_module.buffers()).device
@@ -83,29 +95,23 @@ class CapturedGraph:
         return dict(zip(placeholders, pytree.tree_leaves(self.bind(inputs)), strict=True))
 
     def _bind(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        steps = self.decoder is not None or self.encoder_decoder is not None
-        names = DECODER_INPUTS if self.decoder is not None else list(self.example_kwargs)
-        if self.encoder_decoder is not None:
-            names = self.encoder_decoder.inputs
+        names, by_position = self.input_names, bool(self.example_args) and not self.steps
+        accepted = f"a tuple of {len(self.example_args)}" if by_position else f"a mapping of {names}"
         if isinstance(inputs, Tensor):
-            inputs = (inputs,) if self.example_args and not steps else {names[0]: inputs}
-        if isinstance(inputs, Mapping):
-            unknown = sorted(set(inputs) - set(names))
-            if unknown:
-                raise InputError(f"inputs {unknown}: accepted are {names}")
-        elif not isinstance(inputs, tuple) or steps or len(inputs) != len(self.example_args):
-            accepted = f"a mapping of {names}" if names else f"a tuple of {len(self.example_args)}"
-            raise InputError(f"inputs={type(inputs).__name__}: accepted is {accepted}")
+            inputs = (inputs,) if by_position else {names[0]: inputs}
+        if by_position and isinstance(inputs, tuple) and len(inputs) == len(self.example_args):
+            return inputs, dict(self.example_kwargs)
+        if by_position or not isinstance(inputs, Mapping):
+            raise InputError(f"inputs={_kind(inputs)}: accepted is {accepted}")
+        if unknown := sorted(set(inputs) - set(names)):
+            raise InputError(f"inputs {unknown}: accepted are {names}")
         if self.decoder is not None:
-            return _bind_decoder(self, inputs), {}
+            return _bind_decoder(self, self.decoder, inputs), {}
         if self.encoder_decoder is not None:
             return _bind_encoder_decoder(self, self.encoder_decoder, inputs), {}
-        if isinstance(inputs, tuple):
-            return inputs, dict(self.example_kwargs)
         constants = {name: value for name, value in self.example_kwargs.items() if not isinstance(value, Tensor)}
-        missing = sorted(set(names) - set(inputs) - set(constants))
-        if missing or self.example_args:
-            raise InputError(f"inputs {sorted(inputs)}: missing are {missing or 'the positional arguments'}")
+        if missing := sorted(set(names) - set(inputs) - set(constants)):
+            raise InputError(f"inputs {sorted(inputs)}: missing are {missing}")
         return (), {name: inputs.get(name, constants.get(name)) for name in names}
 
     def _check_tensors(self, leaves: list[Any]) -> None:
@@ -174,9 +180,13 @@ class CapturedGraph:
         return leaves
 
 
-def _bind_decoder(captured: CapturedGraph, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-    decoder = captured.decoder
-    assert decoder is not None
+def _kind(inputs: Any) -> str:
+    if isinstance(inputs, Mapping):
+        return f"a mapping of {sorted(map(str, inputs))}"
+    return f"a tuple of {len(inputs)}" if isinstance(inputs, tuple) else type(inputs).__name__
+
+
+def _bind_decoder(captured: CapturedGraph, decoder: DecoderShape, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     tokens, past = _bind_step("input_ids", captured, decoder, inputs)
     seen, mask = decoder.past_length(past), inputs.get("attention_mask")
     # Without an axis of positions, how many were seen is for the caller to know.

@@ -61,6 +61,10 @@ def layers_of(data: Iterable[Iterable[Mapping[str, Any]]]) -> tuple[LayerCache, 
     return tuple(tuple(CachedTensor(t["name"], tuple(t["sizes"])) for t in layer) for layer in data)
 
 
+def _names_of(layers: Iterable[LayerCache]) -> tuple[str, ...]:
+    return tuple(f"{index}.{tensor.name}" for index, layer in enumerate(layers) for tensor in layer)
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
     """What a caller must know to drive a captured decoder.
@@ -81,7 +85,7 @@ class DecoderShape:
     @property
     def cache_names(self) -> tuple[str, ...]:
         """A name for each of `cached`: its layer's number, and its own name in it."""
-        return tuple(f"{index}.{tensor.name}" for index, layer in enumerate(self.layers) for tensor in layer)
+        return _names_of(self.layers)
 
     @property
     def states(self) -> bool:
@@ -132,7 +136,7 @@ class EncoderShape:
     @property
     def cache_names(self) -> tuple[str, ...]:
         """A name for each tensor of `layers`, in order, as `DecoderShape.cache_names`."""
-        return tuple(f"{index}.{tensor.name}" for index, layer in enumerate(self.layers) for tensor in layer)
+        return _names_of(self.layers)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EncoderShape:

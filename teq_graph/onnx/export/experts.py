@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from teq_graph.onnx.export.initializers import add_initializer
-from teq_graph.onnx.export.schemas import CONTRIB_DOMAIN, EXPERT_LINEAR, EXPERT_MATMUL_NBITS
+from teq_graph.onnx.export.schemas import CONTRIB_DOMAIN, EXPERT_LINEAR, EXPERT_MATMUL_NBITS, OWN_DOMAIN, given
 
 Weights = Sequence[ir.Value | None]
 
@@ -21,7 +21,7 @@ def split_experts(model: ir.Model) -> None:
     and so does ExpertLinear, with Gemm. An expert without rows computes nothing.
     """
     for node in list(model.graph):
-        if node.domain == EXPERT_LINEAR.opset.domain and node.op_type in (EXPERT_LINEAR.name, EXPERT_MATMUL_NBITS.name):
+        if node.domain == OWN_DOMAIN and node.op_type in (EXPERT_LINEAR.name, EXPERT_MATMUL_NBITS.name):
             _split(model, node)
 
 
@@ -57,13 +57,10 @@ def _rows_of(tape: ir.tape.Tape, model: ir.Model, experts: ir.Value, expert: int
 
 def _product(tape: ir.tape.Tape, kind: str, rows: ir.Value, weights: Weights, numbers: Mapping[str, int]) -> ir.Value:
     if kind == EXPERT_LINEAR.name:
-        inputs = [rows, *(value for value in weights if value is not None)]
-        return tape.op("Gemm", inputs, {"transB": 1})
+        return tape.op("Gemm", given(rows, *weights), {"transB": 1})
     b, scales, zero_points, bias = (*weights, None, None)[:4]
-    inputs_nbits = [rows, b, scales, zero_points, None, bias]
-    while inputs_nbits[-1] is None:
-        inputs_nbits.pop()
-    return tape.op("MatMulNBits", inputs_nbits, dict(numbers), domain=CONTRIB_DOMAIN)
+    inputs = given(rows, b, scales, zero_points, None, bias)
+    return tape.op("MatMulNBits", inputs, dict(numbers), domain=CONTRIB_DOMAIN)
 
 
 def _parts(model: ir.Model, value: ir.Value, count: int) -> list[ir.Value]:

@@ -1,232 +1,149 @@
-"""Operators of onnxruntime that the export writes, with their schemas."""
+"""Operators of onnxruntime that the export writes, with their schemas.
+
+Those of the domain `com.microsoft` are described in
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import onnx
 from onnxscript import values
 
 CONTRIB_DOMAIN = "com.microsoft"
+OWN_DOMAIN = "teq_graph"
+"""Of what stands for something else until the export ends; no model that is written has it."""
 
 _Schema = onnx.defs.OpSchema
-_OPTIONAL = _Schema.FormalParameterOption.Optional
-_INTEGER = _Schema.AttrType.INT
+_Kind = _Schema.AttrType
+_TYPES = {
+    "float": ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"],
+    "codes": ["tensor(uint8)"],
+    "int32": ["tensor(int32)"],
+    "int64": ["tensor(int64)"],
+    "index": ["tensor(int32)", "tensor(int64)"],
+}
 
-# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
-MATMUL_NBITS = values.Op(
-    values.Opset(CONTRIB_DOMAIN, 1),
+
+def _operator(
+    domain: str,
+    name: str,
+    inputs: str,
+    outputs: str,
+    required: Sequence[str] = (),
+    integers: Sequence[str] = (),
+    floats: Sequence[str] = (),
+    strings: Sequence[str] = (),
+) -> values.Op:
+    """An operator of version 1.
+
+    `inputs` and `outputs` are `name:type`, with a type of `_TYPES`, and a `?` after what can be left out. `required`
+    are integer attributes that each node has; the others can be left out.
+    """
+    parameters = [[_parameter(one) for one in described.split()] for described in (inputs, outputs)]
+    types = dict.fromkeys(parameter.type_str for part in parameters for parameter in part)
+    attributes = [_Schema.Attribute(one, _Kind.INT, "") for one in required]
+    for names, kind in ((integers, _Kind.INT), (floats, _Kind.FLOAT), (strings, _Kind.STRING)):
+        attributes += [_Schema.Attribute(one, kind, "", required=False) for one in names]
+    constraints = [(one, _TYPES[one], "") for one in types]
+    schema = _Schema(
+        name,
+        domain,
+        1,
+        inputs=parameters[0],
+        outputs=parameters[1],
+        type_constraints=constraints,
+        attributes=attributes,
+    )
+    return values.Op(values.Opset(domain, 1), name, schema)
+
+
+def _parameter(described: str) -> onnx.defs.OpSchema.FormalParameter:
+    name, kind = described.removesuffix("?").split(":")
+    options = _Schema.FormalParameterOption
+    return _Schema.FormalParameter(
+        name, kind, param_option=options.Optional if described.endswith("?") else options.Single
+    )
+
+
+MATMUL_NBITS = _operator(
+    CONTRIB_DOMAIN,
     "MatMulNBits",
-    _Schema(
-        "MatMulNBits",
-        CONTRIB_DOMAIN,
-        1,
-        inputs=[
-            _Schema.FormalParameter("A", "T1"),
-            _Schema.FormalParameter("B", "T2"),
-            _Schema.FormalParameter("scales", "T1"),
-            _Schema.FormalParameter("zero_points", "T2", param_option=_OPTIONAL),
-            _Schema.FormalParameter("g_idx", "T3", param_option=_OPTIONAL),
-            _Schema.FormalParameter("bias", "T1", param_option=_OPTIONAL),
-        ],
-        outputs=[_Schema.FormalParameter("Y", "T1")],
-        type_constraints=[
-            ("T1", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
-            ("T2", ["tensor(uint8)"], ""),
-            ("T3", ["tensor(int32)"], ""),
-        ],
-        attributes=[
-            *(_Schema.Attribute(name, _INTEGER, "") for name in ("K", "N", "block_size")),
-            *(_Schema.Attribute(name, _INTEGER, "", required=False) for name in ("bits", "accuracy_level")),
-        ],
-    ),
+    "A:float B:codes scales:float zero_points:codes? g_idx:int32? bias:float?",
+    "Y:float",
+    required=("K", "N", "block_size"),
+    integers=("bits", "accuracy_level"),
 )
 
-
-def _parameter(name: str, kind: str, optional: bool = False) -> onnx.defs.OpSchema.FormalParameter:
-    if optional:
-        return _Schema.FormalParameter(name, kind, param_option=_OPTIONAL)
-    return _Schema.FormalParameter(name, kind)
-
-
-# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GroupQueryAttention
-GROUP_QUERY_ATTENTION = values.Op(
-    values.Opset(CONTRIB_DOMAIN, 1),
+GROUP_QUERY_ATTENTION = _operator(
+    CONTRIB_DOMAIN,
     "GroupQueryAttention",
-    _Schema(
-        "GroupQueryAttention",
-        CONTRIB_DOMAIN,
-        1,
-        inputs=[
-            _parameter("query", "T"),
-            _parameter("key", "T", optional=True),
-            _parameter("value", "T", optional=True),
-            _parameter("past_key", "T", optional=True),
-            _parameter("past_value", "T", optional=True),
-            _parameter("seqlens_k", "M"),
-            _parameter("total_sequence_length", "M"),
-            _parameter("cos_cache", "T", optional=True),
-            _parameter("sin_cache", "T", optional=True),
-            _parameter("position_ids", "P", optional=True),
-            _parameter("attention_bias", "T", optional=True),
-        ],
-        outputs=[_parameter(name, "T") for name in ("output", "present_key", "present_value")],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
-            ("M", ["tensor(int32)"], ""),
-            ("P", ["tensor(int64)"], ""),
-        ],
-        attributes=[
-            *(_Schema.Attribute(name, _INTEGER, "") for name in ("num_heads", "kv_num_heads")),
-            *(
-                _Schema.Attribute(name, _INTEGER, "", required=False)
-                for name in ("do_rotary", "rotary_interleaved", "local_window_size")
-            ),
-            *(_Schema.Attribute(name, _Schema.AttrType.FLOAT, "", required=False) for name in ("scale", "softcap")),
-        ],
-    ),
+    "query:float key:float? value:float? past_key:float? past_value:float? seqlens_k:int32 "
+    "total_sequence_length:int32 cos_cache:float? sin_cache:float? position_ids:int64? attention_bias:float?",
+    "output:float present_key:float present_value:float",
+    required=("num_heads", "kv_num_heads"),
+    integers=("do_rotary", "rotary_interleaved", "local_window_size"),
+    floats=("scale", "softcap"),
 )
 
-
-# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GatherBlockQuantized
-GATHER_BLOCK_QUANTIZED = values.Op(
-    values.Opset(CONTRIB_DOMAIN, 1),
+GATHER_BLOCK_QUANTIZED = _operator(
+    CONTRIB_DOMAIN,
     "GatherBlockQuantized",
-    _Schema(
-        "GatherBlockQuantized",
-        CONTRIB_DOMAIN,
-        1,
-        inputs=[
-            _parameter("data", "T1"),
-            _parameter("indices", "Tind"),
-            _parameter("scales", "T2"),
-            _parameter("zero_points", "T1", optional=True),
-        ],
-        outputs=[_parameter("output", "T2")],
-        type_constraints=[
-            ("T1", ["tensor(uint8)"], ""),
-            ("T2", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
-            ("Tind", ["tensor(int32)", "tensor(int64)"], ""),
-        ],
-        attributes=[
-            _Schema.Attribute(name, _INTEGER, "", required=False)
-            for name in ("gather_axis", "quantize_axis", "block_size", "bits")
-        ],
-    ),
+    "data:codes indices:index scales:float zero_points:codes?",
+    "output:float",
+    integers=("gather_axis", "quantize_axis", "block_size", "bits"),
 )
 
-
-# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.QMoE
-QMOE = values.Op(
-    values.Opset(CONTRIB_DOMAIN, 1),
+QMOE = _operator(
+    CONTRIB_DOMAIN,
     "QMoE",
-    _Schema(
-        "QMoE",
-        CONTRIB_DOMAIN,
-        1,
-        inputs=[
-            _parameter("input", "T"),
-            _parameter("router_probs", "T"),
-            _parameter("fc1_experts_weights", "T1"),
-            _parameter("fc1_scales", "T", optional=True),
-            _parameter("fc1_experts_bias", "T", optional=True),
-            _parameter("fc2_experts_weights", "T1"),
-            _parameter("fc2_scales", "T", optional=True),
-            _parameter("fc2_experts_bias", "T", optional=True),
-            _parameter("fc3_experts_weights", "T1", optional=True),
-            _parameter("fc3_scales", "T", optional=True),
-            _parameter("fc3_experts_bias", "T", optional=True),
-            _parameter("fc1_zero_points", "T1", optional=True),
-            _parameter("fc2_zero_points", "T1", optional=True),
-            _parameter("fc3_zero_points", "T1", optional=True),
-            _parameter("router_weights", "T", optional=True),
-        ],
-        outputs=[_parameter("output", "T")],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
-            ("T1", ["tensor(uint8)"], ""),
-        ],
-        attributes=[
-            *(
-                _Schema.Attribute(name, _INTEGER, "", required=False)
-                for name in (
-                    *("k", "block_size", "expert_weight_bits", "fc1_expert_weight_bits", "fc2_expert_weight_bits"),
-                    *("swiglu_fusion", "normalize_routing_weights", "weights_prepacked", "accuracy_level"),
-                )
-            ),
-            *(
-                _Schema.Attribute(name, _Schema.AttrType.FLOAT, "", required=False)
-                for name in ("activation_alpha", "activation_beta", "swiglu_limit")
-            ),
-            _Schema.Attribute("activation_type", _Schema.AttrType.STRING, "", required=False),
-        ],
+    "input:float router_probs:float "
+    "fc1_experts_weights:codes fc1_scales:float? fc1_experts_bias:float? "
+    "fc2_experts_weights:codes fc2_scales:float? fc2_experts_bias:float? "
+    "fc3_experts_weights:codes? fc3_scales:float? fc3_experts_bias:float? "
+    "fc1_zero_points:codes? fc2_zero_points:codes? fc3_zero_points:codes? router_weights:float?",
+    "output:float",
+    integers=(
+        *("k", "block_size", "expert_weight_bits", "fc1_expert_weight_bits", "fc2_expert_weight_bits"),
+        *("swiglu_fusion", "normalize_routing_weights", "weights_prepacked", "accuracy_level"),
     ),
+    floats=("activation_alpha", "activation_beta", "swiglu_limit"),
+    strings=("activation_type",),
 )
 
-EXPERT_LINEAR = values.Op(
-    values.Opset("teq_graph", 1),
+EXPERT_LINEAR = _operator(
+    OWN_DOMAIN,
     "ExpertLinear",
-    _Schema(
-        "ExpertLinear",
-        "teq_graph",
-        1,
-        inputs=[
-            _parameter("a", "T"),
-            _parameter("experts", "I"),
-            _parameter("weight", "T"),
-            _parameter("bias", "T", optional=True),
-        ],
-        outputs=[_parameter("y", "T")],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
-            ("I", ["tensor(int64)"], ""),
-        ],
-        attributes=[_Schema.Attribute("num_experts", _INTEGER, "")],
-    ),
+    "a:float experts:int64 weight:float bias:float?",
+    "y:float",
+    required=("num_experts",),
 )
-EXPERT_MATMUL_NBITS = values.Op(
-    values.Opset("teq_graph", 1),
+EXPERT_MATMUL_NBITS = _operator(
+    OWN_DOMAIN,
     "ExpertMatMulNBits",
-    _Schema(
-        "ExpertMatMulNBits",
-        "teq_graph",
-        1,
-        inputs=[
-            _parameter("a", "T"),
-            _parameter("experts", "I"),
-            _parameter("b", "T1"),
-            _parameter("scales", "T"),
-            _parameter("zero_points", "T1", optional=True),
-            _parameter("bias", "T", optional=True),
-        ],
-        outputs=[_parameter("y", "T")],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
-            ("T1", ["tensor(uint8)"], ""),
-            ("I", ["tensor(int64)"], ""),
-        ],
-        attributes=[
-            _Schema.Attribute(name, _INTEGER, "")
-            for name in ("num_experts", "K", "N", "bits", "block_size", "accuracy_level")
-        ],
-    ),
+    "a:float experts:int64 b:codes scales:float zero_points:codes? bias:float?",
+    "y:float",
+    required=("num_experts", "K", "N", "bits", "block_size", "accuracy_level"),
 )
 """Products of rows with the weights of their experts: what stands for them until each expert has its own product, see
-`experts`; no model that is written has them."""
+`experts`."""
 
-DEQUANTIZE_NBITS = values.Op(
-    values.Opset("teq_graph", 1),
+DEQUANTIZE_NBITS = _operator(
+    OWN_DOMAIN,
     "DequantizeNBits",
-    _Schema(
-        "DequantizeNBits",
-        "teq_graph",
-        1,
-        inputs=[_parameter("data", "T1"), _parameter("scales", "T2"), _parameter("zero_points", "T1", optional=True)],
-        outputs=[_parameter("output", "T2")],
-        type_constraints=[
-            ("T1", ["tensor(uint8)"], ""),
-            ("T2", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
-        ],
-        attributes=[_Schema.Attribute(name, _INTEGER, "") for name in ("K", "N", "bits", "block_size")],
-    ),
+    "data:codes scales:float zero_points:codes?",
+    "output:float",
+    required=("K", "N", "bits", "block_size"),
 )
 """Codes in the layout of MatMulNBits as a matrix [N, K]: what stands for them until their numbers are there, see
-`dequantized`; no model that is written has it."""
+`dequantized`."""
+
+
+def given(*inputs: Any) -> list[Any]:
+    """Inputs of a node, without those at the end that are None."""
+    kept = list(inputs)
+    while kept and kept[-1] is None:
+        kept.pop()
+    return kept

@@ -22,6 +22,7 @@ from teq_graph.onnx.export.schemas import (
     GROUP_QUERY_ATTENTION,
     MATMUL_NBITS,
     QMOE,
+    given,
 )
 from teq_graph.ops.expert_mixture import GATED
 
@@ -50,19 +51,15 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
     ) -> Any:
         # onnxruntime refuses a bias whose length it cannot infer; a computed one is added apart.
         computed = bias is not None and bias.producer() is not None
-        inputs = [a, b, scales, zero_points, None, None if computed else bias]
-        while inputs[-1] is None:
-            inputs.pop()
+        inputs = given(a, b, scales, zero_points, None, None if computed else bias)
         product = MATMUL_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=accuracy_level)
         return op.Add(product, bias) if computed else product
 
     def dequantize_nbits(b: Any, scales: Any, zero_points: Any, K: int, N: int, bits: int, block_size: int) -> Any:
-        inputs = [b, scales] if zero_points is None else [b, scales, zero_points]
-        return DEQUANTIZE_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size)
+        return DEQUANTIZE_NBITS(*given(b, scales, zero_points), K=K, N=N, bits=bits, block_size=block_size)
 
     def expert_linear(input: Any, weight: Any, bias: Any, experts: Any, num_experts: int) -> Any:  # noqa: A002
-        inputs = [input, experts, weight] if bias is None else [input, experts, weight, bias]
-        return EXPERT_LINEAR(*inputs, num_experts=num_experts)
+        return EXPERT_LINEAR(*given(input, experts, weight, bias), num_experts=num_experts)
 
     def expert_matmul_nbits(
         a: Any,
@@ -77,9 +74,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         block_size: int,
         num_experts: int,
     ) -> Any:
-        inputs = [a, experts, b, scales, zero_points, bias]
-        while inputs[-1] is None:
-            inputs.pop()
+        inputs = given(a, experts, b, scales, zero_points, bias)
         sizes = {"K": K, "N": N, "bits": bits, "block_size": block_size, "accuracy_level": accuracy_level}
         return EXPERT_MATMUL_NBITS(*inputs, num_experts=num_experts, **sizes)
 
@@ -145,7 +140,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
     def embedding_nbits(indices: Any, b: Any, scales: Any, zero_points: Any, D: int, bits: int, block_size: int) -> Any:
         count, *row = b.shape
         rows = op.Reshape(b, op.Constant(value_ints=[count, math.prod(row)]))
-        inputs = [rows, indices, scales] if zero_points is None else [rows, indices, scales, zero_points]
+        inputs = given(rows, indices, scales, zero_points)
         gathered = GATHER_BLOCK_QUANTIZED(*inputs, gather_axis=0, quantize_axis=1, block_size=block_size, bits=bits)
         if D % block_size == 0:
             return gathered
@@ -269,7 +264,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         stride, padding, dilation = ([*sizes] * (3 // len(sizes)) for sizes in (stride, padding, dilation))
         first = op.Constant(value_ints=[0])
         is_batch = len(self.shape) == 5
-        inputs = [self if is_batch else op.Unsqueeze(self, first), weight, *([] if bias is None else [bias])]
+        inputs = given(self if is_batch else op.Unsqueeze(self, first), weight, bias)
         result = op.Conv(*inputs, strides=stride, pads=padding * 2, dilations=dilation, group=groups)
         return result if is_batch else op.Squeeze(result, first)
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime import OrtValue
 
-from teq_graph.capture.shapes import ENCODED, MASK, PAST, PRESENT
+from teq_graph.capture.shapes import ENCODED, MASK, PAST, PRESENT, EncoderShape
 from teq_graph.errors import InputError, ModelFileError, one_line
 from teq_graph.onnx.directory import Metadata
 from teq_graph.onnx.runtime import arguments, tensors
@@ -53,11 +53,9 @@ class OnnxEncoderDecoder(LanguageModel):
         metadata: Metadata,
         directory: Path,
     ) -> None:
-        if metadata.encoder is None:
-            raise ModelFileError(f"{directory}: it is no encoder-decoder; accepted is one with an encoder")
         super().__init__(session, metadata, directory)
         self.encoder = encoder
-        self.encoder_shape = metadata.encoder
+        self.encoder_shape = _encoder_of(metadata, directory)
         self._read = {item.name for item in session.get_inputs() if item.name.startswith(ENCODED)}
 
     @classmethod
@@ -71,9 +69,7 @@ class OnnxEncoderDecoder(LanguageModel):
     ) -> Self:
         """Open an exported directory; arguments and errors as for `OnnxDecoder.load`."""
         session, metadata = open_directory(directory, providers, threads, session_options, verify)
-        if metadata.encoder is None:
-            raise ModelFileError(f"{directory}: it is no encoder-decoder; accepted is one with an encoder")
-        encoder = open_encoder(directory, metadata.encoder, providers, threads, session_options)
+        encoder = open_encoder(directory, _encoder_of(metadata, directory), providers, threads, session_options)
         return cls(encoder, session, metadata, Path(directory))
 
     def generate(
@@ -211,3 +207,9 @@ class OnnxEncoderDecoder(LanguageModel):
         if array.dtype.kind == "f":
             return tensors.as_value(tensors.of_float32(array, self.metadata.dtype), self.metadata.dtype)
         return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+
+
+def _encoder_of(metadata: Metadata, directory: str | os.PathLike[str]) -> EncoderShape:
+    if metadata.encoder is None:
+        raise ModelFileError(f"{directory}: it is no encoder-decoder; accepted is one with an encoder")
+    return metadata.encoder
