@@ -51,10 +51,31 @@ def state_spaces_and_attention() -> nn.Module:
     return randomize(GraniteMoeHybridForCausalLM(config), std=0.2)
 
 
+def delta_rule() -> nn.Module:
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    heads = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=6)
+    sizes = {**GQA, "max_position_embeddings": 256, "head_dim": 8, "mlp_only_layers": [0, 1]}
+    config = Qwen3NextConfig(**sizes, **heads, layer_types=["linear_attention", "full_attention"])
+    return randomize(Qwen3NextForCausalLM(config), std=0.2)
+
+
+def delta_rule_of_channels() -> nn.Module:
+    from transformers import KimiLinearConfig, KimiLinearForCausalLM
+
+    latent = dict(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+    sizes = {**TEXT, "max_position_embeddings": 256, "linear_head_dim": 8, "linear_num_heads": 4}
+    kinds = dict(layer_types=["linear_attention", "full_attention"], mlp_layer_types=["dense", "dense"])
+    config = KimiLinearConfig(**sizes, **latent, **kinds)
+    return randomize(KimiLinearForCausalLM(config), std=0.2)
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], list[list[str]]]] = {
     "convolutions": (convolutions, [CONV, ATTENTION, CONV]),
     "state spaces": (state_spaces, [RECURRENT, RECURRENT]),
     "state spaces and attention": (state_spaces_and_attention, [RECURRENT, ATTENTION]),
+    "delta rule": (delta_rule, [RECURRENT, ATTENTION]),
+    "delta rule of channels": (delta_rule_of_channels, [RECURRENT, ATTENTION]),
 }
 
 

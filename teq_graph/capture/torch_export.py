@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from teq_graph.capture.buffers import keep_no_state, table_switch
 from teq_graph.capture.captured import CapturedGraph, magnitude
 from teq_graph.capture.experts import traceable_experts
+from teq_graph.capture.kernels import traceable_kernels
 from teq_graph.capture.pretrained import (
     PAST,
     DecoderStep,
@@ -228,7 +229,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     try:
         # Without gradients, no_grad regions of the model stay inline instead of becoming submodules. transformers
         # and torch warn about their own internals while tracing; none of it is in the user's hands.
-        with torch.no_grad(), _silent_export(), without_dispatch_cache():
+        with torch.no_grad(), _silent_export(), without_dispatch_cache(), traceable_kernels(model):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
             refuse_other_constants(program)
             if any(map(_changes_in_place, program.graph.nodes)):

@@ -6,10 +6,11 @@
     teq_graph::expert_linear        each row [K] times the matrix of its expert, plus its bias
     teq_graph::expert_matmul_nbits  the same with quantized matrices
     teq_graph::expert_mixture_nbits  two of those, an activation between them, and the weighted sum of a token's experts
+    teq_graph::linear_attention  attention over a state of one size, see `teq_graph.ops.linear_attention`
     teq_graph::group_query_attention  causal attention over a KV cache, see `teq_graph.ops.group_query_attention`
 
 Storage is that of com.microsoft::MatMulNBits (see `teq_graph.quantization.weight.QuantizedWeight`). All but
-`expert_linear` are for inference: a backward pass through them raises KernelError.
+`expert_linear` and `linear_attention` are for inference: a backward pass through them raises KernelError.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from teq_graph.ops.expert_linear import (
 )
 from teq_graph.ops.expert_mixture import activate, expert_mixture
 from teq_graph.ops.group_query_attention import group_query_attention
+from teq_graph.ops.linear_attention import check_linear_attention, linear_attention, linear_attention_backward
+from teq_graph.ops.linear_attention import remember as remember_attention
 from teq_graph.quantization.grid import SCALE_DTYPES, num_blocks
 from teq_graph.quantization.weight import dequantize_rows
 
@@ -50,6 +53,10 @@ _SCHEMAS = {
         "(Tensor x, Tensor chosen, Tensor weights, Tensor b1, Tensor scales1, Tensor? zero_points1, Tensor? bias1, "
         "Tensor b2, Tensor scales2, Tensor? zero_points2, Tensor? bias2, int K, int N1, int I, int N, int bits1, "
         "int bits2, int block_size, int num_experts, str activation, float alpha, float beta, float? limit) -> Tensor"
+    ),
+    "linear_attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor decay, Tensor beta, Tensor state, float scale) "
+        "-> (Tensor, Tensor)"
     ),
     "group_query_attention": (
         "(Tensor query, Tensor? key, Tensor? value, Tensor past_key, Tensor past_value, Tensor bias, Tensor? cos, "
@@ -183,6 +190,13 @@ def _attention_fake(
     length = query.shape[1]
     present = past_key.new_empty((batch, heads, past + length, width))
     return query.new_empty((batch, length, num_heads * width)), present, torch.empty_like(present)
+
+
+def _linear_attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor, _scale: float
+) -> tuple[Tensor, Tensor]:
+    check_linear_attention(query, key, value, decay, beta, state)
+    return value.new_empty(value.shape), state.new_empty(state.shape)
 
 
 def _matmul(
@@ -324,22 +338,29 @@ def _register() -> None:
     # torch keeps these registrations for as long as the process lives, also when this module is loaded again.
     for name, schema in _SCHEMAS.items():
         torch.library.define(f"teq_graph::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-        if name != "expert_linear":
+        if name not in ("expert_linear", "linear_attention"):
             torch.library.register_autograd(f"teq_graph::{name}", _refuse_backward)
     torch.library.register_autograd("teq_graph::expert_linear", expert_linear_backward, setup_context=remember)
+    torch.library.register_autograd(
+        "teq_graph::linear_attention", linear_attention_backward, setup_context=remember_attention
+    )
     torch.library.register_fake("teq_graph::matmul_nbits", _matmul_fake)
     torch.library.register_fake("teq_graph::dequantize_nbits", _dequantize_fake)
     torch.library.register_fake("teq_graph::embedding_nbits", _embedding_fake)
     torch.library.register_fake("teq_graph::group_query_attention", _attention_fake)
+    torch.library.register_fake("teq_graph::linear_attention", _linear_attention_fake)
     torch.library.register_fake("teq_graph::expert_linear", _expert_linear_fake)
     torch.library.register_fake("teq_graph::expert_matmul_nbits", _expert_matmul_fake)
     torch.library.register_fake("teq_graph::expert_mixture_nbits", _expert_mixture_fake)
     torch.library.impl("teq_graph::expert_mixture_nbits", ("cpu", "cuda"), _expert_mixture)
     torch.library.impl("teq_graph::expert_linear", "CompositeExplicitAutograd", expert_linear)
+    torch.library.impl("teq_graph::linear_attention", "CompositeExplicitAutograd", linear_attention)
     torch.library.impl("teq_graph::expert_matmul_nbits", ("cpu", "cuda"), _expert_matmul)
     for device in ("cpu", "cuda"):
         # As torch has it for linear.
         torch.library.register_autocast("teq_graph::expert_linear", device, torch.bfloat16)
+        # What is added up over a text is so in full.
+        torch.library.register_autocast("teq_graph::linear_attention", device, torch.float32)
     torch.library.impl("teq_graph::matmul_nbits", ("cpu", "cuda"), _matmul)
     torch.library.impl("teq_graph::dequantize_nbits", ("cpu", "cuda"), _dequantize)
     torch.library.impl("teq_graph::embedding_nbits", ("cpu", "cuda"), _embedding)

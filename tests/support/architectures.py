@@ -17,6 +17,10 @@ TEXT = {**SIZES, **TOKENS, "max_position_embeddings": 64}
 GQA = {**TEXT, "num_key_value_heads": 2}
 LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
 SCAN = dict(hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=16, n_groups=1, expand=2)
+DELTA = dict(
+    **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
+    **dict(layer_types=["linear_attention", "full_attention"], shared_expert_intermediate_size=16),
+)
 HYBRID = dict(
     **dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=1, mamba_expand=2),
     **dict(num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48),
@@ -111,6 +115,7 @@ ARCHITECTURES = (
     _decoder("LFM2", "lfm2", 14, 12, **GQA, layer_types=["conv", "full_attention"]),
     _decoder("Mamba2", "mamba2", 7, 5, **TOKENS, **SCAN),
     _decoder("Granite 4 (hybrid)", "granitemoehybrid", 12, 11, **GQA, **HYBRID, layer_types=["mamba", "attention"]),
+    _decoder("Qwen3-Next", "qwen3_next", 23, 22, **GQA, **EXPERTS, **DELTA, head_dim=8, num_experts=4),
     _decoder("Mixtral", "mixtral", 15, 15, **GQA, num_experts_per_tok=2, num_local_experts=4),
     _decoder("Qwen3-MoE", "qwen3_moe", 15, 15, **GQA, **EXPERTS, head_dim=8, num_experts=8),
     _decoder("OLMoE", "olmoe", 15, 15, **GQA, num_experts_per_tok=2, num_experts=4),

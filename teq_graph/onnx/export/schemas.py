@@ -20,6 +20,7 @@ _Schema = onnx.defs.OpSchema
 _Kind = _Schema.AttrType
 _TYPES = {
     "float": ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"],
+    "state": ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"],
     "codes": ["tensor(uint8)"],
     "int32": ["tensor(int32)"],
     "int64": ["tensor(int64)"],
@@ -111,6 +112,16 @@ QMOE = _operator(
     ),
     floats=("activation_alpha", "activation_beta", "swiglu_limit"),
     strings=("activation_type",),
+)
+
+LINEAR_ATTENTION = _operator(
+    CONTRIB_DOMAIN,
+    "LinearAttention",
+    "query:float key:float value:float past_state:state? decay:float? beta:float?",
+    "output:float present_state:state",
+    required=("q_num_heads", "kv_num_heads"),
+    floats=("scale",),
+    strings=("update_rule",),
 )
 
 EXPERT_LINEAR = _operator(

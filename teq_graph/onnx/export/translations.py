@@ -20,6 +20,7 @@ from teq_graph.onnx.export.schemas import (
     EXPERT_MATMUL_NBITS,
     GATHER_BLOCK_QUANTIZED,
     GROUP_QUERY_ATTENTION,
+    LINEAR_ATTENTION,
     MATMUL_NBITS,
     QMOE,
     given,
@@ -207,6 +208,26 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
             rotary_interleaved=int(interleaved),
         )
 
+    def linear_attention(
+        query: Any, key: Any, value: Any, decay: Any, beta: Any, state: Any, scale: float
+    ) -> tuple[Any, Any]:
+        heads = query.shape[2]
+
+        def packed(tensor: Any) -> Any:
+            return op.Reshape(tensor, op.Constant(value_ints=[0, 0, -1])) if len(tensor.shape) == 4 else tensor
+
+        output, present = LINEAR_ATTENTION(
+            *map(packed, (query, key, value)),
+            state,
+            packed(decay),
+            beta,
+            q_num_heads=heads,
+            kv_num_heads=heads,
+            scale=scale,
+            update_rule="gated_delta",
+        )
+        return op.Reshape(output, op.Constant(value_ints=[0, 0, heads, -1])), present
+
     def cast(self: Any, dtype: int, *_: Any, **__: Any) -> Any:
         return op.Cast(self, to=dtype) if self.dtype != ir.DataType(dtype) else op.Identity(self)
 
@@ -287,6 +308,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         torch.ops.teq_graph.expert_mixture_nbits.default: expert_mixture_nbits,
         torch.ops.teq_graph.embedding_nbits.default: embedding_nbits,
         torch.ops.teq_graph.group_query_attention.default: group_query_attention,
+        torch.ops.teq_graph.linear_attention.default: linear_attention,
         aten.scaled_dot_product_attention.default: attention,
         aten.to.dtype: cast,
         aten.to.device: cast_on_device,
