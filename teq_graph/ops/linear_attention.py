@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def check_linear_attention(
     if key.dim() != 4 or value.dim() != 4:
         raise InputError(f"key {list(key.shape)}, value {list(value.shape)}: accepted are [b, t, h, channels]")
     (batch, tokens, heads, width), channels = key.shape, value.shape[3]
-    expected = {
+    expected: dict[str, tuple[Tensor, list[tuple[int, ...]]]] = {
         "query": (query, [(batch, tokens, heads, width)]),
         "value": (value, [(batch, tokens, heads, channels)]),
         "decay": (decay, [(batch, tokens, heads), (batch, tokens, heads, width)]),
@@ -54,19 +55,19 @@ def linear_attention(
     if alike:
         decay = decay[..., None]
     # Heads before tokens, so that all products are of matrices.
-    tensors = [tensor.to(exact).transpose(1, 2) for tensor in (query * scale, key, value, decay, beta[..., None])]
+    tensors = [tensor.to(exact).transpose(1, 2) for tensor in (query, key, value, decay, beta[..., None])]
     outputs = []
     for parts in zip(*(tensor.split(CHUNKS[alike], dim=2) for tensor in tensors), strict=True):
-        output, known = _chunk(*parts, known, alike)
+        output, known = _chunk(parts, known, alike)
         outputs.append(output)
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(value.dtype).contiguous(), known.to(state.dtype)
+    output = torch.cat(outputs, dim=2).mul(scale)
+    return output.transpose(1, 2).to(value.dtype).contiguous(), known.to(state.dtype)
 
 
-def _chunk(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor, alike: bool
-) -> tuple[Tensor, Tensor]:
+def _chunk(parts: Sequence[Tensor], state: Tensor, alike: bool) -> tuple[Tensor, Tensor]:
     """Tokens [b, h, c, …] at once: what each adds to the state depends on those before it by a triangular system
     (section 3.3 of arXiv 2412.06464)."""
+    query, key, value, decay, beta = parts
     faded = decay.cumsum(2)
     since = faded.exp()
     # Of token i what is left of j, with nothing of later ones: [b, h, i, j, dk or 1].
@@ -96,6 +97,7 @@ def linear_attention_backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | No
     wanted = ctx.needs_input_grad[:-1]
     with torch.enable_grad():
         tensors = [t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
-        outputs = linear_attention(*tensors, ctx.scale)
+        query, key, value, decay, beta, state = tensors
+        outputs = linear_attention(query, key, value, decay, beta, state, ctx.scale)
         found = iter(torch.autograd.grad(outputs, [t for t in tensors if t.requires_grad], gradients))
     return *(next(found) if want else None for want in wanted), None
