@@ -26,6 +26,7 @@ from teq_graph.onnx.runtime import load
 from teq_graph.onnx.runtime.session import open_directory
 from teq_graph.passes.fold_batch_norms import FoldBatchNorms
 from teq_graph.passes.normalize_convolutions import NormalizeConvolutions
+from teq_graph.quantization import descend
 from teq_graph.training.stages.codes import BlockProblem, gptq, round_to_nearest
 
 CHANNELS, SIZE = 8, 12
@@ -360,10 +361,13 @@ def test_gptq_of_groups_is_that_of_each_group() -> None:
     problem = BlockProblem(
         {"w": weight}, {"w": spec}, {"w": rows.mT @ rows / 200}, {"w": rows.mean(1)}, {}, {}, lambda *_: weight.sum(), 1
     )
-    codes, grid = gptq(problem, round_to_nearest(problem)).codes["w"]
-    for group, (part, read) in enumerate(zip(weight.split(n), rows, strict=True)):
-        expected = quantization.gptq(part, read.T @ read / 200, grid.split(groups)[group])
-        assert torch.equal(codes[group * n : (group + 1) * n], expected)
+    rounded = round_to_nearest(problem)
+    codes, grid = gptq(problem, rounded).codes["w"]
+    starts, grids = (of.split([n] * groups) for of in (rounded.codes["w"][1], grid))
+    for part, read, start, own, fitted in zip(weight.split(n), rows, starts, codes.split(n), grids, strict=True):
+        moments = read.T @ read / 200
+        chosen, expected = descend(part, moments, quantization.gptq(part, moments, start), start)
+        assert torch.equal(own, chosen) and torch.equal(fitted.scales, expected.scales)
 
 
 # ----------------------------------------------------------------------------------------------- compiled, exported

@@ -6,30 +6,15 @@ import itertools
 
 import pytest
 import torch
+from support.moments import columns_of, correlated, damped_moments, moments_of, output_error
 from torch import Tensor
 
 from teq_graph.config import BITS, WeightSpec
 from teq_graph.errors import NumericsError
-from teq_graph.quantization import Grid, dequantize, find_clipped_grid, find_grid, gptq, quantize
-from teq_graph.quantization.gptq import COLUMNS, DAMPING
+from teq_graph.quantization import Grid, find_clipped_grid, find_grid, gptq, quantize
+from teq_graph.quantization.gptq import COLUMNS
 
 SPECS = [WeightSpec(*values) for values in itertools.product(BITS, (16, 32, -1), (False, True))]
-
-
-def correlated(rows: int, k: int) -> Tensor:
-    """Inputs [rows, k] of a few strong directions and channels of different sizes."""
-    mixed = torch.randn(rows, max(1, k // 4)) @ torch.randn(max(1, k // 4), k) + 0.3 * torch.randn(rows, k)
-    return mixed * torch.randn(k).exp()
-
-
-def moments_of(inputs: Tensor) -> Tensor:
-    return inputs.T @ inputs / len(inputs)
-
-
-def columns_of(grid: Grid, k: int) -> tuple[Tensor, Tensor]:
-    """Scales and zero points of each column, float64 [N, k]."""
-    of = torch.arange(k) // grid.block_size
-    return grid.scales.double()[:, of], grid.zero_points_as_float().double()[:, of]
 
 
 def plain_gptq(weight: Tensor, moments: Tensor, grid: Grid) -> Tensor:
@@ -38,7 +23,7 @@ def plain_gptq(weight: Tensor, moments: Tensor, grid: Grid) -> Tensor:
     The best change of the columns that are left is H[left, left]^-1 H[left, column] times the column's error.
     """
     k = weight.shape[1]
-    hessian = moments.double() + DAMPING * moments.double().diagonal().mean() * torch.eye(k, dtype=torch.float64)
+    hessian = damped_moments(moments)
     scale, zero = columns_of(grid, k)
     rest, codes = weight.double().clone(), torch.zeros(weight.shape, dtype=torch.uint8)
     order = sorted(range(k), key=lambda column: -float(moments[column, column]))
@@ -51,11 +36,6 @@ def plain_gptq(weight: Tensor, moments: Tensor, grid: Grid) -> Tensor:
             share = torch.linalg.solve(hessian[left][:, left], hessian[left, column])
             rest[:, left] += error[:, None] * share
     return codes
-
-
-def output_error(weight: Tensor, codes: Tensor, grid: Grid, inputs: Tensor) -> float:
-    lost = weight.double() - dequantize(codes, grid).double()
-    return float((inputs.double() @ lost.T).square().sum())
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -1,6 +1,7 @@
 """Grids, codes and storage of quantized weights: the reference mathematics of MatMulNBits."""
 
 from teq_graph.quantization.clip import find_clipped_grid
+from teq_graph.quantization.descent import descend
 from teq_graph.quantization.gptq import gptq
 from teq_graph.quantization.grid import (
     Grid,
@@ -20,6 +21,7 @@ __all__ = [
     "LearnedWeight",
     "QuantizedWeight",
     "dequantize",
+    "descend",
     "fake_quantize",
     "find_clipped_grid",
     "find_grid",

@@ -23,44 +23,46 @@ def gptq(weight: Tensor, moments: Tensor, grid: Grid, damping: float = DAMPING) 
 
     Raises NumericsError for moments that are not finite.
     """
-    k = weight.shape[1]
     order = torch.argsort(moments.diagonal(), descending=True)
     factor = _inverse_factor(moments[order][:, order], damping)
-    rest = weight.detach().to(torch.float32)[:, order]
-    scales = _per_column(grid.scales, grid.block_size, k)[:, order]
-    zeros = _per_column(grid.zero_points_as_float(), grid.block_size, k)[:, order]
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for first in range(0, k, COLUMNS):
-        within = slice(first, min(first + COLUMNS, k))
-        # Contiguous columns: the inner loop works on one at a time.
-        columns = rest[:, within].t().contiguous()
+    # Columns of the weight as rows: the loop works on one at a time.
+    rest = weight.detach().to(torch.float32).t()[order]
+    scales, zeros = grid.scales.t().contiguous(), grid.zero_points_as_float().t().contiguous()
+    block_of = (order // grid.block_size).tolist()
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=weight.device)
+    for first in range(0, len(rest), COLUMNS):
+        within = slice(first, min(first + COLUMNS, len(rest)))
+        columns = rest[within]
         errors = torch.empty_like(columns)
-        for offset, column in enumerate(columns):
-            at = first + offset
-            scale, zero = scales[:, at], zeros[:, at]
+        for offset, at in enumerate(range(within.start, within.stop)):
+            column, scale, zero = columns[offset], scales[block_of[at]], zeros[block_of[at]]
             code = grid.codes.nearest(column / scale, zero)
-            codes[:, order[at]] = code.to(torch.uint8)
-            errors[offset] = (column - (code - zero) * scale) / factor[at, at]
-            columns[offset + 1 :] -= factor[at, at + 1 : within.stop, None] * errors[offset]
-        rest[:, within.stop :] -= errors.t() @ factor[within, within.stop :]
-    return codes
+            codes[at] = code
+            torch.sub(column, code.sub_(zero).mul_(scale), out=errors[offset]).div_(factor[at, at])
+            columns[offset + 1 :].addr_(factor[at, at + 1 : within.stop], errors[offset], alpha=-1)
+        rest[within.stop :] -= factor[within, within.stop :].t() @ errors
+    return torch.empty_like(codes).index_copy_(0, order, codes).t().contiguous()
+
+
+def damped(moments: Tensor, damping: float = DAMPING) -> Tensor:
+    """Moments, float64 [K, K], with `damping` times their mean diagonal added to it.
+
+    Raises NumericsError for moments that are not finite.
+    """
+    if not bool(moments.isfinite().all()):
+        raise NumericsError("second moments of a linear's inputs: NaN or infinity; accepted are finite numbers")
+    matrix = moments.to(torch.float64, copy=True)
+    # A channel that is always zero has no say; any positive number keeps the matrix invertible.
+    matrix.diagonal().add_(damping * matrix.diagonal().mean().clamp(min=1e-12))
+    return matrix
 
 
 def _inverse_factor(moments: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped moments, float32 [K, K]."""
-    if not bool(moments.isfinite().all()):
-        raise NumericsError("second moments of a linear's inputs: NaN or infinity; accepted are finite numbers")
     # One name for all, so that no more than two such matrices are alive.
-    matrix = moments.to(torch.float64, copy=True)
-    # A channel that is always zero has no say; any positive number keeps the matrix invertible.
-    matrix.diagonal().add_(damping * matrix.diagonal().mean().clamp(min=1e-12))
+    matrix = damped(moments, damping)
     matrix = torch.linalg.cholesky(matrix)
     matrix = torch.cholesky_inverse(matrix)
     matrix = torch.linalg.cholesky(matrix, upper=True)
     factor: Tensor = matrix.to(torch.float32)
     return factor
-
-
-def _per_column(values: Tensor, block: int, k: int) -> Tensor:
-    """Values of groups [N, nb] repeated for their columns [N, K]."""
-    return values.repeat_interleave(block, dim=1)[:, :k]

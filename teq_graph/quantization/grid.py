@@ -56,10 +56,10 @@ class Grid:
         scales = torch.cat([grid.scales for grid in grids])
         return dataclasses.replace(grids[0], scales=scales, zero_points=torch.cat(zeros) if zeros else None)
 
-    def split(self, parts: int) -> list[Grid]:
-        """The grids of `parts` runs of as many rows each: `cat` puts them together again."""
-        zeros = [None] * parts if self.zero_points is None else self.zero_points.chunk(parts)
-        scales = self.scales.chunk(parts)
+    def split(self, sizes: Sequence[int]) -> list[Grid]:
+        """The grids of runs of so many rows each: `cat` puts them together again."""
+        zeros = [None] * len(sizes) if self.zero_points is None else self.zero_points.split(list(sizes))
+        scales = self.scales.split(list(sizes))
         return [dataclasses.replace(self, scales=s, zero_points=z) for s, z in zip(scales, zeros, strict=True)]
 
     def zero_points_as_float(self) -> Tensor:

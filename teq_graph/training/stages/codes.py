@@ -18,7 +18,7 @@ from torch import Tensor
 from teq_graph import quantization
 from teq_graph.config import TrainingConfig, WeightSpec
 from teq_graph.graph.products import outputs_for
-from teq_graph.quantization import Grid, LearnedWeight, dequantize, find_clipped_grid, find_grid, quantize
+from teq_graph.quantization import Grid, LearnedWeight, dequantize, descend, find_clipped_grid, find_grid, quantize
 from teq_graph.report import Curve
 from teq_graph.system.progress import Task
 from teq_graph.training.optimize import FLOAT_RATE, GROUP_SCALE_RATE, Learned, optimize
@@ -92,23 +92,27 @@ def clip(problem: BlockProblem, choice: Choice) -> Choice:
 
 
 def gptq(problem: BlockProblem, choice: Choice) -> Choice:
-    """GPTQ on the chosen grids, of all weights at once that read the same and have groups alike."""
-    alike: dict[tuple[int, WeightSpec], list[str]] = {}
+    """GPTQ on the chosen grids, and a sweep of coordinate descent; of all weights at once that read the same and have
+    groups alike."""
+    alike: dict[tuple[int, WeightSpec, torch.dtype], list[str]] = {}
     for name in problem.weights:
-        alike.setdefault((id(problem.moments[name]), problem.specs[name]), []).append(name)
+        key = (id(problem.moments[name]), problem.specs[name], problem.scale_dtype(name))
+        alike.setdefault(key, []).append(name)
     codes: dict[str, tuple[Tensor, Grid]] = {}
-    for names in alike.values():
+    for (_, _, dtype), names in alike.items():
         moments = problem.moments[names[0]]
-        grids = [choice.codes[name][1].split(len(moments)) for name in names]
         weights = [problem.weights[name].chunk(len(moments)) for name in names]
         sizes = [len(groups[0]) for groups in weights]
+        grids = [choice.codes[n][1].split([size] * len(moments)) for n, size in zip(names, sizes, strict=True)]
+        found = []
         # Of each group the rows of all weights.
-        chosen = [
-            quantization.gptq(torch.cat(rows), of_group, Grid.cat(grid)).split(sizes)
-            for rows, of_group, grid in zip(zip(*weights, strict=True), moments, zip(*grids, strict=True), strict=True)
-        ]
-        for name, parts in zip(names, zip(*chosen, strict=True), strict=True):
-            codes[name] = (torch.cat(parts), choice.codes[name][1])
+        for rows, of_group, grid in zip(zip(*weights, strict=True), moments, zip(*grids, strict=True), strict=True):
+            joined, start = torch.cat(rows), Grid.cat(grid)
+            chosen, fitted = descend(joined, of_group, quantization.gptq(joined, of_group, start), start, dtype)
+            found.append(zip(chosen.split(sizes), fitted.split(sizes), strict=True))
+        for name, parts in zip(names, zip(*found, strict=True), strict=True):
+            of_groups, fitted_grids = zip(*parts, strict=True)
+            codes[name] = (torch.cat(of_groups), Grid.cat(fitted_grids))
     return dataclasses.replace(choice, codes=codes)
 
 
