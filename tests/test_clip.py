@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from teq_graph.config import BITS, WeightSpec
 from teq_graph.quantization import Grid, dequantize, find_clipped_grid, find_grid, quantize
-from teq_graph.quantization.clip import NARROWEST, STEPS
+from teq_graph.quantization.clip import NARROWEST, OFFSETS, STEPS
 
 SPECS = [WeightSpec(*values) for values in itertools.product(BITS, (16, 32, -1), (False, True))]
 PARTS = [1 - (1 - NARROWEST) * step / STEPS for step in range(STEPS)]
@@ -26,6 +27,20 @@ def group_errors(weight: Tensor, grid: Grid, importance: Tensor) -> Tensor:
     return torch.zeros_like(grid.scales, dtype=torch.float64).index_add_(1, of, error)
 
 
+def tried_grids(weight: Tensor, spec: WeightSpec) -> list[Grid]:
+    """Every part of the range, with every zero point near its own; the whole range first."""
+    grids = [find_grid(weight, spec, part=part) for part in PARTS]
+    if spec.symmetric:
+        return grids
+    moved = [
+        dataclasses.replace(g, zero_points=(g.zero_points.short() + offset).clamp(0, 2**spec.bits - 1).byte())
+        for offset in OFFSETS
+        for g in grids
+        if g.zero_points is not None
+    ]
+    return [*grids, *moved]
+
+
 @pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
 @pytest.mark.parametrize("k", [96, 83, 5])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -37,7 +52,7 @@ def test_each_group_has_the_part_of_least_error(spec: WeightSpec, k: int, weight
     assert (grid.bits, grid.block_size, grid.scales.shape) == (whole.bits, whole.block_size, whole.scales.shape)
     assert (grid.zero_points is None) == spec.symmetric
     errors = group_errors(weight, grid, importance)
-    tried = torch.stack([group_errors(weight, find_grid(weight, spec, part=part), importance) for part in PARTS])
+    tried = torch.stack([group_errors(weight, one, importance) for one in tried_grids(weight, spec)])
     torch.testing.assert_close(errors, tried.amin(0), rtol=1e-5, atol=1e-10)
     assert bool((errors <= tried[0] * (1 + 1e-5)).all())
     assert spec.bits > 3 or k < 16 or float(errors.sum()) < 0.99 * float(tried[0].sum())
