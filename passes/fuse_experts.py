@@ -195,7 +195,7 @@ def _activation(nodes: Sequence[Node], first: Node, end: Node) -> Activation | N
     env: Values = {first: rows}
     try:
         with torch.no_grad():
-            run(nodes, env, {aten.view.default: aten.reshape.default})
+            run(nodes, env)
     except (RuntimeError, IndexError, KeyError, ValueError):  # sizes that are not those of these rows
         return None
     wanted = env[end]

@@ -98,12 +98,9 @@ def _quotient(build: CallBuilder, node: Node, pairs: dict[Node, Pair]) -> Pair:
 
 
 def _each_part(build: CallBuilder, node: Node, pairs: dict[Node, Pair]) -> Pair:
-    # A part need not have the strides that a view relies on.
-    target = aten.reshape.default if node.target is aten.view.default else node.target
-
     def part_of(index: int) -> Node:
         arguments = torch.fx.node.map_arg(node.args, lambda x: pairs[x][index] if x in pairs else x)
-        return build(target, *arguments)
+        return build(node.target, *arguments)
 
     return part_of(0), part_of(1)
 

@@ -71,5 +71,5 @@ def _flatten(graph_module: GraphModule, weight: Node) -> None:
     users = list(weight.users)
     replace_tensors(graph_module, {name: matrix})
     for user in users:
-        view = CallBuilder(graph_module, user)(aten.view.default, weight, shape)
+        view = CallBuilder(graph_module, user)(aten.reshape.default, weight, shape)
         user.args, user.kwargs = tuple({**arguments_of(user), "weight": view}.values()), {}

@@ -109,7 +109,7 @@ def _with_each(product: Node, chosen: Node, experts: Node) -> _Product | None:
         if rank == 1:
             return result
         sizes = [call(aten.sym_size.int, experts, dim) for dim in range(rank)]
-        return call(aten.view.default, result, [*sizes, result.meta["val"].shape[-1]])
+        return call(aten.reshape.default, result, [*sizes, result.meta["val"].shape[-1]])
 
     return _Product(end, is_transposed, inputs, shaped)
 
@@ -154,7 +154,7 @@ def _with_all(product: Node, weight: Node) -> list[_Product]:
         return call(aten.flatten.using_ints, x, 0, 1), call(aten.flatten.using_ints, experts, 0, 1)
 
     def shaped(call: CallBuilder, result: Node) -> Node:
-        return call(aten.view.default, result, [count, -1, n])
+        return call(aten.reshape.default, result, [count, -1, n])
 
     return [_Product(product, True, inputs, shaped)]
 

@@ -1,4 +1,4 @@
-"""Remove asserts, casts to the type a value already has, whole slices, and what is overwritten as a whole."""
+"""Remove asserts, casts to the type a value already has, whole slices, copies over all, demands on strides."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ CHECKS = (
 class RemoveNoOps(GraphPass[None]):
     """1. x → to(float32) → dropout → slice(0, end) → y   becomes   x → y           where x is float32 already
     2. copy(x, y)                                      becomes   expand_as(y, x)   where y has the dtype of x
+    3. view(x, sizes)                                  becomes   reshape(x, sizes)
 
     Values and dtypes stay exactly as they are. Case 2 is what torch.export makes of `x[...] = y`, and has no gradient.
+    Of case 3 torch.export has made sure for the strides that x had; other passes may give it others.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult[None]:
@@ -43,6 +45,9 @@ class RemoveNoOps(GraphPass[None]):
                 modified = True
             elif node.target == aten.copy.default and dtype_of(operand_of(node)) == dtype_of(operand_of(node, 1)):
                 node.target, node.args, node.kwargs = aten.expand_as.default, node.args[1::-1], {}
+                modified = True
+            elif node.target == aten.view.default:
+                node.target = aten.reshape.default
                 modified = True
         if modified:
             drop_unused(graph_module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,16 @@ Values = dict[Node, Any]
 """What has been computed and is still needed, by node."""
 
 
-def run(nodes: Iterable[Node], values: Values, replaced: Mapping[Any, Any] | None = None) -> None:
-    """Compute `nodes`, in order, from `values` and the graph's tensors, into `values`; `replaced` ops by others."""
+def run(nodes: Iterable[Node], values: Values) -> None:
+    """Compute `nodes`, in order, from `values` and the graph's tensors, into `values`."""
 
     def value_of(node: Node) -> Any:
         return node_tensor(node) if node.op == "get_attr" and node not in values else values[node]
 
     for node in nodes:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
-        target = (replaced or {}).get(node.target, node.target)
-        assert callable(target)
-        values[node] = target(*args, **kwargs)
+        assert callable(node.target)
+        values[node] = node.target(*args, **kwargs)
 
 
 def keep_only(values: Values, needed: set[Node]) -> Values:

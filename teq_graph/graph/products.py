@@ -39,7 +39,7 @@ PRODUCTS = (aten.linear.default, EXPERT_LINEAR, *CONVOLUTIONS)
 def weight_node(product: Node) -> Node:
     """The node that gives the matrix of a product in normal form, whatever computes it."""
     weight = operand_of(product, 1)
-    return operand_of(weight) if is_convolution(product) and is_call(weight, aten.view.default) else weight
+    return operand_of(weight) if is_convolution(product) and is_call(weight, aten.reshape.default) else weight
 
 
 def product_nodes(graph_module: GraphModule) -> Iterator[Node]:
@@ -91,7 +91,7 @@ def before_weight(product: Node) -> Node:
 def is_weight_view(node: Node) -> bool:
     """Whether `node` gives a matrix to convolutions, in their shape, and to nothing else."""
     return (
-        is_call(node, aten.view.default)
+        is_call(node, aten.reshape.default)
         and bool(node.users)
         and all(is_convolution(user) and user.args[1] is node and operand_of(user) is not node for user in node.users)
     )

@@ -11,11 +11,8 @@ from torch.fx import Node
 
 from teq_graph.capture import CapturedGraph, DecoderShape
 from teq_graph.graph.execution import run
-from teq_graph.graph.nodes import aten, placeholder_nodes
+from teq_graph.graph.nodes import placeholder_nodes
 from teq_graph.graph.op_sets import FILLS, SHAPE_QUERIES
-
-REPLACED = {aten.view.default: aten.reshape.default}
-"""Given values do not have the strides that a view relies on."""
 
 TOLERANCE = 1e-4
 
@@ -70,7 +67,7 @@ class Probe:
         values |= {node: value.to(self.device, self.dtype) for node, value in (given or {}).items()}
         needed = _ancestors(target, values)
         with torch.no_grad():
-            run([node for node in self.nodes if node in needed], values, REPLACED)
+            run([node for node in self.nodes if node in needed], values)
         result: Tensor = values[target]
         return result.cpu()
 
