@@ -127,6 +127,21 @@ def test_no_op_that_escapes() -> None:
     assert op_names(graph_module) == ["aten.mul.Tensor"]
 
 
+def heads_normalised(s: Small, x: Tensor) -> Tensor:
+    """Changes in place make torch.export decompose it: then its end is a view, for strides that the norm passes on."""
+    heads = x.clone().add_(1).unflatten(-1, (2, -1)).transpose(1, 2)
+    wide = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + 1e-6)
+    return (wide * s.gain).transpose(1, 2).reshape(*x.shape[:2], -1)
+
+
+def test_no_view_relies_on_strides_that_another_pass_changes() -> None:
+    graph_module, inputs = small(heads_normalised, 2, 4, 2 * WIDTH)
+    assert op_names(graph_module)[-1] == "aten.view.default"
+    apply_and_check(RemoveNoOps(), graph_module, inputs, tolerance=0)
+    apply_and_check(FuseRMSNorm(), graph_module, inputs)
+    assert "aten.rms_norm.default" in op_names(graph_module)
+
+
 # ------------------------------------------------------------------------------------------------- NormalizeLinears
 
 PRODUCTS: dict[str, tuple[Forward, tuple[int, ...]]] = {
