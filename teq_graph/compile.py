@@ -195,9 +195,11 @@ def transform_with_sites(
     found = tuple(e for e in sites if can_write_back(captured.graph_module, e, result))
     if not found:
         name, count = type(model).__name__, len(sites)
-        why = f"none of its {count} equivalences is over parameters alone" if sites else "it has no equivalence"
+        why = "it has no equivalence"
+        if sites:
+            why = f"none of its {count} equivalences is over parameters alone, as those through batch norms are not"
         raise ConfigError(
-            f"{name}: {why}, so there is no scale to train; accepted are models that inspect finds some in"
+            f"{name}: {why}, so there is no scale to train; accepted are models with one whose scales go into parameters"
         )
     if not analysis.specs:
         raise ConfigError("skip leaves no weight to quantize, for which scales could be trained; accepted are some")
