@@ -199,7 +199,7 @@ def transform_with_sites(
         if sites:
             why = f"none of its {count} equivalences is over parameters alone, as those through batch norms are not"
         raise ConfigError(
-            f"{name}: {why}, so there is no scale to train; accepted are models with one whose scales go into parameters"
+            f"{name}: {why}, so there is no scale to train; accepted are models with one that changes parameters"
         )
     if not analysis.specs:
         raise ConfigError("skip leaves no weight to quantize, for which scales could be trained; accepted are some")
