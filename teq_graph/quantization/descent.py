@@ -33,7 +33,8 @@ def descend(
     matrix = (matrix / matrix.diagonal().mean()).to(torch.float32)
     diagonal = matrix.diagonal()
     # Columns of the weight as rows: the loops work on one at a time.
-    scales, zeros = grid.scales.t().contiguous(), grid.zero_points_as_float().t().contiguous()
+    scales = grid.scales.t().clone(memory_format=torch.contiguous_format)
+    zeros = grid.zero_points_as_float().t().contiguous()
     chosen = codes.t().to(torch.float32, memory_format=torch.contiguous_format)
     block_of = [column // grid.block_size for column in range(len(chosen))]
     kept = (chosen - zeros[block_of]).mul_(scales[block_of])
