@@ -70,11 +70,21 @@ def delta_rule_of_channels() -> nn.Module:
     return randomize(KimiLinearForCausalLM(config), std=0.2)
 
 
+def layers_without_caches() -> nn.Module:
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    scan = dict(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16, n_groups=1, conv_kernel=4, chunk_size=256)
+    sizes = {**GQA, "num_hidden_layers": 4, "max_position_embeddings": 256, "head_dim": 8}
+    config = NemotronHConfig(**sizes, **scan, layers_block_type=["mamba", "mlp", "attention", "mlp"])
+    return randomize(NemotronHForCausalLM(config), std=0.2)
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], list[list[str]]]] = {
     "convolutions": (convolutions, [CONV, ATTENTION, CONV]),
     "state spaces": (state_spaces, [RECURRENT, RECURRENT]),
     "state spaces and attention": (state_spaces_and_attention, [RECURRENT, ATTENTION]),
     "delta rule": (delta_rule, [RECURRENT, ATTENTION]),
+    "layers without caches": (layers_without_caches, [RECURRENT, [], ATTENTION, []]),
     "delta rule of channels": (delta_rule_of_channels, [RECURRENT, ATTENTION]),
 }
 
