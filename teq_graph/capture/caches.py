@@ -58,10 +58,12 @@ def described(cache: Any, name: str) -> tuple[LayerCache, ...] | None:
 
 
 def tensors_of(layer: Any) -> dict[str, Tensor] | None:
-    """The tensors that one layer of a cache holds, by name; None where it holds others.
+    """The tensors that one layer of a cache holds, by name; None where it has yet to be filled, or holds others.
 
     A layer of a model whose other layers have caches may hold nothing at all.
     """
+    if not getattr(layer, "is_initialized", True):
+        return None
     found = {name: getattr(layer, attribute, None) for name, attribute in _GROWING.items()}
     held: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
     for name, attribute in _STATES.items():
