@@ -80,14 +80,17 @@ def test_scales_fold_exactly(architecture: Architecture, model: nn.Module) -> No
 def test_compiled_graph_runs_at_other_sizes(
     architecture: Architecture, model: nn.Module, compiled: teq_graph.CompiledModel
 ) -> None:
-    errors = []
+    errors, chooses = [], any("expert" in name for name in op_names(compiled.graph_module))
     for batch, length in ((3, 13), (1, 1), (2, 5)):
         inputs = architecture.inputs(batch, length)
         expected = first_output(model, inputs)
         actual = first_output(compiled, inputs)
         assert actual.shape == expected.shape and actual.dtype == expected.dtype
         errors.append(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten())
-    # 8 bits: a wrong scale or code would be an error of order one. Of most tokens: one may get another expert.
+        # 8 bits: a wrong scale or code would be an error of order one
+        if not chooses:
+            assert float((actual - expected).norm() / expected.norm()) <= 0.05
+    # A token may get another expert by it, most do not.
     assert float(torch.cat(errors).median()) <= 0.05
 
 
