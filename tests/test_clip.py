@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from support.moments import columns_of
 from torch import Tensor
 
 from teq_graph.config import BITS, WeightSpec
@@ -19,9 +20,8 @@ PARTS = [1 - (1 - NARROWEST) * step / STEPS for step in range(STEPS)]
 
 def group_errors(weight: Tensor, grid: Grid, importance: Tensor) -> Tensor:
     """Weighted squared error of each group in float64 [N, nb], from the definition of codes."""
-    k = weight.shape[1]
-    of = torch.arange(k) // grid.block_size
-    scale, zero = grid.scales.double()[:, of], grid.zero_points_as_float().double()[:, of]
+    of = torch.arange(weight.shape[1]) // grid.block_size
+    scale, zero = columns_of(grid, weight.shape[1])
     codes = ((weight.double() / scale).round() + zero).clamp(0, 2**grid.bits - 1)
     error = ((codes - zero) * scale - weight.double()).square() * importance.double()
     return torch.zeros_like(grid.scales, dtype=torch.float64).index_add_(1, of, error)

@@ -229,6 +229,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     try:
         # Without gradients, no_grad regions of the model stay inline instead of becoming submodules. transformers
         # and torch warn about their own internals while tracing; none of it is in the user's hands.
+        # Kernels are replaced here alone: the model's own are what the graph is compared with.
         with torch.no_grad(), _silent_export(), without_dispatch_cache(), traceable_kernels(model):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
             refuse_other_constants(program)

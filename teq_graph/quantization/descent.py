@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from teq_graph.quantization.gptq import COLUMNS, DAMPING, damped
+from teq_graph.quantization.gptq import COLUMNS, damped
 from teq_graph.quantization.grid import Grid, round_scales
 
 
@@ -18,7 +18,6 @@ def descend(
     grid: Grid,
     scale_dtype: torch.dtype = torch.float32,
     sweeps: int = 1,
-    damping: float = DAMPING,
 ) -> tuple[Tensor, Grid]:
     """Codes uint8 [N, K] and scales of a weight [N, K] that leave no larger an error of the outputs, E‖x (W - Ŵ)ᵀ‖².
 
@@ -28,7 +27,7 @@ def descend(
     negative, column i wants to be pᵢ / Hᵢᵢ larger, and a group of codes r a scale that is pᵀr / rᵀHr larger. Scales are
     rounded to `scale_dtype`. Moments [K, K] are damped as for `gptq`.
     """
-    matrix = damped(moments, damping)
+    matrix = damped(moments)
     # In units of their mean, whose products float32 holds whatever the inputs' size is.
     matrix = (matrix / matrix.diagonal().mean()).to(torch.float32)
     diagonal = matrix.diagonal()

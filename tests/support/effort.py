@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def at_once(seconds: float, what: object = None) -> Iterator[None]:
-    """Fails where what is inside takes more `seconds` of processor time, which other work beside leaves alone."""
+    """Fails where what is inside takes so many `seconds` of processor time, which other work beside leaves alone."""
     started = time.process_time()
     yield
     took = time.process_time() - started

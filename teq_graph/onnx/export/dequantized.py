@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 
 from teq_graph.onnx.export.initializers import add_initializer
-from teq_graph.onnx.export.schemas import DEQUANTIZE_NBITS
+from teq_graph.onnx.export.schemas import DEQUANTIZE_NBITS, OWN_DOMAIN
 from teq_graph.quantization import QuantizedWeight
 
 UNSIGNED = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 8: np.uint8}
@@ -24,7 +24,7 @@ def dequantize_linearly(model: ir.Model) -> None:
     model's opset is older than the first that has such codes, it becomes that.
     """
     for node in list(model.graph):
-        if node.op_type == DEQUANTIZE_NBITS.name and node.domain == DEQUANTIZE_NBITS.opset.domain:
+        if node.domain == OWN_DOMAIN and node.op_type == DEQUANTIZE_NBITS.name:
             _replace(model, node)
 
 
