@@ -197,7 +197,7 @@ def transform_with_sites(
         name, count = type(model).__name__, len(sites)
         why = "it has no equivalence"
         if sites:
-            why = f"none of its {count} equivalences is over parameters alone, as those through batch norms are not"
+            why = f"none of its {count} equivalences is over parameters alone (buffers and sums of parameters are not)"
         raise ConfigError(
             f"{name}: {why}, so there is no scale to train; accepted are models with one that changes parameters"
         )

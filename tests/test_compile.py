@@ -315,9 +315,7 @@ class Shared(nn.Module):
 def test_transform_refuses_what_it_cannot_write_back(make: type[nn.Module], sites: int) -> None:
     model = randomize(make())
     inputs = (torch.randn(6, 20),)
-    with pytest.raises(
-        ConfigError, match=r"none of its \d equivalences is over parameters alone, so there is no scale"
-    ):
+    with pytest.raises(ConfigError, match=r"none of its \d equivalences is over parameters alone .*no scale to train"):
         teq_graph.transform(model, inputs, ({0: DYNAMIC},), training=TrainingConfig(steps=8, learning_rate=0.3))
     compiled = teq_graph.compile(model, inputs, ({0: DYNAMIC},), training=None)
     assert len(compiled.equivalences) >= sites, "the graph itself can be scaled at all of them"
