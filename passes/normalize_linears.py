@@ -24,19 +24,20 @@ from teq_graph.passes.base import GraphPass, PassResult
 class NormalizeLinears(GraphPass[None]):
     """1. addmm(bias, x, W[K, N])       →  linear(x, t(W), bias)
     2. mm(x, W), matmul(x, W)           →  linear(x, t(W))
-    3. linear(x, t(t(W)))               →  linear(x, W)
-    4. add(linear(x, W), constant[N])   →  linear(x, W, constant)
-    5. view(linear(view(x), W), sizes)  →  linear(x, W)
+    3. mm(W, x), matmul(W, x)           →  t(linear(t(x), W))
+    4. linear(x, t(t(W)))               →  linear(x, W)
+    5. add(linear(x, W), constant[N])   →  linear(x, W, constant)
+    6. view(linear(view(x), W), sizes)  →  linear(x, W)
 
-    W is a tensor constant or the transpose of one; `t` of a constant is left for constant folding. Case 4
-    needs a linear without bias that nothing else reads; case 5 one that nothing else reads, and sizes that are
+    W is a tensor constant or the transpose of one; `t` of a constant is left for constant folding. Case 5
+    needs a linear without bias that nothing else reads; case 6 one that nothing else reads, and sizes that are
     those of x but for the last.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult[None]:
         modified = False
         for node in list(graph_module.graph.nodes):
-            modified |= _rewrite_product(node) or _absorb_bias(node) or _keep_dimensions(node)
+            modified |= _rewrite_product(node) or _turn_product(node) or _absorb_bias(node) or _keep_dimensions(node)
         if modified:
             drop_unused(graph_module)
         return PassResult(graph_module, modified)
@@ -68,6 +69,33 @@ def _rewrite_product(node: Node) -> bool:
     node.replace_all_uses_with(linear)
     graph.erase_node(node)
     return True
+
+
+def _turn_product(node: Node) -> bool:
+    """A product whose constant comes first."""
+    if not is_call(node, aten.mm.default, aten.matmul.default):
+        return False
+    matrix, x = operands_of(node)[:2]
+    if not isinstance(x, Node) or is_tensor_constant(x) or not _is_constant_matrix(matrix):
+        return False
+    rows, turned = rank_of(x) > 1, node.meta["val"]
+    with node.graph.inserting_before(node):
+        if rows:
+            x = _turn(x)
+            turned = turned.mT
+        linear = node.graph.call_function(aten.linear.default, (x, matrix))
+        linear.meta = {**node.meta, "val": turned}
+        result = _turn(linear) if rows else linear
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+    return True
+
+
+def _turn(node: Node) -> Node:
+    """The node with its last two dimensions exchanged."""
+    result = node.graph.call_function(aten.transpose.int, (node, -2, -1))
+    result.meta = {**node.meta, "val": node.meta["val"].mT}
+    return result
 
 
 def _is_constant_matrix(value: object) -> bool:

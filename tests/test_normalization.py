@@ -157,6 +157,10 @@ PRODUCTS: dict[str, tuple[Forward, tuple[int, ...]]] = {
     "bias before": (lambda s, x: s.bias + functional.linear(x, s.weight), (2, 4, WIDTH)),
     "product and bias": (lambda s, x: x @ s.matrix + s.bias, (2, 4, WIDTH)),
     "bias twice": (lambda s, x: x @ s.matrix + s.bias + s.bias, (2, 4, WIDTH)),
+    "constant first": (lambda s, x: s.weight @ x.transpose(-1, -2), (2, 4, WIDTH)),
+    "constant first, transposed": (lambda s, x: s.matrix.t() @ x.transpose(-1, -2), (2, 4, WIDTH)),
+    "constant first, mm": (lambda s, x: torch.mm(s.weight, x.t()), (5, WIDTH)),
+    "constant first, of a vector": (lambda s, x: s.weight @ x, (WIDTH,)),
     "of rows": (
         lambda s, x: torch.addmm(s.bias, x.view(-1, WIDTH), s.matrix).view(x.shape[0], x.shape[1], 6),
         (2, 4, WIDTH),
@@ -180,7 +184,6 @@ def test_products_become_linears(name: str) -> None:
 NO_PRODUCTS: dict[str, tuple[Forward, tuple[int, ...]]] = {
     "linear": (linear_only, (2, 4, WIDTH)),
     "both computed": (lambda s, x: x @ x.transpose(-1, -2), (2, 4, WIDTH)),
-    "constant on the left": (lambda s, x: s.weight @ x.transpose(-1, -2), (2, 4, WIDTH)),
     "scaled addmm": (lambda s, x: torch.addmm(s.bias, x, s.matrix, beta=2), (5, WIDTH)),
     "addmm with a scalar bias": (lambda s, x: torch.addmm(s.bias[:1], x, s.matrix), (5, WIDTH)),
     "addmm with a matrix of biases": (lambda s, x: torch.addmm(s.weight[:1, :6], x, s.matrix), (5, WIDTH)),

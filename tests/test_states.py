@@ -79,6 +79,29 @@ def layers_without_caches() -> nn.Module:
     return randomize(NemotronHForCausalLM(config), std=0.2)
 
 
+def selective_scan() -> nn.Module:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, state_size=8)
+    return randomize(MambaForCausalLM(config), std=0.2)
+
+
+def selective_scan_and_attention() -> nn.Module:
+    from transformers import JambaConfig, JambaForCausalLM
+
+    layers = dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1)
+    sizes = {**GQA, "max_position_embeddings": 256, "mamba_d_state": 8, "mamba_dt_rank": 4}
+    return randomize(JambaForCausalLM(JambaConfig(**sizes, **layers, num_experts=1, num_experts_per_tok=1)), std=0.2)
+
+
+def selective_scans_of_heads() -> nn.Module:
+    from transformers import ZambaConfig, ZambaForCausalLM
+
+    layers = dict(num_hidden_layers=6, attn_layer_period=2, attn_layer_offset=1)
+    sizes = {**GQA, "max_position_embeddings": 256, "mamba_d_state": 8, "mamba_dt_rank": 4, "n_mamba_heads": 2}
+    return randomize(ZambaForCausalLM(ZambaConfig(**{**sizes, **layers})), std=0.1)
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], list[list[str]]]] = {
     "convolutions": (convolutions, [CONV, ATTENTION, CONV]),
     "state spaces": (state_spaces, [RECURRENT, RECURRENT]),
@@ -86,6 +109,9 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], list[list[str]]]] = {
     "delta rule": (delta_rule, [RECURRENT, ATTENTION]),
     "layers without caches": (layers_without_caches, [RECURRENT, [], ATTENTION, []]),
     "delta rule of channels": (delta_rule_of_channels, [RECURRENT, ATTENTION]),
+    "selective scan": (selective_scan, [RECURRENT, RECURRENT]),
+    "selective scan and attention": (selective_scan_and_attention, [RECURRENT, ATTENTION]),
+    "selective scans of heads": (selective_scans_of_heads, [RECURRENT] * 2 + [[*ATTENTION, *RECURRENT], RECURRENT] * 2),
 }
 
 
@@ -234,24 +260,25 @@ def test_scans_of_models_in_half_precision(dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------------------------------ what keeps no cache
 
 
-def scan_in_python() -> nn.Module:
-    from transformers import MambaConfig, MambaForCausalLM
-
-    config = MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, state_size=8)
-    return randomize(MambaForCausalLM(config), std=0.2)
-
-
-def linear_recurrence() -> nn.Module:
+def test_a_loop_over_tokens_is_refused_in_one_line() -> None:
     from transformers import RwkvConfig, RwkvForCausalLM
 
-    return randomize(RwkvForCausalLM(RwkvConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, context_length=64)))
-
-
-@pytest.mark.parametrize("build", [scan_in_python, linear_recurrence])
-def test_a_loop_over_tokens_is_refused_in_one_line(build: Callable[[], nn.Module]) -> None:
+    model = RwkvForCausalLM(RwkvConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, context_length=64))
     with pytest.raises(CaptureError, match="its Python depends on the number of tokens") as caught:
-        capture(build())
+        capture(randomize(model))
     in_one_line(caught)
+
+
+@torch.no_grad()
+def test_without_a_cache_a_scan_begins_from_nothing() -> None:
+    """Also after a model that reads states and passes them to its own scans."""
+    capture(state_spaces())
+    model, ids = selective_scan(), tokens(2, 9)
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    graph = capture(model, {"input_ids": ids}, {"input_ids": free})
+    longer = tokens(3, 21)
+    result = graph.graph_module(input_ids=longer)
+    assert relative_error(result.logits, model(input_ids=longer).logits) <= 1e-5
 
 
 def test_a_graph_of_one_block_of_tokens_is_refused() -> None:

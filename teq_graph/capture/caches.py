@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from teq_graph.capture.kernels import read_state
 from teq_graph.capture.shapes import CachedTensor, LayerCache
 
 _NAMES = ("cache", "past_key_values", "cache_params")
@@ -78,13 +79,26 @@ def tensors_of(layer: Any) -> dict[str, Tensor] | None:
 
 def cache_of(layers: Sequence[LayerCache], past: Sequence[Sequence[Tensor]]) -> Any:
     """A cache that holds `past`; whatever window the model's own cache would keep, it grows: the mask decides."""
-    from transformers.cache_utils import DynamicCache
-
-    cache = DynamicCache()
+    cache = _readable()()
     for layer, tensors in zip(layers, past, strict=True):
         names = (one.name.rpartition(".")[2] for one in layer)
         cache.layers.append(_filled(dict(zip(names, tensors, strict=True))))
     return cache
+
+
+@functools.cache
+def _readable() -> type[Any]:
+    """A cache that tells which of its states a layer goes on from."""
+    from transformers.cache_utils import DynamicCache
+
+    class Readable(DynamicCache):  # type: ignore[misc]  # transformers has no types here
+        def get_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+            state: Tensor | None = super().get_recurrent_state(*args, **kwargs)
+            if state is not None:
+                read_state(state)
+            return state
+
+    return Readable
 
 
 def encoder_decoder_cache(past: Any, layers: int) -> Any:

@@ -23,6 +23,7 @@ from teq_graph.capture.caches import (
 )
 from teq_graph.capture.captured import float_dtype, magnitude
 from teq_graph.capture.features import MADE, Shape, choices, feature_shapes
+from teq_graph.capture.kernels import ignores_states
 from teq_graph.capture.shapes import DecoderShape, EncoderDecoderShape, EncoderShape, LayerCache
 from teq_graph.errors import CaptureError, one_line
 
@@ -30,14 +31,13 @@ from teq_graph.errors import CaptureError, one_line
 # mistaken for one another by a reader of the graph.
 BATCH, PAST, SEQUENCE = 2, 3, 4
 NO_ENCODER_INPUTS = ("decoder_input_ids", "use_cache")
-CHUNK = 16
-"""Tokens of a scan's chunk at most."""
 
 
 class DecoderStep(nn.Module):
     """One step of a causal language model over a cache of any length, as one traceable function.
 
-    With `counts_positions` the model is told each token's position; otherwise it finds them itself.
+    With `counts_positions` the model is told each token's position; otherwise it finds them itself. A model whose own
+    Python ignores states where several tokens follow them computes them one by one, but where the step is traced.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[LayerCache], counts_positions: bool) -> None:
@@ -45,10 +45,24 @@ class DecoderStep(nn.Module):
         self.model = model
         self.layers = layers
         self.counts_positions = counts_positions
+        self.one_by_one = ignores_states(model)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, past: Sequence[tuple[Tensor, ...]]
-    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    ) -> tuple[Tensor, Sequence[tuple[Tensor, ...]]]:
+        if not self.one_by_one or torch.compiler.is_exporting():
+            return self._compute(input_ids, attention_mask, past)
+        # transformers writes into the states of one token.
+        present: Sequence[tuple[Tensor, ...]] = [tuple(held.clone() for held in layer) for layer in past]
+        before, logits = attention_mask.shape[1] - input_ids.shape[1], []
+        for index, token in enumerate(input_ids.split(1, dim=1)):
+            one, present = self._compute(token, attention_mask[:, : before + index + 1], present)
+            logits.append(one)
+        return torch.cat(logits, dim=1), present
+
+    def _compute(
+        self, input_ids: Tensor, attention_mask: Tensor, past: Sequence[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, Sequence[tuple[Tensor, ...]]]:
         positions = {}
         if self.counts_positions:
             # Counted over the mask, so that left padding does not shift them.
@@ -119,34 +133,6 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in configs.values():
             config.use_cache = True
-
-
-@contextlib.contextmanager
-def short_scans(model: nn.Module, shape: DecoderShape) -> Iterator[None]:
-    """While a Hugging Face model's scans over a sequence are cut into chunks of `CHUNK` tokens at most.
-
-    Each step computes whole chunks, however few its tokens are. Nothing changes where chunks of another size give other
-    values.
-    """
-    (args, _), sizes = decoder_inputs(model, shape), {}
-    step = DecoderStep(model, shape.layers, False)
-    before = call(step, "a cache", *args)[0]
-    try:
-        for module in model.modules():
-            size = getattr(module, "chunk_size", None)
-            if isinstance(size, int) and size > CHUNK:
-                sizes[module], module.chunk_size = size, CHUNK  # type: ignore[assignment]
-        after = call(step, "a cache", *args)[0] if sizes else before
-        if not torch.allclose(after.float(), before.float(), rtol=0, atol=1e-3 * magnitude(before), equal_nan=True):
-            _restore(sizes)
-        yield
-    finally:
-        _restore(sizes)
-
-
-def _restore(sizes: Mapping[nn.Module, int]) -> None:
-    for module, size in sizes.items():
-        module.chunk_size = size  # type: ignore[assignment]
 
 
 def call(model: nn.Module, what: str, *args: Any, **kwargs: Any) -> Any:

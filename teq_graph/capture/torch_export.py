@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import math
 import re
-import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -40,7 +39,6 @@ from teq_graph.capture.pretrained import (
     name_of,
     probe_decoder,
     probe_encoder_decoder,
-    short_scans,
     without_cache,
 )
 from teq_graph.capture.shapes import CachedTensor, DecoderShape, EncoderDecoderShape
@@ -51,9 +49,8 @@ from teq_graph.system.quiet import quiet
 
 LARGEST_WEIGHT = 1e18
 """float32, which errors and second moments are summed in, holds squares up to 3e38."""
-SCANNED, CHECKED = (35, 521), 530
-"""Tokens of the examples that a scan is captured with: several chunks and a part of one, where these are short, or of
-up to 260 tokens; and those that the graph is compared on with the model."""
+CHECKED = 530
+"""Tokens that a graph which scans them is compared on with the model: more than a chunk of a scan has."""
 AGREEMENT = collections.defaultdict(float, {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1})
 """Largest difference between graph and model, over the largest value; other types agree exactly."""
 
@@ -179,12 +176,12 @@ def _export_pretrained(model: nn.Module) -> CapturedGraph:
 def _export_decoder(model: nn.Module, shape: DecoderShape) -> CapturedGraph:
     """The model's step over a cache."""
     step = DecoderStep(model, shape.layers, counts_positions(model, shape))
+    args, dynamic_shapes = decoder_inputs(model, shape)
+    captured = _export(step, args, {}, dynamic_shapes)
     if shape.states:
-        with short_scans(model, shape):
-            captured = _export_with_states(step, shape)
-    else:
-        args, dynamic_shapes = decoder_inputs(model, shape)
-        captured = _export(step, args, {}, dynamic_shapes)
+        longest = CHECKED if shape.max_positions is None else min(CHECKED, shape.max_positions - PAST)
+        for length in (1, longest):
+            _check_at_another_length(step, captured, decoder_inputs(model, shape, length)[0], {})
     _strip_prefix(captured.graph_module, "model.")
     switch = table_switch(captured.graph_module)
     return dataclasses.replace(captured, decoder=dataclasses.replace(shape, recompute_after=switch))
@@ -204,21 +201,6 @@ def _export_encoder_decoder(model: nn.Module, shape: EncoderDecoderShape) -> Cap
     )
     encoder = dataclasses.replace(shape.encoder, layers=layers)
     return dataclasses.replace(captured, encoder_decoder=dataclasses.replace(shape, encoder=encoder))
-
-
-def _export_with_states(step: DecoderStep, shape: DecoderShape) -> CapturedGraph:
-    """A step that scans its tokens, in chunks perhaps: an example of one chunk makes a graph that is wrong for two."""
-    longest = sys.maxsize if shape.max_positions is None else shape.max_positions - PAST
-    for sequence in SCANNED:
-        args, dynamic_shapes = decoder_inputs(step.model, shape, min(sequence, longest))
-        captured = _export(step, args, {}, dynamic_shapes)
-        try:
-            for length in (1, min(CHECKED, longest)):
-                _check_at_another_length(step, captured, decoder_inputs(step.model, shape, length)[0], {})
-            return captured
-        except _OtherLengthError as error:
-            reason = error
-    raise reason
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> CapturedGraph:

@@ -55,7 +55,7 @@ _SCHEMAS = {
         "int bits2, int block_size, int num_experts, str activation, float alpha, float beta, float? limit) -> Tensor"
     ),
     "linear_attention": (
-        "(Tensor query, Tensor key, Tensor value, Tensor decay, Tensor beta, Tensor state, float scale) "
+        "(Tensor query, Tensor key, Tensor value, Tensor decay, Tensor? beta, Tensor state, float scale) "
         "-> (Tensor, Tensor)"
     ),
     "group_query_attention": (
@@ -193,7 +193,7 @@ def _attention_fake(
 
 
 def _linear_attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor, _scale: float
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor | None, state: Tensor, _scale: float
 ) -> tuple[Tensor, Tensor]:
     check_linear_attention(query, key, value, decay, beta, state)
     return value.new_empty(value.shape), state.new_empty(state.shape)

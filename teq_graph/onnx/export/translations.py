@@ -224,7 +224,7 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
             q_num_heads=heads,
             kv_num_heads=heads,
             scale=scale,
-            update_rule="gated_delta",
+            update_rule="gated" if beta is None else "gated_delta",
         )
         return op.Reshape(output, op.Constant(value_ints=[0, 0, heads, -1])), present
 
