@@ -286,6 +286,20 @@ def test_a_weight_that_is_consumer_and_producer() -> None:
     assert sites(findings) == {"first.weight": ("second.weight",), "second.weight": ("third.weight",)}
 
 
+def test_of_another_tensor_sizes_alone_are_read() -> None:
+    def forward(s: Net, x: Tensor) -> Tensor:
+        y = s.first(x)
+        beside = y.new_empty(y.shape)
+        beside[..., :5].copy_(functional.gelu(y[..., :5]))
+        beside[..., 5:].copy_(x[..., 5:])
+        return s.second(y) + s.third(beside + torch.ones_like(y))
+
+    _, findings = examine(Net(forward, first=WIDTH, second=8, third=8))
+    found = equivalence(findings, "first.weight")
+    assert found.linears == ("second.weight",) and found.channels == WIDTH - 5
+    assert found.multiplied[0].index.flatten()[:5].tolist() == [-1] * 5
+
+
 def test_channels_padded_with_zeros() -> None:
     forward = lambda s, x: s.second(functional.pad(s.first(x), (2, 1)))  # noqa: E731
     _, findings = examine(Net(forward, first=WIDTH, second=nn.Linear(WIDTH + 3, 8)))

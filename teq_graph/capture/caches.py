@@ -17,7 +17,9 @@ from teq_graph.capture.shapes import CachedTensor, LayerCache
 _NAMES = ("cache", "past_key_values", "cache_params")
 """What transformers calls the cache: from 5.24 on, before, and where all of it are states."""
 
-_GROWING = {"key": "keys", "value": "values"}
+_GROWING = {"key": "keys", "value": "values", "indexer_key": "indexer_keys"}
+_POSITIONS = {"key": 2, "value": 2, "indexer_key": 1}
+"""Their axis of positions; what chooses the positions to attend to has one key for all heads."""
 _STATES = {"conv_state": "conv_states", "recurrent_state": "recurrent_states"}
 
 
@@ -39,12 +41,12 @@ def describe(cache: Any) -> tuple[LayerCache, ...] | None:
         held = tensors_of(layer)
         if held is None or any(tensor.shape[0] != 1 for tensor in held.values()):
             return None
-        if any(held[name].dim() != 4 for name in _GROWING if name in held):
+        if any(held[name].dim() != axis + 2 for name, axis in _POSITIONS.items() if name in held):
             return None
         layers.append(
             tuple(
-                CachedTensor(name, tuple(None if name in _GROWING and axis == 1 else size for axis, size in sizes))
-                for name, sizes in ((name, enumerate(tensor.shape[1:])) for name, tensor in held.items())
+                CachedTensor(name, tuple(None if axis == _POSITIONS.get(name) else size for axis, size in sizes))
+                for name, sizes in ((name, enumerate(tensor.shape[1:], 1)) for name, tensor in held.items())
             )
         )
     return tuple(layers) if any(layers) else None
@@ -132,6 +134,10 @@ def _filled(held: Mapping[str, Tensor]) -> Any:
         return cache_utils.DummyLayer()
     if not states:
         layer = cache_utils.DynamicLayer()
+        if "indexer_key" in held:
+            layer = cache_utils.DynamicIndexedLayer()
+            layer.lazy_initialization_indexer(held["indexer_key"])
+            layer.indexer_keys = held["indexer_key"]
     else:
         alone, beside_attention = _layers_with_states()
         numbers = {name: int(name.rpartition("_")[2]) if name[-1].isdigit() else 0 for name in states}

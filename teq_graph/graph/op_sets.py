@@ -123,6 +123,8 @@ FILLS = (
     aten.new_zeros.default,
     aten.new_ones.default,
     aten.new_full.default,
+    aten.new_empty.default,
+    aten.empty_like.default,
 )
 """What both give follows from sizes alone: numbers, and tensors of one number."""
 

@@ -25,6 +25,10 @@ HYBRID = dict(
     **dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=1, mamba_expand=2),
     **dict(num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48),
 )
+JAMBA = dict(
+    **dict(mamba_d_state=8, mamba_dt_rank=4, num_experts=4, num_experts_per_tok=2),
+    **dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+)
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
 BOTH = dict(
     **dict(d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, decoder_start_token_id=3),
@@ -111,9 +115,11 @@ ARCHITECTURES = (
     _decoder("StableLM", "stablelm", 15, 15, **GQA),
     _decoder("Cohere", "cohere", 15, 14, **GQA),
     _decoder("OLMo2", "olmo2", 15, 5, **GQA),
-    _decoder("DeepSeek-V2 (MLA)", "deepseek_v2", 17, 15, **TEXT, **LATENT, first_k_dense_replace=2),
+    _decoder("DeepSeek-V2 (MLA)", "deepseek_v2", 17, 17, **TEXT, **LATENT, first_k_dense_replace=2),
     _decoder("LFM2", "lfm2", 14, 12, **GQA, layer_types=["conv", "full_attention"]),
     _decoder("Mamba2", "mamba2", 7, 5, **TOKENS, **SCAN),
+    _decoder("Mamba", "mamba", 11, 4, **TOKENS, hidden_size=32, num_hidden_layers=2, state_size=8),
+    _decoder("Jamba", "jamba", 16, 13, **GQA, **JAMBA),
     _decoder("Granite 4 (hybrid)", "granitemoehybrid", 12, 11, **GQA, **HYBRID, layer_types=["mamba", "attention"]),
     _decoder("Qwen3-Next", "qwen3_next", 23, 22, **GQA, **EXPERTS, **DELTA, head_dim=8, num_experts=4),
     _decoder("Mixtral", "mixtral", 15, 15, **GQA, num_experts_per_tok=2, num_local_experts=4),
@@ -124,9 +130,19 @@ ARCHITECTURES = (
         "DeepSeek-V3",
         "deepseek_v3",
         20,
-        18,
+        20,
         **dict(**TEXT, **LATENT, **EXPERTS),
         **dict(n_routed_experts=8, n_group=4, topk_group=2, first_k_dense_replace=1, n_shared_experts=1),
+    ),
+    _decoder(
+        "DeepSeek-V3.2 (sparse attention)",
+        "deepseek_v32",
+        26,
+        26,
+        **dict(**TEXT, **LATENT, **EXPERTS),
+        **dict(n_routed_experts=8, n_group=4, topk_group=2, first_k_dense_replace=1, n_shared_experts=1),
+        # Fewer positions than the tests have, and heads enough that no two positions are equally good.
+        **dict(index_topk=6, index_n_heads=16, index_head_dim=16),
     ),
     Architecture(
         "BERT (post-LN)",

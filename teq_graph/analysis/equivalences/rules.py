@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from teq_graph.analysis.equivalences.trace import Labels, Trace
 from teq_graph.graph.nodes import arguments_of, aten, is_call, is_tensor_constant, operands_of
-from teq_graph.graph.op_sets import CASTS, COPIES, EACH_CHANNEL, HOMOGENEOUS, MOVES, SELECTS
+from teq_graph.graph.op_sets import CASTS, COPIES, EACH_CHANNEL, FILLS, HOMOGENEOUS, MOVES, SELECTS
 from teq_graph.graph.products import CONVOLUTIONS, EXPERT_LINEAR, channel_dim, is_product, weight_node
 
 # ---------------------------------------------------------------------------------------------- data movement
@@ -72,6 +72,11 @@ def _get_item(node: Node, trace: Trace) -> Labels | None:
     source, index = operands_of(node)
     item = trace.labels[source][index]
     return item if item is not None else torch.full(trace.values.env[node].shape, -1)
+
+
+def _fill(node: Node, trace: Trace) -> Labels | None:
+    """A tensor that takes sizes and dtype alone of another carries no label."""
+    return torch.full(trace.values.env[node].shape, -1)
 
 
 def _pad(node: Node, trace: Trace) -> Labels | None:
@@ -328,6 +333,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(SELECTS, _index),
     **dict.fromkeys((*COPIES, *CASTS, *HOMOGENEOUS), _keep),
     operator.getitem: _get_item,
+    **dict.fromkeys(FILLS, _fill),
     aten.cat.default: _concatenate,
     aten.stack.default: _concatenate,
     aten.constant_pad_nd.default: _pad,
