@@ -26,9 +26,11 @@ class RemoveNoOps(GraphPass[None]):
     """1. x → to(float32) → dropout → slice(0, end) → y   becomes   x → y           where x is float32 already
     2. copy(x, y)                                      becomes   expand_as(y, x)   where y has the dtype of x
     3. view(x, sizes)                                  becomes   reshape(x, sizes)
+    4. reshape(x, sizes)                               becomes   new_zeros(x, sizes)   where one of the sizes is 0
 
     Values and dtypes stay exactly as they are. Case 2 is what torch.export makes of `x[...] = y`, and has no gradient.
-    Of case 3 torch.export has made sure for the strides that x had; other passes may give it others.
+    Of case 3 torch.export has made sure for the strides that x had; other passes may give it others. Of case 4 there
+    are no values, and ONNX takes 0 for a size that stays as it is.
     """
 
     def call(self, graph_module: GraphModule) -> PassResult[None]:
@@ -46,9 +48,12 @@ class RemoveNoOps(GraphPass[None]):
             elif node.target == aten.copy.default and dtype_of(operand_of(node)) == dtype_of(operand_of(node, 1)):
                 node.target, node.args, node.kwargs = aten.expand_as.default, node.args[1::-1], {}
                 modified = True
-            elif node.target == aten.view.default:
-                node.target = aten.reshape.default
-                modified = True
+            elif node.target in (aten.view.default, aten.reshape.default):
+                # Sizes that inputs decide are not known to be 0, and are not compared.
+                is_empty = any(isinstance(size, int) and size == 0 for size in node.meta["val"].shape)
+                target = aten.new_zeros.default if is_empty else aten.reshape.default
+                modified |= node.target != target
+                node.target = target
         if modified:
             drop_unused(graph_module)
         return PassResult(graph_module, modified)

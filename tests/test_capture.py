@@ -277,11 +277,54 @@ def test_an_image_model_without_an_image_size_takes_any(monkeypatch: pytest.Monk
         expected = model(pixel_values=pixels).logits
         actual = captured.graph_module(pixel_values=pixels).logits
     assert relative_error(actual, expected) <= 1e-5
+    # Nor the channels: images have three colours.
     del config.num_channels
     monkeypatch.delattr(type(config), "num_channels", raising=False)
+    assert capture(model).example_kwargs["pixel_values"].shape[1] == 3
+
+
+def test_features_of_an_unknown_size_are_refused() -> None:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    class OfFeatures(PreTrainedModel):  # type: ignore[misc]  # transformers has no types here
+        config_class, main_input_name = PretrainedConfig, "input_features"
+
+        def __init__(self, config: PretrainedConfig) -> None:
+            super().__init__(config)
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, input_features: Tensor) -> Tensor:
+            result: Tensor = self.linear(input_features)
+            return result
+
     with pytest.raises(CaptureError, match=r"how large they are\); accepted is a tuple or dict") as caught:
-        capture(model)
+        capture(OfFeatures(PretrainedConfig()).eval())
     in_one_line(caught)
+
+
+def test_frames_of_videos_under_the_name_of_images() -> None:
+    import transformers
+
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, num_labels=3)
+    config = transformers.VideoMAEConfig(**sizes, image_size=16, patch_size=8, num_frames=4, tubelet_size=2)
+    model = randomize(transformers.VideoMAEForVideoClassification(config))
+    pixels = torch.randn(3, 4, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).logits
+        actual = capture(model).graph_module(pixel_values=pixels).logits
+    assert relative_error(actual, expected) <= 1e-5
+
+
+def test_sounds_of_one_channel() -> None:
+    import transformers
+
+    config = transformers.DacConfig(encoder_hidden_size=8, downsampling_ratios=[2, 2], decoder_hidden_size=16)
+    model = randomize(transformers.DacModel(config), std=0.1)
+    sound = torch.randn(2, 1, 400)
+    with torch.no_grad():
+        expected = model(input_values=sound).audio_values
+        actual = capture(model).graph_module(input_values=sound).audio_values
+    assert relative_error(actual, expected) <= 1e-5
 
 
 # --------------------------------------------------------------------------------------------- Hugging Face models

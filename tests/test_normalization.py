@@ -98,6 +98,16 @@ def test_what_does_something_stays(name: str) -> None:
     assert sum("to." in op for op in ops) == kept
 
 
+def test_a_reshaped_nothing_is_an_empty_tensor() -> None:
+    """ONNX takes 0 for a size that stays: of no channels there is nothing to reshape."""
+    forward = lambda s, x: torch.cat([x * s.gain, x[..., :0].view(*x.shape[:2], 0)], -1)  # noqa: E731
+    graph_module, inputs = small(forward)
+    apply_and_check(RemoveNoOps(), graph_module, inputs, tolerance=0)
+    ops = op_names(graph_module)
+    assert "aten.new_zeros.default" in ops and "aten.reshape.default" not in ops
+    apply_and_check(RemoveNoOps(), graph_module, inputs, modified=False, tolerance=0)
+
+
 def in_parts(s: Small, x: Tensor) -> Tensor:
     """Two writes into one value, of which the second repeats its source."""
     result = x.new_empty(*x.shape[:-1], 2 * WIDTH)

@@ -16,6 +16,10 @@ SAMPLES = 4000
 FRAMES = 96
 """Of example features: several times what is made one position."""
 CHANNELS = ("num_channels", "in_channels", "in_chans", "input_channels", "num_input_channels")
+COLORS = 3
+"""Channels of images where no config names them."""
+FRAME_COUNTS = ("num_frames", "frames_per_clip")
+"""What configs call the frames of a video."""
 BINS = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_feat_size", "feature_size")
 """What configs call the size of one frame of features."""
 
@@ -52,20 +56,18 @@ def _named(configs: Sequence[Any], *names: str) -> Iterator[Any]:
 
 
 def _images(configs: Sequence[Any]) -> Iterator[Shape]:
-    for channels in itertools.islice(_named(configs, *CHANNELS), 1):
-        size = next(_named(configs, "image_size"), None)
-        if size is None:
-            yield (channels, *IMAGE), (2, 3)
-        elif isinstance(size, int):
-            yield (channels, size, size), ()
-        else:
-            yield (channels, *size), ()
+    channels = next(_named(configs, *CHANNELS), COLORS)
+    size = next(_named(configs, "image_size"), IMAGE)
+    yield (channels, *((size, size) if isinstance(size, int) else size)), (2, 3) if size is IMAGE else ()
+    # A model of videos may call its frames so, too.
+    if any(_named(configs, *FRAME_COUNTS)):
+        yield from _videos(configs)
 
 
 def _videos(configs: Sequence[Any]) -> Iterator[Shape]:
-    frames = next(_named(configs, "num_frames", "frames_per_clip"), 4)
-    for sizes, _ in _images(configs):
-        yield (frames, *sizes), ()
+    frames = next(_named(configs, *FRAME_COUNTS), 4)
+    sizes, _ = next(_images(configs))
+    yield (frames, *sizes), ()
 
 
 def _sounds(configs: Sequence[Any]) -> Iterator[Shape]:
@@ -75,6 +77,7 @@ def _sounds(configs: Sequence[Any]) -> Iterator[Shape]:
         if isinstance(frames, int):
             yield (frames, bins), ()
     yield (SAMPLES,), (1,)
+    yield (1, SAMPLES), (2,)
 
 
 def _features(configs: Sequence[Any]) -> Iterator[Shape]:

@@ -27,6 +27,8 @@ COUNTS = (
     (r"(num|n)_(local_|routed_)?experts$|^moe_num_experts$", 4),
     (r"experts_per_tok(en)?$|^moe_(topk|k)$|^top_?k$", 2),
     (r"^topk_group$", 1),
+    (r"(attn|expert)_layer_period$", LAYERS),
+    (r"(attn|expert)_layer_offset$", LAYERS - 1),
     (r"^n_group$", 2),
     (r"^(first_k_dense_replace|num_dense_layers|.*shared_layers|.*nextn_predict_layers)$", 0),
     (r"(max|original_max)_position_embeddings$|^(n_positions|n_ctx|max_seq_len|max_sequence_length)$", 128),
