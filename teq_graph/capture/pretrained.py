@@ -37,7 +37,7 @@ class DecoderStep(nn.Module):
     """One step of a causal language model over a cache of any length, as one traceable function.
 
     With `counts_positions` the model is told each token's position; otherwise it finds them itself. A model whose own
-    Python ignores states where several tokens follow them computes them one by one, but where the step is traced.
+    Python ignores states where several tokens follow them takes these one by one, but where the step is traced.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[LayerCache], counts_positions: bool) -> None:
@@ -50,7 +50,7 @@ class DecoderStep(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, past: Sequence[tuple[Tensor, ...]]
     ) -> tuple[Tensor, Sequence[tuple[Tensor, ...]]]:
-        if not self.one_by_one or torch.compiler.is_exporting():
+        if not self.one_by_one or torch.compiler.is_exporting() or not any(x.any() for layer in past for x in layer):
             return self._compute(input_ids, attention_mask, past)
         # transformers writes into the states of one token.
         present: Sequence[tuple[Tensor, ...]] = [tuple(held.clone() for held in layer) for layer in past]
@@ -209,12 +209,8 @@ def counts_positions(model: Any, shape: DecoderShape) -> bool:
     """Whether the model takes positions, and counts them from 0 as `DecoderStep` does; some begin elsewhere."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    (tokens, mask, _), _ = decoder_inputs(model, shape)
-    past = shape.empty_past(BATCH, float_dtype(model), _device(model))
-    told, own = (
-        call(DecoderStep(model, shape.layers, told), "an empty cache", tokens, mask[:, :SEQUENCE], past)[0]
-        for told in (True, False)
-    )
+    inputs = text_inputs(model, shape, SEQUENCE)
+    told, own = (call(DecoderStep(model, shape.layers, told), "an empty cache", *inputs)[0] for told in (True, False))
     return torch.allclose(told.float(), own.float(), rtol=0, atol=1e-3 * magnitude(own), equal_nan=True)
 
 
@@ -229,6 +225,12 @@ def decoder_inputs(model: nn.Module, shape: DecoderShape, sequence: int = SEQUEN
     cached = ({axis: dynamic for axis in (0, one.growing_axis) if axis is not None} for one in shape.cached)
     dynamic_shapes = ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic}, shape.by_layer(cached))
     return (tokens, mask, shape.by_layer(past)), dynamic_shapes
+
+
+def text_inputs(model: nn.Module, shape: DecoderShape, length: int) -> tuple[Any, ...]:
+    """Arguments of a `DecoderStep` that begins a text of so many tokens."""
+    (tokens, mask, _), _ = decoder_inputs(model, shape, length)
+    return tokens, mask[:, :length], shape.empty_past(BATCH, float_dtype(model), _device(model))
 
 
 def encoder_decoder_inputs(model: nn.Module, shape: EncoderDecoderShape) -> tuple[tuple[Any, ...], Any]:
