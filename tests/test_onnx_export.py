@@ -309,6 +309,58 @@ def test_a_computed_bias(tmp_path: Path) -> None:
     assert relative_error(actual, expected) <= 1e-5
 
 
+class Padded(nn.Module):
+    """Pooling over values below zero, with zeros around them."""
+
+    def __init__(self, pool: nn.Module, by: float) -> None:
+        super().__init__()
+        self.convolution, self.pool, self.by = nn.Conv2d(3, 16, 1), pool, by
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = -self.convolution(x).abs() - 0.5
+        return self.pool(nn.functional.pad(y, (1, 1, 1, 1), value=self.by))
+
+
+@pytest.mark.parametrize("by", [0.0, 0.25])
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2), nn.AvgPool2d(3, 2)], ids=["max", "mean"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_zeros_around_what_is_pooled(pool: nn.Module, by: float, dtype: str, tmp_path: Path) -> None:
+    """onnxruntime makes padding by 0 a part of a MaxPool, which pads by less than every number."""
+    x = torch.randn(2, 3, 9, 9)
+    captured = capture(Padded(pool, by).eval(), (x,), ({0: DYNAMIC},))
+    session = open_model(lower(captured, dtype=dtype).model, tmp_path)
+    other = torch.randn(3, 3, 9, 9, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        expected = captured.graph_module(other.float())
+    (actual,) = session.run(None, {"x": other.numpy()})
+    assert relative_error(actual, expected) <= (1e-6 if dtype == "float32" else 2e-3)
+
+
+class Masked(nn.Module):
+    """Attention under one mask for all queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        heads = self.linear(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        added = (1.0 - mask[:, None, None].to(x.dtype)) * -1e4
+        return nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=added)
+
+
+def test_a_mask_that_is_the_same_for_all_queries(tmp_path: Path) -> None:
+    x, mask = torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.long)
+    captured = capture(Masked().eval(), (x, mask), ({0: DYNAMIC, 1: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}))
+    session = open_model(lower(captured).model, tmp_path)
+    x, mask = torch.randn(3, 7, 16), torch.ones(3, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    with torch.no_grad():
+        expected = captured.graph_module(x, mask)
+    (actual,) = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})
+    assert relative_error(actual, expected) <= 1e-5
+
+
 def test_other_models_keep_their_names(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
     captured = prepare(capture(AutoModel.from_config(config).eval()), WeightSpec(8, 16))

@@ -46,7 +46,9 @@ def measure(model_class: ModelClass) -> dict[str, Any]:
     except TeqGraphError as error:
         row["refused"] = str(error)
     except Exception as error:
-        row["bare"] = f"{type(error).__name__}: {one_line(error)}"
+        # torch has no exception of its own for the memory of the CPU.
+        kind = "stopped" if "can't allocate memory" in str(error) else "bare"
+        row[kind] = f"{type(error).__name__}: {one_line(error)}"
     return row
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
+from teq_graph.onnx.export.initializers import add_initializer
 from teq_graph.onnx.export.schemas import CONTRIB_DOMAIN
 
 
@@ -65,8 +67,29 @@ FUSIONS = RewriteRuleSet(
 )
 
 
+def keep_padding(model: ir.Model) -> None:
+    """Pad(x, zeros) that a MaxPool reads   becomes   Pad(x, zeros, -0.0)
+
+    onnxruntime takes padding by 0 into the MaxPool, which pads by less than every number (1.31.1 and before): of
+    negative values it gives others then. By -0.0, which is the same number, it leaves the Pad alone.
+    """
+    for node in model.graph:
+        if node.op_type != "Pad" or all(user.op_type != "MaxPool" for user, _ in node.outputs[0].uses()):
+            continue
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        by = None if value is None else ir.convenience.get_const_tensor(value)
+        if value is not None and (by is None or by.numpy() != 0):
+            continue
+        x = node.inputs[0]
+        assert x is not None and x.dtype is not None
+        zero = add_initializer(model, f"{x.dtype.name.lower()}_negative_zero", np.array(-0.0, x.dtype.numpy()))
+        node.resize_inputs(max(3, len(node.inputs)))
+        node.replace_input_with(2, zero)
+
+
 def fuse(model: ir.Model) -> None:
     """Apply every rule of this module to `model`."""
+    keep_padding(model)
     FUSIONS.apply_to_model(model)
     for node in model.graph:
         if node.op_type in (SkipRMSNormalization.fused, SkipLayerNormalization.fused):

@@ -162,6 +162,10 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         heads, shared = query.shape[1], key.shape[1]
         if len(query.shape) != 4 or dropout_p or not (heads == shared or enable_gqa or shared == 1):
             raise ValueError(f"attention of {query.shape} over {key.shape}: accepted are 4-D without dropout")
+        if attn_mask is not None and attn_mask.shape[-2] == 1 and query.shape[-2] != 1:
+            # onnxruntime broadcasts a mask over batch and heads alone.
+            one = op.Constant(value_ints=[1])
+            attn_mask = op.Expand(attn_mask, op.Concat(one, one, op.Shape(query, start=2, end=3), one, axis=0))
         result, *_ = op.Attention(query, key, value, attn_mask, scale=scale, is_causal=is_causal)
         return result
 
