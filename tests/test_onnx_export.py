@@ -309,6 +309,23 @@ def test_a_computed_bias(tmp_path: Path) -> None:
     assert relative_error(actual, expected) <= 1e-5
 
 
+def test_parts_of_a_constant_are_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            low, high = torch.arange(16, dtype=x.dtype).split(8)
+            return self.linear(x) * low + high
+
+    x = torch.randn(3, 8)
+    captured = capture(Halves().eval(), (x,), ({0: DYNAMIC},))
+    session = open_model(lower(captured).model, tmp_path)
+    assert not caplog.records
+    assert relative_error(session.run(None, {"x": x.numpy()})[0], captured.graph_module(x)) <= 1e-6
+
+
 class Padded(nn.Module):
     """Pooling over values below zero, with zeros around them."""
 

@@ -71,9 +71,9 @@ def lower(
     with torch.no_grad(), quiet(*TALKATIVE), without_dispatch_cache():
         program = _trace(captured, graph_module, example.example_args, example.example_kwargs)
         model = _translate(program, opset, accuracy_level)
-    dequantize_linearly(model)
-    split_experts(model)
-    _simplify(model)
+        dequantize_linearly(model)
+        split_experts(model)
+        _simplify(model)
     name_values(model, captured, graph_module)
     foreign = foreign_operators(model)
     for name, node in foreign.items():
