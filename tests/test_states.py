@@ -243,9 +243,10 @@ def test_quantized_and_trained_it_computes_nearly_the_same(kind: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("build", [state_spaces, selective_scan, selective_scans_of_heads])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_scans_of_models_in_half_precision(dtype: torch.dtype) -> None:
-    wide = state_spaces()
+def test_scans_of_models_in_half_precision(build: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    wide = build()
     ids = tokens(2, 40)
     expected = wide(input_ids=ids).logits
     compiled = teq_graph.compile(wide.to(dtype), quantization=IN_FLOAT, training=None)

@@ -150,8 +150,9 @@ def ignores_states(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def traceable_kernels(model: nn.Module) -> Iterator[None]:
-    """While a Hugging Face model's recurrences are single operators, where its own Python is a loop over tokens."""
+def traceable_kernels(model: nn.Module) -> Iterator[bool]:
+    """While a Hugging Face model's recurrences are single operators, where its own Python is a loop over tokens; gives
+    whether it has any."""
     replaced: list[tuple[Any, str, Any]] = []
     before = _read.set([])
     try:
@@ -159,7 +160,7 @@ def traceable_kernels(model: nn.Module) -> Iterator[None]:
             if (kernel := TRACEABLE.get(_kernel_name(function))) is not None:
                 replaced.append((source, name, function))
                 setattr(source, name, kernel)
-        yield
+        yield bool(replaced)
     finally:
         _read.reset(before)
         for source, name, function in replaced:

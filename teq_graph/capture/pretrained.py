@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from teq_graph.capture.features import MADE, Shape, choices, feature_shapes
 from teq_graph.capture.kernels import ignores_states
 from teq_graph.capture.shapes import DecoderShape, EncoderDecoderShape, EncoderShape, LayerCache
 from teq_graph.errors import CaptureError, one_line
+from teq_graph.system.quiet import quiet
 
 # Sizes of the example inputs. Sizes 0 and 1 would be specialised by torch.export, and equal sizes could be
 # mistaken for one another by a reader of the graph.
@@ -139,7 +139,7 @@ def call(model: nn.Module, what: str, *args: Any, **kwargs: Any) -> Any:
     """What `model` gives without gradients; raises CaptureError, with its class and `what` it was given, where it
     fails."""
     try:
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        with torch.no_grad(), quiet("transformers.integrations.hub_kernels"):
             return model(*args, **kwargs)
     except (MemoryError, torch.OutOfMemoryError):
         raise
