@@ -37,7 +37,7 @@ def state_spaces() -> nn.Module:
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=16, n_groups=1)
-    # A chunk that holds the longest of these texts, and that is shortened.
+    # A chunk that holds the longest of these texts.
     return randomize(Mamba2ForCausalLM(Mamba2Config(**TOKENS, **sizes, expand=2, chunk_size=256)), std=0.2)
 
 
@@ -191,7 +191,7 @@ def test_onnx_and_what_it_generates_are_the_models(built: Any, exported: Path) -
 
 
 def test_a_step_computes_a_short_chunk(built: Any) -> None:
-    """Whatever the model's own chunks are: of 256 tokens, a step of one would compute all."""
+    """Whatever the model's own chunks are: in chunks of 256 tokens, a step of one would compute all."""
     _, compiled, _ = built
     largest = 0
 
