@@ -170,7 +170,8 @@ class OtherProducts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.conv = nn.Linear(20, 20), nn.Conv1d(20, 20, 3, padding=1)
-        self.left, self.summed = nn.Parameter(torch.empty(20, 20)), nn.Parameter(torch.empty(3, 20, 20))
+        self.first, self.left = nn.Parameter(torch.empty(20, 20)), nn.Parameter(torch.empty(4, 20, 20))
+        self.summed = nn.Parameter(torch.empty(3, 20, 20))
         self.experts, self.chosen = nn.Parameter(torch.empty(5, 20, 20)), nn.Parameter(torch.empty(5, 20, 20))
         self.added, self.table = nn.Parameter(torch.empty(7, 20)), nn.Embedding(9, 20)
         self.register_buffer("frequencies", torch.rand(1, 7, 1))
@@ -178,7 +179,8 @@ class OtherProducts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         best = x.mean((1, 2)).argsort() % 5
         x = self.linear(x + self.added) + self.table(torch.arange(7)) + self.frequencies @ x[:, :1]
-        x = (self.left @ x.transpose(1, 2)).transpose(1, 2) + self.conv(x.transpose(1, 2)).transpose(1, 2)
+        columns = x.transpose(1, 2)
+        x = (self.left @ (self.first @ columns) + self.conv(columns)).transpose(1, 2)
         x = torch.einsum("bsd,edf->bsf", x, self.summed)
         x = torch.bmm(x, self.experts.transpose(1, 2)[best])
         chosen = self.chosen.index_select(0, best[:2])
@@ -196,7 +198,7 @@ def test_the_report_names_weights_of_other_products() -> None:
     }
     assert others["experts"].shape == (5, 20, 20)
     assert {weight.kind for weight in others.values()} == {"product"}
-    assert [weight.name for weight in compiled.report.quantized] == ["linear.weight", "conv.weight"]
+    assert {weight.name for weight in compiled.report.quantized} == {"linear.weight", "conv.weight", "first"}
     assert "left: read by aten.matmul, which is no linear" in str(compiled.report)
     report = compiled.report
     assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))) == report
