@@ -17,9 +17,8 @@ from teq_graph.capture.shapes import CachedTensor, LayerCache
 _NAMES = ("cache", "past_key_values", "cache_params")
 """What transformers calls the cache: from 5.24 on, before, and where all of it are states."""
 
-_GROWING = {"key": "keys", "value": "values", "indexer_key": "indexer_keys"}
-_POSITIONS = {"key": 2, "value": 2, "indexer_key": 1}
-"""Their axis of positions; what chooses the positions to attend to has one key for all heads."""
+_GROWING = {"key": ("keys", 2), "value": ("values", 2), "indexer_key": ("indexer_keys", 1)}
+"""Attributes, and axes of positions. What chooses the positions to attend to has one key for all heads."""
 _STATES = {"conv_state": "conv_states", "recurrent_state": "recurrent_states"}
 
 
@@ -41,15 +40,16 @@ def describe(cache: Any) -> tuple[LayerCache, ...] | None:
         held = tensors_of(layer)
         if held is None or any(tensor.shape[0] != 1 for tensor in held.values()):
             return None
-        if any(held[name].dim() != axis + 2 for name, axis in _POSITIONS.items() if name in held):
+        if any(held[name].dim() != axis + 2 for name, (_, axis) in _GROWING.items() if name in held):
             return None
-        layers.append(
-            tuple(
-                CachedTensor(name, tuple(None if axis == _POSITIONS.get(name) else size for axis, size in sizes))
-                for name, sizes in ((name, enumerate(tensor.shape[1:], 1)) for name, tensor in held.items())
-            )
-        )
+        layers.append(tuple(CachedTensor(name, _sizes(name, tensor)) for name, tensor in held.items()))
     return tuple(layers) if any(layers) else None
+
+
+def _sizes(name: str, tensor: Tensor) -> tuple[int | None, ...]:
+    """The sizes of a cached tensor but for the batch's, without the number of its positions."""
+    _, positions = _GROWING.get(name, (name, None))
+    return tuple(None if axis == positions else size for axis, size in enumerate(tensor.shape[1:], 1))
 
 
 def described(cache: Any, name: str) -> tuple[LayerCache, ...] | None:
@@ -67,7 +67,7 @@ def tensors_of(layer: Any) -> dict[str, Tensor] | None:
     """
     if not getattr(layer, "is_initialized", True):
         return None
-    found = {name: getattr(layer, attribute, None) for name, attribute in _GROWING.items()}
+    found = {name: getattr(layer, attribute, None) for name, (attribute, _) in _GROWING.items()}
     held: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
     for name, attribute in _STATES.items():
         states = getattr(layer, attribute, None)

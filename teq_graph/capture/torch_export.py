@@ -183,8 +183,8 @@ def _export_decoder(model: nn.Module, shape: DecoderShape) -> CapturedGraph:
     captured = _export(step, args, {}, dynamic_shapes)
     if shape.states:
         longest = min(CHECKED, shape.max_positions or CHECKED)
-        for args in (decoder_inputs(model, shape, 1)[0], text_inputs(model, shape, longest)):
-            _check_at_another_length(step, captured, args, {})
+        for others in (decoder_inputs(model, shape, 1)[0], text_inputs(model, shape, longest)):
+            _check_at_another_length(step, captured, others, {})
     _strip_prefix(captured.graph_module, "model.")
     switch = table_switch(captured.graph_module)
     return dataclasses.replace(captured, decoder=dataclasses.replace(shape, recompute_after=switch))

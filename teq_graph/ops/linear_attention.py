@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,8 +52,7 @@ def linear_attention(
     type of `value`, the new state that of `state`.
     """
     check_linear_attention(query, key, value, decay, beta, state)
-    dtype = value.dtype
-    exact = torch.promote_types(dtype, torch.float32)
+    exact = torch.promote_types(value.dtype, torch.float32)
     known = state.to(exact)
     alike = decay.dim() == 3
     if alike:
@@ -62,18 +61,16 @@ def linear_attention(
     tensors = [tensor.to(exact).transpose(1, 2) for tensor in (query, key, value, decay)]
     # Where each channel fades by itself and nothing is taken back, pairs of tokens cost more than the tokens.
     tokens = 1 if beta is None and not alike else CHUNKS[alike]
-    betas: Sequence[Tensor | None] = [None] * math.ceil(query.shape[1] / tokens)
+    parts = zip(*(tensor.split(tokens, dim=2) for tensor in tensors), strict=True)
+    betas: Iterable[Tensor | None] = itertools.repeat(None)
     if beta is not None:
         betas = beta[..., None].to(exact).transpose(1, 2).split(tokens, dim=2)
     outputs = []
-    for index, (q, k, v, g) in enumerate(zip(*(tensor.split(tokens, dim=2) for tensor in tensors), strict=True)):
-        if tokens == 1:
-            output, known = _token(q, k, v, g, known)
-        else:
-            output, known = _chunk(q, k, v, g, betas[index], known, alike)
+    for (q, k, v, g), b in zip(parts, betas, strict=False):
+        output, known = _token(q, k, v, g, known) if tokens == 1 else _chunk(q, k, v, g, b, known, alike)
         outputs.append(output)
     output = torch.cat(outputs, dim=2).mul(scale)
-    return output.transpose(1, 2).to(dtype).contiguous(), known.to(state.dtype)
+    return output.transpose(1, 2).to(value.dtype).contiguous(), known.to(state.dtype)
 
 
 def _token(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ JAMBA = dict(
     **dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
 )
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+GROUPED = dict(n_routed_experts=8, n_group=4, topk_group=2, first_k_dense_replace=1, n_shared_experts=1)
 BOTH = dict(
     **dict(d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, decoder_start_token_id=3),
     **dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4),
@@ -131,16 +132,14 @@ ARCHITECTURES = (
         "deepseek_v3",
         20,
         20,
-        **dict(**TEXT, **LATENT, **EXPERTS),
-        **dict(n_routed_experts=8, n_group=4, topk_group=2, first_k_dense_replace=1, n_shared_experts=1),
+        **dict(**TEXT, **LATENT, **EXPERTS, **GROUPED),
     ),
     _decoder(
         "DeepSeek-V3.2 (sparse attention)",
         "deepseek_v32",
         26,
         26,
-        **dict(**TEXT, **LATENT, **EXPERTS),
-        **dict(n_routed_experts=8, n_group=4, topk_group=2, first_k_dense_replace=1, n_shared_experts=1),
+        **dict(**TEXT, **LATENT, **EXPERTS, **GROUPED),
         # Fewer positions than the tests have, and heads enough that no two positions are equally good.
         **dict(index_topk=6, index_n_heads=16, index_head_dim=16),
     ),

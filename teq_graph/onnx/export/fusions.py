@@ -1,4 +1,5 @@
-"""Runs of ONNX nodes that onnxruntime has one kernel for, in onnxscript's rewriting language."""
+"""Runs of ONNX nodes that onnxruntime has one kernel for, in onnxscript's rewriting language; and one that it fuses
+wrongly, which is kept from it."""
 
 from __future__ import annotations
 
