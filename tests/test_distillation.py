@@ -14,7 +14,7 @@ from teq_graph.cli import options
 from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
 from teq_graph.errors import ConfigError
 from teq_graph.loading import LoadedModel
-from teq_graph.training.losses import prediction_divergence
+from teq_graph.training.losses import TOKENS, prediction_divergence
 
 STORY = "Once upon a time, there was a little dog. The dog liked to play in the park. One day he met a cat. " * 16
 
@@ -62,14 +62,20 @@ def test_distillation_alone_keeps_nearest_codes_of_an_encoder() -> None:
             assert torch.equal(tensor, distilled.graph_module.state_dict()[name])
 
 
-def test_divergence_leaves_padding_out() -> None:
-    logits, target = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-    p, q = target.double().softmax(-1), logits.double().softmax(-1)
-    expected = (p * (p / q).log()).sum(-1)[mask.bool()].mean()
-    assert float(prediction_divergence(logits, target, {"attention_mask": mask})) == pytest.approx(
-        float(expected), 1e-5
-    )
+@pytest.mark.parametrize("kept", [torch.tensor([True, True, False, False, False]), torch.tensor([True])], ids=str)
+def test_divergence_and_its_gradient(kept: Tensor) -> None:
+    """Of the tokens that are no padding, over several runs of them."""
+    mask = torch.stack([torch.ones(7 * TOKENS, dtype=torch.bool)] * 2)
+    mask[1] &= kept.repeat(mask.shape[1])[: mask.shape[1]]
+    logits, target = torch.randn(*mask.shape, 7).requires_grad_(), torch.randn(*mask.shape, 7)
+    exact = logits.detach().double().requires_grad_()
+    p, q = target.double().softmax(-1), exact.softmax(-1)
+    expected = (p * (p / q).log()).sum(-1)[mask].mean()
+    actual = prediction_divergence(logits, target, {"attention_mask": mask.long()})
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
+    ((2 * actual).backward(), (2 * expected).backward())
+    assert logits.grad is not None and exact.grad is not None
+    assert float((logits.grad - exact.grad).abs().max()) <= 1e-6 * float(exact.grad.abs().max())
 
 
 @pytest.mark.parametrize("preset", ["fast", "default", "best"])

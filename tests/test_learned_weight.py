@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from teq_graph.config import BITS, WeightSpec
-from teq_graph.quantization import Grid, LearnedWeight, dequantize, find_grid, quantize
+from teq_graph.quantization import Grid, LearnedWeight, ScaledCodes, dequantize, find_grid, quantize
 
 SPECS = [WeightSpec(*values) for values in itertools.product(BITS, (16, 32, -1), (False, True))]
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -135,6 +135,29 @@ def test_the_gradient_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for outcome in outcomes[1:]:
         for mine, first in zip(outcome, outcomes[0], strict=True):
             torch.testing.assert_close(mine, first, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_codes_that_stay_on_scales_that_learn(spec: WeightSpec, scale_dtype: torch.dtype) -> None:
+    weight, incoming = torch.randn(6, 83), torch.randn(6, 83)
+    grid = find_grid(weight, spec, scale_dtype)
+    scaled = ScaledCodes(quantize(weight, grid), grid, scale_dtype)
+    scaled.log_scale.add_(torch.randn_like(scaled.log_scale) * 0.1).requires_grad_()
+    value = scaled.value()
+    assert value.dtype == scale_dtype
+    (actual,) = torch.autograd.grad(value, scaled.log_scale, incoming.to(scale_dtype))
+    exact = scaled.log_scale.detach().double().requires_grad_()
+    grown = exact.exp().repeat_interleave(grid.block_size, 1)[:, :83]
+    wanted = dequantize(scaled.codes, grid).double() * grown
+    (expected,) = torch.autograd.grad(wanted, exact, incoming.to(scale_dtype).double())
+    # The exponential and two products are rounded.
+    torch.testing.assert_close(value.double(), wanted.detach(), rtol=2 * torch.finfo(scale_dtype).eps, atol=0)
+    assert float((actual - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+    scaled.log_scale.requires_grad_(False)
+    codes, found = scaled.result()
+    assert torch.equal(codes, scaled.codes)
+    torch.testing.assert_close(dequantize(codes, found).to(scale_dtype), value.detach())
 
 
 def test_only_what_is_asked_for_has_a_gradient() -> None:

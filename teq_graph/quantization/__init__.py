@@ -13,13 +13,14 @@ from teq_graph.quantization.grid import (
     resolve_block_size,
     round_scales,
 )
-from teq_graph.quantization.learned import LearnedWeight
+from teq_graph.quantization.learned import LearnedWeight, ScaledCodes
 from teq_graph.quantization.weight import QuantizedWeight, quantize_weight
 
 __all__ = [
     "Grid",
     "LearnedWeight",
     "QuantizedWeight",
+    "ScaledCodes",
     "dequantize",
     "descend",
     "fake_quantize",

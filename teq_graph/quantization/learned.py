@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teq_graph.quantization.codes import Codes
-from teq_graph.quantization.grid import TILE, Grid, round_scales
+from teq_graph.quantization.grid import TILE, Grid, dequantize, round_scales, split_groups
 
 MARGIN = 0.02
 """How far inside a code's interval its latent starts at least, in codes."""
@@ -85,9 +85,53 @@ class LearnedWeight:
         return nearest.flatten(1)[:, : self.k].to(torch.uint8), grid
 
 
+class ScaledCodes:
+    """Codes uint8 [N, K] that stay, on a grid whose scales learn: `(code - zero) * scale * e**a`.
+
+    log_scale: float32 [N, nb] (a), zero at the start.
+    """
+
+    def __init__(self, codes: Tensor, grid: Grid, scale_dtype: torch.dtype) -> None:
+        self.codes, self.grid, self.scale_dtype = codes, grid, scale_dtype
+        self.log_scale = torch.zeros_like(grid.scales)
+
+    def value(self) -> Tensor:
+        """The weight [N, K] in the dtype of its scales, differentiable in `log_scale`."""
+        apply: Callable[..., Tensor] = _Scale.apply
+        return apply(self.log_scale, self.codes, self.grid).to(self.scale_dtype)
+
+    def result(self) -> tuple[Tensor, Grid]:
+        """Codes and grid as they are now; scales rounded to their dtype."""
+        scales = round_scales(self.grid.scales * self.log_scale.exp(), self.scale_dtype)
+        return self.codes, dataclasses.replace(self.grid, scales=scales)
+
+
 def _grouped(matrix: Tensor, block: int) -> Tensor:
     """A matrix [N, K] as [N, nb, block], zeros past K."""
     return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % block)).view(len(matrix), -1, block)
+
+
+class _Scale(torch.autograd.Function):
+    """The derivative of a weight by its group's a is the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, log_scale: Tensor, codes: Tensor, grid: Grid) -> Tensor:
+        value = dequantize(codes, dataclasses.replace(grid, scales=grid.scales * log_scale.exp()))
+        ctx.save_for_backward(value)
+        ctx.block_size = grid.block_size
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (value,) = ctx.saved_tensors
+        sums = [
+            torch.linalg.vecdot(of_grad, of_value)
+            for (of_grad, _), (of_value, _) in zip(
+                split_groups(grad, ctx.block_size), split_groups(value, ctx.block_size), strict=True
+            )
+        ]
+        return torch.cat(sums, 1), None, None
 
 
 class _Quantize(torch.autograd.Function):
@@ -105,31 +149,33 @@ class _Quantize(torch.autograd.Function):
     def forward(ctx: Any, latent: Tensor, log_scale: Tensor, scale: Tensor, zero: Tensor, codes: Codes) -> Tensor:
         shrink = torch.exp(-log_scale)
         zero = zero.round().clamp_(codes.first, codes.last)
-        value = torch.empty_like(latent)
+        value, unclamped = torch.empty_like(latent), torch.empty_like(latent)
         for rows in _row_runs(latent):
-            z, target = zero[rows, :, None], value[rows]
+            z, target = zero[rows, :, None], unclamped[rows]
             torch.mul(latent[rows], shrink[rows, :, None], out=target)
-            codes.nearest(target, z).sub_(z).mul_(scale[rows, :, None])
-        ctx.save_for_backward(latent, shrink, scale, zero, value)
+            codes.round(target, z)
+            torch.clamp(target, codes.first, codes.last, out=value[rows]).sub_(z).mul_(scale[rows, :, None])
+        ctx.save_for_backward(latent, shrink, scale, zero, unclamped)
         ctx.codes = codes
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        latent, shrink, scale, zero, value = ctx.saved_tensors
+        latent, shrink, scale, zero, unclamped = ctx.saved_tensors
+        codes = ctx.codes
+        # Beyond the ends of the codes by half a step at most: what lies further is clipped.
+        ends = (codes.first - codes.step / 2, codes.last + codes.step / 2)
         to_latent = torch.empty_like(latent)
         to_log, to_scale, to_zero = (torch.empty_like(scale) for _ in range(3))
         for rows in _row_runs(latent):
-            g, s, out = grad[rows], scale[rows], to_latent[rows]
-            # Which are kept is computed again, as floats: comparing into booleans, and multiplying by them, is not
-            # vectorised.
-            codes = ctx.codes.round(latent[rows] * shrink[rows, :, None], zero[rows, :, None])
-            torch.eq(codes.clamp(ctx.codes.first, ctx.codes.last), codes, out=out).mul_(g)
-            to_zero[rows] = s * (out.sum(-1) - g.sum(-1))
-            to_scale[rows] = (g * value[rows]).sum(-1) / s
+            g, s, z, out = grad[rows], scale[rows], zero[rows], to_latent[rows]
+            whole = g.sum(-1)
+            torch.ops.aten.hardtanh_backward.grad_input(g, unclamped[rows], *ends, grad_input=out)
+            to_zero[rows] = s * (out.sum(-1) - whole)
+            to_scale[rows] = unclamped[rows].clamp(codes.first, codes.last).mul_(g).sum(-1) - z * whole
+            to_log[rows] = -(out * latent[rows]).sum(-1) * (s * shrink[rows])
             out.mul_((s * shrink[rows])[..., None])
-            to_log[rows] = -(out * latent[rows]).sum(-1)
         return to_latent, to_log, to_scale, to_zero, None
 
 

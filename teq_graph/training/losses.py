@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch.fx import Node
 from teq_graph.graph.products import is_image
 
 NO_TOKEN = -100
+TOKENS = 16
+"""Of which a divergence is computed at a time."""
 LOSS_BATCHES = 4
 """Batches on which a loss is measured before and after training."""
 
@@ -51,11 +54,34 @@ def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 def prediction_divergence(logits: Tensor, target: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """KL(target || logits) in nats, mean over the tokens that are no padding; both [b, s, vocab]."""
     mask = batch.get("attention_mask")
-    if mask is not None:
-        present = mask.bool().to(logits.device)
+    if mask is not None and not bool((present := mask.bool().to(logits.device)).all()):
         logits, target = logits[present], target[present]
-    log_p, log_q = (part.float().log_softmax(-1).flatten(0, -2) for part in (target, logits))
-    return torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    apply: Callable[..., Tensor] = _Divergence.apply
+    return apply(logits.flatten(0, -2), target.flatten(0, -2))
+
+
+class _Divergence(torch.autograd.Function):
+    """A few tokens at a time: a float32 copy of all logits would be the largest of what training keeps. The derivative
+    by logits is the difference of the probabilities, and is computed while these are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        total = logits.new_zeros((), dtype=torch.float32)
+        slope = torch.empty_like(logits)
+        for first in range(0, len(logits), TOKENS):
+            run = slice(first, first + TOKENS)
+            log_q, log_p = (part[run].float().log_softmax(-1) for part in (logits, target))
+            p = log_p.exp()
+            total += torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
+            slope[run] = log_q.exp_().sub_(p).div_(len(logits))
+        ctx.save_for_backward(slope)
+        return total / len(logits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grad, None
 
 
 def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,13 +52,26 @@ class FloatReference:
         """A tensor as it was."""
         return get_tensor(self.graph_module, name).detach()
 
-    def outputs(self, block: Sequence[Node], wanted: Sequence[Node], number: int) -> list[Tensor]:
-        """The float values of `wanted` for a batch, where `block` are all nodes up to them."""
-        nodes = [self.twin[node.name] for node in block]
-        outputs = [self.twin[node.name] for node in wanted]
-        with torch.no_grad(), batch_named(number):
-            values = advance(nodes, self.inputs(number, self.graph_module), set(outputs))
-        return [values[node] for node in outputs]
+    def targets(self, blocks: Sequence[Block]) -> TargetOf:
+        """The model's outputs per batch; `blocks` are the whole model.
+
+        What the last block reads is kept for each batch; its outputs (logits) are computed again when asked for.
+        """
+        *before, last = ([self.twin[node.name] for node in block.nodes] for block in blocks)
+        needed = needed_after([*before, last])
+        outputs = [self.twin[node.name] for node in blocks[-1].outputs]
+        inputs: dict[int, Values] = {}
+
+        def target_of(number: int) -> list[Tensor]:
+            with torch.no_grad(), batch_named(number):
+                if number not in inputs:
+                    values = self.inputs(number, self.graph_module)
+                    for nodes, read_later in zip(before, needed, strict=False):
+                        values = advance(nodes, values, read_later)
+                    inputs[number] = shared(values, next(iter(inputs.values()), {}))
+            return _computed_again(last, outputs, inputs, number)
+
+        return target_of
 
     def walk(self, blocks: Sequence[Block]) -> Iterator[tuple[dict[str, Tensor], TargetOf]]:
         """For each block, samples [groups, T, K] of what its products read, by weight name, and its outputs per batch.
@@ -73,7 +86,7 @@ class FloatReference:
             targets: list[list[Tensor]] = []
             output_nodes = [self.twin[node.name] for node in blocks[index].outputs]
             is_last = index == len(stretches) - 1
-            inputs = list(values) if is_last else []
+            inputs = dict(enumerate(values)) if is_last else {}
             for number in range(len(values)):
                 env, reads = self._pass_batch(nodes, values[number], kept[index].union(output_nodes), number)
                 for name, read in reads.items():
@@ -137,7 +150,7 @@ def check_finite(outputs: Sequence[Tensor], number: int) -> None:
 
 
 def _computed_again(
-    nodes: Sequence[Node], outputs: Sequence[Node], values: Sequence[Values], number: int
+    nodes: Sequence[Node], outputs: Sequence[Node], values: Mapping[int, Values], number: int
 ) -> list[Tensor]:
     with torch.no_grad():
         results = advance(nodes, values[number], set(outputs))

@@ -225,6 +225,7 @@ class Trainer:
         nodes = [node for block in self.blocks for node in block.nodes]
         weight_nodes = constant_ancestors(nodes)
         outputs = self.blocks[-1].outputs
+        target_of = self.reference.targets(self.blocks)
         if self.captured.decoder is not None:
             for number, batch in enumerate(self.batches):
                 if not bool((next_tokens(batch) >= 0).any()):
@@ -239,7 +240,7 @@ class Trainer:
                 run([*weight_nodes, *nodes], env)
             if self.captured.decoder is not None:
                 return next_token_loss(env[outputs[0]], self.batches[number])
-            target = self.reference.outputs(nodes, outputs, number)
+            target = target_of(number)
             return relative_error(as_tokens(outputs, [env[n] for n in outputs]), as_tokens(outputs, target))
 
         learned = [get_tensor(self.working, name) for name in self.inserted.scales]
@@ -284,6 +285,7 @@ class Trainer:
         stretches = [StretchTensors(self.inserted, block.nodes) for block in self.blocks]
         kept = needed_after([block.nodes for block in self.blocks])
         kept[-1] = set(outputs)
+        target_of = self.reference.targets(self.blocks)
 
         def through(stretch: StretchTensors, values: Values, needed: set[Node], value_of: ValueOf) -> Values:
             changed = {name: value_of(name) for name in stretch.nodes_of if name in start.codes or name in start.floats}
@@ -292,7 +294,7 @@ class Trainer:
         def loss_of(number: int, value_of: ValueOf) -> Tensor:
             values = self._inputs(number)
             with fast_products(weights.values(), self.specs.values()):
-                target = self.reference.outputs(nodes, outputs, number)
+                target = target_of(number)
                 # The backward pass computes each block once more, so that no more than one block's values are alive.
                 for stretch, needed in zip(stretches, kept, strict=True):
                     values = checkpoint(through, stretch, values, needed, value_of, use_reentrant=False)

@@ -6,14 +6,13 @@ model's own logits for a target, and gains and biases learning too.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from teq_graph.config import TrainingConfig
-from teq_graph.quantization import Grid, dequantize, round_scales
+from teq_graph.quantization import ScaledCodes
 from teq_graph.report import Curve
 from teq_graph.system.progress import task
 from teq_graph.training.losses import LOSS_BATCHES, mean_loss
@@ -37,9 +36,9 @@ def distill(
     `dtypes` are those in which each weight's scales are stored, and `loss_of` takes the number of a batch and what
     gives a tensor of `start` as it is now. What does not bring the loss down is not kept.
     """
-    weights = {name: _ScaledCodes(*chosen, dtypes[name]) for name, chosen in start.codes.items()}
+    weights = {name: ScaledCodes(*chosen, dtypes[name]) for name, chosen in start.codes.items()}
     floats = {name: LearnedVector(tensor) for name, tensor in start.floats.items()}
-    learned_of: dict[str, _ScaledCodes | LearnedVector] = {**weights, **floats}
+    learned_of: dict[str, ScaledCodes | LearnedVector] = {**weights, **floats}
 
     def value_of(name: str) -> Tensor:
         return learned_of[name].value()
@@ -60,20 +59,3 @@ def distill(
         return start, before, before, curve
     codes = {name: weight.result() for name, weight in weights.items()}
     return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()}), before, after, curve
-
-
-class _ScaledCodes:
-    """Codes whose group scales change."""
-
-    def __init__(self, codes: Tensor, grid: Grid, dtype: torch.dtype) -> None:
-        self.codes, self.grid, self.dtype = codes, grid, dtype
-        self.log_scale = torch.zeros_like(grid.scales)
-
-    def value(self) -> Tensor:
-        """The weight [N, K], differentiable in `log_scale`."""
-        grown = self.log_scale.exp().repeat_interleave(self.grid.block_size, dim=1)
-        return (dequantize(self.codes, self.grid) * grown[:, : self.codes.shape[1]]).to(self.dtype)
-
-    def result(self) -> tuple[Tensor, Grid]:
-        scales = round_scales(self.grid.scales * self.log_scale.exp(), self.dtype)
-        return self.codes, dataclasses.replace(self.grid, scales=scales)
