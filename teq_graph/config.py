@@ -33,8 +33,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "best": {
         "stages": ("teq", "clip", "gptq", "tune", "distill"),
-        "steps": 120,
-        "samples": 128,
+        "steps": 200,
+        "samples": 256,
     },
 }
 """What `TrainingConfig.preset` sets."""
@@ -200,10 +200,10 @@ class TrainingConfig:
     """
 
     objective: Objective = "block"
-    steps: int = 50
+    steps: int = 90
     learning_rate: float | None = None
     tuning_rate: float | None = None
-    batch_size: int = 4
+    batch_size: int = 2
     init: Init = "ones"
     warmup: float = 0.05
     samples: int = 64
@@ -240,10 +240,9 @@ class TrainingConfig:
     def preset(cls, name: str, **options: Any) -> TrainingConfig:
         """A configuration by what it may cost, changed by `options`.
 
-        `"fast"` trains a block's scales for 15 steps and chooses its codes. `"default"` then trains codes and grids
-        for 50. `"best"` trains each block for 36 and 120 steps on twice the text, and then the whole model, which has
-        to fit in memory with its gradients: several times the time of `"default"`, and 5 GB for a model of 135
-        million parameters on 4 rows of 256 tokens at a time.
+        `"fast"` trains a block's scales for 27 steps and chooses its codes. `"default"` then trains codes and grids
+        for 90. `"best"` trains each block for 60 and 200 steps on four times the text, and then the whole model, which
+        has to fit in memory with its gradients: several times the time of `"default"`.
         """
         check_choice("preset", name, tuple(PRESETS))
         accepted = [field.name for field in dataclasses.fields(cls)]

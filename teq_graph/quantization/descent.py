@@ -17,7 +17,7 @@ def descend(
     codes: Tensor,
     grid: Grid,
     scale_dtype: torch.dtype = torch.float32,
-    sweeps: int = 1,
+    sweeps: int = 2,
 ) -> tuple[Tensor, Grid]:
     """Codes uint8 [N, K] and scales of a weight [N, K] that leave no larger an error of the outputs, E‖x (W - Ŵ)ᵀ‖².
 

@@ -14,11 +14,6 @@ from teq_graph.errors import NumericsError
 from teq_graph.report import Curve
 from teq_graph.system.progress import Task
 
-GROUP_SCALE_RATE = 5e-4
-"""Of the logarithm of group scales."""
-FLOAT_RATE = 5e-4
-"""Of gains and biases, relative to their root mean square."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Learned:

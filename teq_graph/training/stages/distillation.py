@@ -16,8 +16,11 @@ from teq_graph.quantization import ScaledCodes
 from teq_graph.report import Curve
 from teq_graph.system.progress import task
 from teq_graph.training.losses import LOSS_BATCHES, mean_loss
-from teq_graph.training.optimize import FLOAT_RATE, GROUP_SCALE_RATE, Learned, optimize
+from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.stages.codes import Choice, LearnedVector
+
+RATE = 1.5e-3
+"""Of the logarithm of group scales, and of gains and biases relative to their root mean square."""
 
 ValueOf = Callable[[str], Tensor]
 """Name of a tensor -> what it is now, with its gradient."""
@@ -49,8 +52,8 @@ def distill(
     measured = min(LOSS_BATCHES, batches)
     before = mean_loss(loss, measured)
     learned = [
-        Learned([weight.log_scale for weight in weights.values()], GROUP_SCALE_RATE),
-        Learned([vector.change for vector in floats.values()], FLOAT_RATE),
+        Learned([weight.log_scale for weight in weights.values()], RATE),
+        Learned([vector.change for vector in floats.values()], RATE),
     ]
     with task("distilling", config.steps) as bar:
         curve = optimize(learned, loss, batches, config, generator, bar)
