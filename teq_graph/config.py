@@ -178,7 +178,7 @@ class TrainingConfig:
       - `"teq"`: the equivalences' scales are trained (arXiv 2310.10944), by `objective` from `init`;
       - `"clip"`: each group's range and zero point are those of least error;
       - `"gptq"`: codes are chosen column by column, later ones make up for the errors of earlier ones, then each code
-        and each group's scale once more;
+        and each group's scale twice more;
       - `"bias"`: biases take in the mean error of their linear;
       - `"tune"`: block by block, what `tuned` names (rounding, group scales, zero points, and the floats: gains and
         biases) is trained together to give the float block's output;

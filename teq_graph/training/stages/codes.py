@@ -31,8 +31,6 @@ GROUP_SCALE_RATE = 5e-4
 """Of the logarithm of group scales."""
 FLOAT_RATE = 5e-4
 """Of gains and biases, relative to their root mean square."""
-BETAS = (0.9, 0.95)
-"""Of Adam. With 0.999, as is usual for the second, the divergence is 1 to 3 % larger."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +163,7 @@ def tune(
     curve = Curve.of(())
     # Symmetric weights have no zero points to tune, and not every block has floats.
     if any(group.tensors for group in groups):
-        curve = optimize(groups, loss_of, problem.batches, config, generator, bar, betas=BETAS)
+        curve = optimize(groups, loss_of, problem.batches, config, generator, bar)
     codes = {name: weight.result() for name, weight in weights.items()}
     return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()}), curve
 
