@@ -13,10 +13,11 @@ from teq_graph.quantization import quantize_weight
 
 def training_of(job: Job) -> teq_graph.TrainingConfig:
     samples, length = job.calibration.shape
-    common = dict(samples=samples, length=length, batch_size=job.batch_size, seed=job.seed)
+    common = dict(samples=samples, length=length, seed=job.seed)
     if job.options["training"] == "preset":
         return teq_graph.TrainingConfig.preset(job.options["preset"], **common)
-    return teq_graph.TrainingConfig(steps=job.iters, stages=tuple(job.options["stages"]), **common)
+    stages = tuple(job.options["stages"])
+    return teq_graph.TrainingConfig(steps=job.iters, batch_size=job.batch_size, stages=stages, **common)
 
 
 def round_to_nearest(job: Job) -> None:
