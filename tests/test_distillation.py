@@ -12,7 +12,7 @@ from torch import Tensor
 import teq_graph
 from teq_graph.cli import options
 from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec
-from teq_graph.errors import ConfigError
+from teq_graph.errors import ConfigError, InputError
 from teq_graph.loading import LoadedModel
 from teq_graph.training.losses import TOKENS, prediction_divergence
 
@@ -60,6 +60,20 @@ def test_distillation_alone_keeps_nearest_codes_of_an_encoder() -> None:
     for name, tensor in plain.graph_module.state_dict().items():
         if name.endswith("codes"):
             assert torch.equal(tensor, distilled.graph_module.state_dict()[name])
+
+
+def test_a_batch_that_the_model_cannot_take_is_named() -> None:
+    """Also where the last block is all there is, and distillation the first to run it."""
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 32), torch.nn.Linear(32, 32)).eval()
+    with pytest.raises(InputError, match=r"calibration batch 0: .*index out of range") as caught:
+        teq_graph.compile(
+            model,
+            example_inputs=(torch.randint(0, 5, (2, 4)),),
+            calibration=[(torch.full((2, 4), 9),)],
+            quantization=QuantizationConfig(bits=4, group_size=16),
+            training=TrainingConfig(stages=("distill",), steps=1),
+        )
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kept", [torch.tensor([True, True, False, False, False]), torch.tensor([True])], ids=str)

@@ -125,13 +125,8 @@ class _Scale(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (value,) = ctx.saved_tensors
-        sums = [
-            torch.linalg.vecdot(of_grad, of_value)
-            for (of_grad, _), (of_value, _) in zip(
-                split_groups(grad, ctx.block_size), split_groups(value, ctx.block_size), strict=True
-            )
-        ]
-        return torch.cat(sums, 1), None, None
+        groups = split_groups(grad * value, ctx.block_size)
+        return torch.cat([terms.sum(-1) for terms, _ in groups], 1), None, None
 
 
 class _Quantize(torch.autograd.Function):

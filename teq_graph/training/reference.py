@@ -69,7 +69,7 @@ class FloatReference:
                     for nodes, read_later in zip(before, needed, strict=False):
                         values = advance(nodes, values, read_later)
                     inputs[number] = shared(values, next(iter(inputs.values()), {}))
-            return _computed_again(last, outputs, inputs, number)
+                return _computed_again(last, outputs, inputs, number)
 
         return target_of
 
