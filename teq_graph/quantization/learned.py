@@ -64,13 +64,11 @@ class LearnedWeight:
             grid.levels,
         )
 
-    def value(self) -> Tensor:
-        """The quantized weight, float32 [N, K], differentiable."""
-        # The scales are what storage holds, and their rounding too counts as the identity.
-        scale = self.step * self.log_scale.exp()
-        scale = scale + (round_scales(scale.detach(), self.scale_dtype) - scale.detach())
+    def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The quantized weight [N, K], rounded to `dtype`, differentiable."""
         apply: Callable[..., Tensor] = _Quantize.apply
-        value = apply(self.latent, self.log_scale, scale, self.zero, Codes.of(self.bits, self.levels))
+        codes, dtypes = Codes.of(self.bits, self.levels), (self.scale_dtype, dtype)
+        value = apply(self.latent, self.log_scale, self.zero, self.step, codes, dtypes)
         return value.flatten(1)[:, : self.k]
 
     @torch.no_grad()
@@ -130,48 +128,57 @@ class _Scale(torch.autograd.Function):
 
 
 class _Quantize(torch.autograd.Function):
-    """With t = latent / e**a, z the rounded zero and r = round(t), an element is, per unit of its scale,
+    """With t = latent / e**a, z the rounded zero and r = round(t), an element is, per unit of its scale step * e**a,
 
         kept      0 <= r + z <= top:   r,           d/dt = 1,  d/dz = 0
         clipped   otherwise:           its end - z, d/dt = 0,  d/dz = -1
 
     so that, with g the incoming gradient, dL/dlatent = g * scale / e**a where kept, dL/dzero the negative sum of
-    g * scale where clipped, dL/dscale the sum of g * (value / scale), and dL/da (through t) minus that of
-    g * scale * t where kept.
+    g * scale where clipped, and dL/da the sum of g * value, less that of g * scale * t where kept. The scale is
+    rounded to what storage holds, which counts as the identity too. `dtypes` are those of the scale and the value.
     """
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, log_scale: Tensor, scale: Tensor, zero: Tensor, codes: Codes) -> Tensor:
-        shrink = torch.exp(-log_scale)
+    def forward(
+        ctx: Any,
+        latent: Tensor,
+        log_scale: Tensor,
+        zero: Tensor,
+        step: Tensor,
+        codes: Codes,
+        dtypes: tuple[torch.dtype, torch.dtype],
+    ) -> Tensor:
+        exact = step * log_scale.exp()
+        scale, shrink = round_scales(exact, dtypes[0]), torch.exp(-log_scale)
         zero = zero.round().clamp_(codes.first, codes.last)
-        value, unclamped = torch.empty_like(latent), torch.empty_like(latent)
+        value, unclamped = torch.empty_like(latent, dtype=dtypes[1]), torch.empty_like(latent)
         for rows in _row_runs(latent):
             z, target = zero[rows, :, None], unclamped[rows]
             torch.mul(latent[rows], shrink[rows, :, None], out=target)
             codes.round(target, z)
-            torch.clamp(target, codes.first, codes.last, out=value[rows]).sub_(z).mul_(scale[rows, :, None])
-        ctx.save_for_backward(latent, shrink, scale, zero, unclamped)
+            value[rows] = target.clamp(codes.first, codes.last).sub_(z).mul_(scale[rows, :, None])
+        ctx.save_for_backward(latent, shrink, zero, exact, scale, unclamped)
         ctx.codes = codes
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        latent, shrink, scale, zero, unclamped = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        latent, shrink, zero, exact, scale, unclamped = ctx.saved_tensors
         codes = ctx.codes
         # Beyond the ends of the codes by half a step at most: what lies further is clipped.
         ends = (codes.first - codes.step / 2, codes.last + codes.step / 2)
         to_latent = torch.empty_like(latent)
-        to_log, to_scale, to_zero = (torch.empty_like(scale) for _ in range(3))
+        to_log, to_zero = torch.empty_like(scale), torch.empty_like(scale)
         for rows in _row_runs(latent):
-            g, s, z, out = grad[rows], scale[rows], zero[rows], to_latent[rows]
+            g, s, z, out = grad[rows].float(), scale[rows], zero[rows], to_latent[rows]
             whole = g.sum(-1)
             torch.ops.aten.hardtanh_backward.grad_input(g, unclamped[rows], *ends, grad_input=out)
             to_zero[rows] = s * (out.sum(-1) - whole)
-            to_scale[rows] = unclamped[rows].clamp(codes.first, codes.last).mul_(g).sum(-1) - z * whole
-            to_log[rows] = -(out * latent[rows]).sum(-1) * (s * shrink[rows])
+            of_value = unclamped[rows].clamp(codes.first, codes.last).mul_(g).sum(-1) - z * whole
+            to_log[rows] = exact[rows] * of_value - (out * latent[rows]).sum(-1) * (s * shrink[rows])
             out.mul_((s * shrink[rows])[..., None])
-        return to_latent, to_log, to_scale, to_zero, None
+        return to_latent, to_log, to_zero, None, None, None
 
 
 def _row_runs(matrix: Tensor) -> list[slice]:
