@@ -40,7 +40,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """What `TrainingConfig.preset` sets."""
 
 
-SCALES_SHARE = 0.3
+SCALES_SHARE = 0.2
 """Of the steps that tune a block: as many train its scales before."""
 
 MOST = 2**31 - 1
@@ -193,14 +193,14 @@ class TrainingConfig:
     `init`: `"ones"`, `"weight"` (1/sqrt of each input channel's largest weight, as in the paper) or
     `"activation"` (a search over powers of the mean activation magnitude, as AWQ does).
     `steps` counts optimizer steps of each stage that trains (per block, but for the model objective and `"distill"`).
-    `scale_steps` are those of a block's scales: 0 keeps the initial ones, and None takes three tenths of `steps` where
+    `scale_steps` are those of a block's scales: 0 keeps the initial ones, and None takes a fifth of `steps` where
     codes are chosen after them, else all. `learning_rate` is that of the scales; `tuning_rate` that of rounding, in
     codes per step, with the rates of all else that is tuned in proportion.
     `samples` and `length` shape the calibration set where it is cut from text or sampled.
     """
 
     objective: Objective = "block"
-    steps: int = 90
+    steps: int = 80
     learning_rate: float | None = None
     tuning_rate: float | None = None
     batch_size: int = 2
@@ -240,8 +240,8 @@ class TrainingConfig:
     def preset(cls, name: str, **options: Any) -> TrainingConfig:
         """A configuration by what it may cost, changed by `options`.
 
-        `"fast"` trains a block's scales for 27 steps and chooses its codes. `"default"` then trains codes and grids
-        for 90. `"best"` trains each block for 60 and 200 steps on four times the text, and then the whole model, which
+        `"fast"` trains a block's scales for 16 steps and chooses its codes. `"default"` then trains codes and grids
+        for 80. `"best"` trains each block for 40 and 200 steps on four times the text, and then the whole model, which
         has to fit in memory with its gradients: several times the time of `"default"`.
         """
         check_choice("preset", name, tuple(PRESETS))
