@@ -34,6 +34,7 @@ def test_as_many_layers_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch) ->
     assert asked == [30, 30, 8]
 
 
+@pytest.mark.slow
 def test_codes_and_seconds_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, compile_on = tmp_path / "figures.jsonl", bench_training.compile_on
 
