@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Mapping
@@ -39,8 +41,6 @@ def settings(
     quantization: QuantizationConfig, training: TrainingConfig | None, stages: tuple[str, ...], calibration: Any
 ) -> dict[str, Any]:
     """How a model was compiled, as plain data for JSON: the configurations, and what was calibrated on."""
-    from pydantic_core import to_jsonable_python
-
     content = {
         "quantization": quantization,
         "training": training,
@@ -48,7 +48,7 @@ def settings(
         "seed": None if training is None else training.seed,
         "calibration": None if training is None else _describe_calibration(calibration),
     }
-    plain: dict[str, Any] = to_jsonable_python(content, fallback=str)
+    plain: dict[str, Any] = json.loads(json.dumps(content, default=dataclasses.asdict))
     return plain
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def test_row() -> None:
     row = Row(CASE, "teq_graph", seconds=2e-6, moved=5_000_000, cublas=6e-6, copy_rate=4e12)
     assert row.cells() == ["W4g128", "4096 × 2048", "16", "teq_graph", "2.0", "2500", "62%", "134.22", "3.00"]
     assert bench_matmul.table([row]).count("\n") == 2
+
+
+def test_row_as_json() -> None:
+    row = Row(CASE, "teq_graph", seconds=2e-6, moved=5_000_000, cublas=6e-6, copy_rate=4e12)
+    assert Row.of(json.loads(json.dumps(row.fields()))) == row
 
 
 def test_summary() -> None:

@@ -47,6 +47,7 @@ def test_loop_of_many_tokens(bits: int, tmp_path: Path) -> None:
     assert loop.count("LDS.128") == tiling.tokens // 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", plan.DTYPES, ids=str)
 @pytest.mark.parametrize("architecture", ["sm_80", HOPPER, "sm_120"])
 def test_nothing_is_in_local_memory(dtype: torch.dtype, architecture: str, tmp_path: Path) -> None:

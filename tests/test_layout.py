@@ -141,5 +141,4 @@ def test_paths_in_documents_exist() -> None:
 def test_the_folders_of_the_tools_are_described() -> None:
     text = (ROOT / "tools" / "README.md").read_text(encoding="utf-8")
     tools = {path.name for path in (ROOT / "tools").iterdir() if path.is_file() and path.suffix in ("", ".py")}
-    helpers = {path for path in tools if path in ("cuda_timing.py", "markdown_table.py")}
-    assert {name for name in tools - helpers if f"`{name}`" not in text} == set()
+    assert {name for name in tools if f"`{name}`" not in text} == set()

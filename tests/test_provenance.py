@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import signal
+import sys
 import threading
 import types
 from pathlib import Path
@@ -243,3 +244,16 @@ def test_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tin
     source = describe_source(dataclasses.replace(loaded, name="model"), "org/model")
     assert (source["revision"], source["license"], len(source["sha256"])) == ("abc123", "apache-2.0", 3)
     assert source["sha256"]["config.json"] == hashlib.sha256(b"config.json").hexdigest()
+
+
+def test_what_was_asked_for_needs_no_other_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines with a GPU have torch and little else: to compile takes no pydantic."""
+    for name in ("pydantic", "pydantic_core"):
+        monkeypatch.setitem(sys.modules, name, None)
+    quantization = teq_graph.QuantizationConfig(bits=3, overrides={"0.*": {"bits": 8}}, skip=("1.*",))
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).eval()
+    compiled = teq_graph.compile(model, (torch.zeros(1, 32),), quantization=quantization, training=None)
+    asked = compiled.report.settings
+    assert asked["quantization"]["overrides"] == {"0.*": {"bits": 8}} and asked["quantization"]["skip"] == ["1.*"]
+    assert asked["training"] is None and asked["stages"] == []
+    assert json.loads(json.dumps(asked)) == asked

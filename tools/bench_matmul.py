@@ -23,9 +23,11 @@ import functools
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from cuda_timing import capture, median_seconds
+from json_lines import append
 from torch import Tensor
 
 from teq_graph import ops as _ops  # noqa: F401  registers the op
@@ -71,6 +73,17 @@ class Row:
     cublas: float
     copy_rate: float
 
+    def fields(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        case = {**dataclasses.asdict(self.case), "dtype": name_of(self.case.dtype)}
+        return {**dataclasses.asdict(self), "case": case}
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Row:
+        """The row that has these `fields`."""
+        case = Case(**{**fields["case"], "dtype": getattr(torch, fields["case"]["dtype"])})
+        return cls(**{**fields, "case": case})
+
     def cells(self) -> list[str]:
         case, rate = self.case, self.moved / self.seconds
         flops = 2 * case.m * case.n * case.k / self.seconds
@@ -85,6 +98,10 @@ class Row:
             f"{flops / 1e12:.2f}",
             f"{self.cublas / self.seconds:.2f}",
         ]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def ours(weight: QuantizedWeight, dtype: torch.dtype) -> Product:
@@ -207,7 +224,7 @@ def summary(rows: list[Row]) -> str:
             label = f"{shape}, {name}" if name == CUBLAS else f"{shape}, {weights}, {name}"
             times = f"{row.cublas / seconds:.2f} ({seconds * 1e6:.1f})"
             cells.setdefault(label, {})[row.case.m] = times
-    lines += [f"| {label} | {' | '.join(of.get(m, '') for m in tokens)} |" for label, of in cells.items()]
+    lines += [f"| {label} | {' | '.join(of.get(m, '–') for m in tokens)} |" for label, of in cells.items()]
     return "\n".join(lines)
 
 
@@ -245,6 +262,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--json", type=Path, help="where rows go as soon as they are measured, a line each")
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
 
@@ -266,9 +284,14 @@ def main() -> None:
             weight = quantize_weight(float_weight, WeightSpec(bits, args.group_size), dtype)
             bench = Bench(weight, float_weight, args.contenders, dtype)
             for m in args.tokens:
-                rows += bench.measure(Case(n, k, m, bits, args.group_size, dtype), args.rounds, rate)
+                measured = bench.measure(Case(n, k, m, bits, args.group_size, dtype), args.rounds, rate)
+                rows += measured
+                for row in measured:
+                    append(args.json, row.fields())
             print(f"{n} × {k}, {bits} bits: measured", flush=True)
-            failures = {**bench.failures, **failures}
+            for contender in bench.failures.keys() - failures.keys():
+                failures[contender] = bench.failures[contender]
+                append(args.json, {"contender": contender, "failed": failures[contender]})
     name = torch.cuda.get_device_name()
     head = f"{name}, torch {torch.__version__}, {args.dtype}; copy {rate / 1e9:.0f} GB/s; {args.rounds} rounds."
     notes = [f"- {contender}: {reason}" for contender, reason in failures.items()]

@@ -3,10 +3,10 @@
     python tools/bench_torch_decode.py smollm2 --markdown decode.md
     python tools/bench_torch_decode.py llama-8b --bits 4
 
-MODEL is as for `teq-graph quantize`, or `llama-8b`: a Llama of that size with random weights, or of so many of its 32
-layers as --layers says. Contenders take one token at a time after --past tokens, whose keys and values every step joins
-with its own: ours captured in a CUDA graph, the float16 model captured likewise, and as it is. Medians over --rounds,
-contenders taking turns. A step over and over is the same step: a cache does not grow.
+MODEL is as for `teq-graph quantize`, or a shape of `random_llama.py`: a Llama of that size with random weights, or of
+so many of its layers as --layers says. Contenders take one token at a time after --past tokens, whose keys and values
+every step joins with its own: ours captured in a CUDA graph, the float16 model captured likewise, and as it is. Medians
+over --rounds, contenders taking turns. A step over and over is the same step: a cache does not grow.
 """
 
 from __future__ import annotations
@@ -19,20 +19,15 @@ from typing import Any
 
 import torch
 from cuda_timing import capture, median_seconds
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from json_lines import append
+from markdown_table import table_of
+from random_llama import SHAPES, random_llama
+from transformers import DynamicCache
 
 import teq_graph
 from teq_graph.loading import load_model
 
 STEPS = 32
-LLAMA_8B = dict(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-)
 EAGER, GRAPH = "float16, eager", "float16, CUDA graph"
 Step = Callable[[], Any]
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
@@ -40,15 +35,9 @@ Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
 def load(name: str, layers: int | None) -> Any:
     """On the CPU, where it is compiled."""
-    if name != "llama-8b":
+    if name not in SHAPES:
         return load_model(name).model.half()
-    config = LLAMA_8B if layers is None else LLAMA_8B | {"num_hidden_layers": layers}
-    torch.set_default_dtype(torch.float16)
-    try:
-        with torch.device("cuda"):
-            return LlamaForCausalLM(LlamaConfig(**config)).eval().cpu()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    return random_llama(name, layers, torch.float16, "cuda").cpu()
 
 
 def cache_of(config: Any, past: int) -> Cache:
@@ -75,11 +64,12 @@ def floats(model: Any, token: torch.Tensor, cache: Cache) -> Step:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--layers", type=int, help="of llama-8b, instead of all 32")
+    parser.add_argument("--layers", type=int, help="of a random Llama, instead of all of them")
     parser.add_argument("--bits", type=int, nargs="+", choices=(2, 3, 4, 8), default=[4, 3])
     parser.add_argument("--past", type=int, default=512, help="tokens in the KV cache")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--json", type=Path, help="where the figures go as well, a line a contender")
     return parser.parse_args()
 
 
@@ -101,15 +91,19 @@ def main() -> None:
         steps[EAGER] = floats(model, token, cache)
         medians = median_seconds(steps, args.rounds, repeats=STEPS)
     base = medians[GRAPH]
-    layers = model.config.num_hidden_layers
-    lines = [
-        f"{args.model}, {layers} layers, {torch.cuda.get_device_name()}, torch {torch.__version__}, "
-        f"{args.past} tokens in the cache.",
-        "",
-        f"| contender | ms | tokens/s | × {GRAPH} |",
-        "|---|---|---|---|",
-        *(f"| {name} | {t * 1e3:.3f} | {1 / t:.0f} | {base / t:.2f} |" for name, t in medians.items()),
+    rows = [
+        {
+            "contender": name,
+            "ms": f"{seconds * 1e3:.3f}",
+            "tokens/s": f"{1 / seconds:.0f}",
+            f"× {GRAPH}": f"{base / seconds:.2f}",
+        }
+        for name, seconds in medians.items()
     ]
+    described = f"{args.model}, {model.config.num_hidden_layers} layers, {args.past} tokens in the cache"
+    lines = [f"{described}; {torch.cuda.get_device_name()}, torch {torch.__version__}.", "", table_of(rows)]
+    for row in rows:
+        append(args.json, {"model": described, **row})
     print("\n".join(lines))
     if args.markdown:
         args.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")

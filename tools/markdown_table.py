@@ -1,8 +1,21 @@
-"""A table of a Markdown file, between two markers with its name: written by one tool, read by another."""
+"""Tables in Markdown: of rows, and between two markers of a file, where one tool writes them and another reads them."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+
+def table_of(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A table whose columns are the rows' keys; a table each for rows of other keys."""
+    tables = []
+    for columns, group in itertools.groupby(rows, key=tuple):
+        lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join(str(row[column]) for column in columns)} |" for row in group]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def replace_section(path: Path, name: str, content: str) -> None:
