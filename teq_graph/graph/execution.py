@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -66,13 +66,16 @@ def needed_after(stretches: Sequence[Sequence[Node]]) -> list[set[Node]]:
     return needed[::-1]
 
 
-def constant_ancestors(nodes: Sequence[Node]) -> list[Node]:
-    """The calls outside `nodes`, in graph order, that `nodes` need and that depend on tensor constants alone."""
+def constant_ancestors(nodes: Sequence[Node], given: Container[Node] = ()) -> list[Node]:
+    """The calls outside `nodes`, in graph order, that `nodes` need and that depend on tensor constants alone.
+
+    What is `given` is known, and so not among them; nor is what it alone is computed from.
+    """
     inside = set(nodes)
     found: set[Node] = set()
 
     def depends_on_constants(node: Node) -> bool:
-        if node.op == "get_attr" or node in found:
+        if node.op == "get_attr" or node in found or node in given:
             return True
         if (
             node.op != "call_function"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,16 +34,23 @@ class StretchTensors:
         """Tensors by name as the values of the nodes from which they are read."""
         return {node: tensor for name, tensor in tensors.items() for node in self.nodes_of[name]}
 
-    def constants(self) -> Values:
-        """What the nodes compute from tensors alone, weights above all, without gradients."""
+    def constants(self, without: Iterable[str] = ()) -> Values:
+        """What the nodes compute from tensors alone, weights above all, without gradients; but for the tensors
+        `without`."""
+        given = {node for name in without for node in self.nodes_of.get(name, ())}.union(self.chosen)
         result: Values = {}
         with torch.no_grad():
-            run((node for node in self.weight_nodes if node not in self.chosen), result)
+            run(constant_ancestors(self.nodes, given), result)
         return {**result, **self.chosen}
 
-    def scaled(self, name: str, constants: Values) -> Tensor:
-        """The float tensor `name` with its scales, among `constants`."""
+    def scaled(self, name: str, constants: Values | None = None) -> Tensor:
+        """The float tensor `name` with its scales: among `constants` if given, or else computed."""
         node = self.inserted.scaled.get(name) or self.nodes_of[name][0]
+        if constants is None:
+            constants = {}
+            if node.op == "call_function":
+                with torch.no_grad():
+                    run([*constant_ancestors([node]), node], constants)
         value: Tensor = constants[node] if node in constants else node_tensor(node)
         return value.detach()
 

@@ -213,7 +213,7 @@ class Trainer:
         if weights:
             floats = [name for name in trainer.tensors.gains_and_biases() if name in self.own[index]]
             choice, errors, error = trainer.choose_codes(weights, floats, by_block, error, samples)
-            self._keep(choice, trainer.weights)
+            self._keep(choice, trainer.weights.__getitem__)
             stages |= errors
             for name in weights:
                 of_stages, rows = trainer.linear_errors.get(name, {}), trainer.rows.get(name, ())
@@ -273,14 +273,15 @@ class Trainer:
         nodes = [node for block in self.blocks for node in block.nodes]
         outputs = self.blocks[-1].outputs
         tensors = StretchTensors(self.inserted, nodes)
-        constants = tensors.constants()
-        weights = {name: tensors.scaled(name, constants) for name in self.specs}
-        floats = {name: tensors.scaled(name, constants) for name in tensors.gains_and_biases()}
+        floats = {name: tensors.scaled(name) for name in tensors.gains_and_biases()}
         codes = {
-            name: self.weights[name].to_codes() if name in self.weights else rounded_to_nearest(weights[name], spec)
-            for name, spec in self.specs.items()
+            name: self.weights[name].to_codes() if name in self.weights else rounded_to_nearest(tensors.scaled(name), s)
+            for name, s in self.specs.items()
         }
         start = Choice(codes, {**floats, **self.floats})
+        # Never a float copy of more than one block's weights.
+        constants = tensors.constants(without=[*start.codes, *start.floats])
+        weights = [get_tensor(self.working, name) for name in self.specs]
 
         stretches = [StretchTensors(self.inserted, block.nodes) for block in self.blocks]
         kept = needed_after([block.nodes for block in self.blocks])
@@ -293,7 +294,7 @@ class Trainer:
 
         def loss_of(number: int, value_of: ValueOf) -> Tensor:
             values = self._inputs(number)
-            with fast_products(weights.values(), self.specs.values()):
+            with fast_products(weights, self.specs.values()):
                 target = target_of(number)
                 # The backward pass computes each block once more, so that no more than one block's values are alive.
                 for stretch, needed in zip(stretches, kept, strict=True):
@@ -302,9 +303,9 @@ class Trainer:
                 return prediction_divergence(values[outputs[0]], target[0], self.batches[number])
             return relative_error(as_tokens(outputs, [values[node] for node in outputs]), as_tokens(outputs, target))
 
-        dtypes = {name: weight.dtype for name, weight in weights.items()}
+        dtypes = {name: weight.dtype for name, weight in zip(self.specs, weights, strict=True)}
         choice, before, after, curve = distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator)
-        self._keep(choice, weights)
+        self._keep(choice, tensors.scaled)
         self.distillation = BlockReport(tuple(self.specs), before, after, {"distill": after}, {"distill": curve})
 
     # ---------------------------------------------------------------------------------------------------- pieces
@@ -312,12 +313,13 @@ class Trainer:
     def _inputs(self, number: int) -> Values:
         return self.reference.inputs(number, self.working)
 
-    def _keep(self, choice: Choice, weights: Mapping[str, Tensor]) -> None:
-        """In storage's layout: a code for each byte would be the largest of what training keeps. `weights` are those
-        that the codes stand for."""
+    def _keep(self, choice: Choice, weight_of: Callable[[str], Tensor]) -> None:
+        """In storage's layout: a code for each byte would be the largest of what training keeps. `weight_of` gives
+        what the codes stand for."""
         for name, chosen in choice.codes.items():
-            kept = QuantizedWeight.from_codes(*chosen, weights[name].dtype)
-            found = errors_of(kept, weights[name], self.experts.get(name, 0))
+            weight = weight_of(name)
+            kept = QuantizedWeight.from_codes(*chosen, weight.dtype)
+            found = errors_of(kept, weight, self.experts.get(name, 0))
             before = self.errors.get(name, found)
             self.weights[name] = kept
             self.errors[name] = dataclasses.replace(found, stages=before.stages, rows=before.rows)
