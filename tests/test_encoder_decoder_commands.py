@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import wave
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from support.command_line import QUICK, save_tokenizer
 from support.encoder_decoders import KINDS, greedy
+from support.sounds import write_wave
 from transformers import AutoTokenizer
 
 from teq_graph.cli import run
@@ -110,10 +110,8 @@ def test_what_it_is_not_asked(source: Path, out: Path, tmp_path: Path, capsys: A
 
 
 def test_a_recording_for_a_model_that_reads(out: Path, tmp_path: Path, capsys: Any) -> None:
-    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
-        file.setparams((1, 2, 16000, 0, "NONE", ""))
-        file.writeframes(bytes(200))
-    assert run(["generate", str(out), "--audio", str(tmp_path / "a.wav")]) == 2
+    path = write_wave(tmp_path / "a.wav", bytes(200))
+    assert run(["generate", str(out), "--audio", str(path)]) == 2
     printed, errors = capsys.readouterr()
     assert (printed, errors) == ("", f"error: --audio: {out} takes text; accepted is --prompt\n")
 

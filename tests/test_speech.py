@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import wave
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from support.command_line import save_tokenizer
 from support.compiling import in_one_line
 from support.encoder_decoders import BINS, whisper
+from support.sounds import write_wave
 from transformers import AutoTokenizer, WhisperFeatureExtractor
 
 import teq_graph
@@ -29,15 +29,6 @@ LANGUAGES = {"<|de|>": 250, "<|en|>": 251, "<|fr|>": 252}
 TASKS = {"transcribe": 253, "translate": 254}
 NO_TIMES = 255
 NEW = 12
-
-
-def write_wave(path: Path, content: bytes, width: int = 2, channels: int = 1, rate: int = RATE) -> Path:
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(width)
-        file.setframerate(rate)
-        file.writeframes(content)
-    return path
 
 
 def noise(path: Path, seconds: float = 0.6, **options: Any) -> Path:

@@ -82,9 +82,8 @@ def export_onnx(
             "refusals": [dataclasses.asdict(one) for file in files.values() for one in file.attention.refusals],
         }
         write_json(staging / REPORT_FILE, {**(report.to_dict() if report else {}), "attention": attention})
-        if captured.decoder is not None:
-            bos_token_id = _first_of("bos_token_id", generation_config, config, tokenizer)
-            write_genai_files(staging, metadata, bos_token_id)
+        bos_token_id = _first_of("bos_token_id", generation_config, config, tokenizer)
+        write_genai_files(staging, metadata, bos_token_id, feature_extractor)
         card = model_card(staging, dataclasses.asdict(metadata))
         (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
     return Path(directory)
