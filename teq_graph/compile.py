@@ -82,6 +82,7 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     quantization: QuantizationConfig = QuantizationConfig(),
     training: TrainingConfig | None = TrainingConfig(),
     tokenizer: Any = None,
+    feature_extractor: Any = None,
     on_estimate: Callable[[Estimate], None] | None = None,
 ) -> CompiledModel:
     """Compile `model` into a graph whose linears and convolutions compute from low-bit weights.
@@ -93,6 +94,7 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     training: how codes are chosen and what is learned; None rounds to nearest, for which `target_bits` has no
         calibration to go by: it takes `TrainingConfig(stages=())` instead.
     tokenizer: for text calibration, and written beside the exported model.
+    feature_extractor: of transformers, for an encoder-decoder that hears; written beside the exported model.
     on_estimate: told what the whole will take once that is known: the size before anything else, and again with time
         and memory after the first block. An exception of its own ends the compilation.
 
@@ -101,6 +103,7 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     started = time.monotonic()
     check_type("training", training, (TrainingConfig, type(None)), "a TrainingConfig, or None to round to nearest")
     check_type("on_estimate", on_estimate, (Callable, type(None)), "a function of an Estimate, or None")
+    check_type("feature_extractor", feature_extractor, (Callable, type(None)), "a feature extractor, or None")
     _check_arguments(quantization, tokenizer, None if training is None else calibration)
     if training is None and quantization.target_bits is not None:
         raise ConfigError(
@@ -139,6 +142,7 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
         equivalences=result.equivalences,
         report=dataclasses.replace(report, seconds=time.monotonic() - started, settings=asked),
         tokenizer=tokenizer,
+        feature_extractor=feature_extractor,
         config=copy.deepcopy(getattr(model, "config", None)),
         generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
     )

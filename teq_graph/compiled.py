@@ -17,7 +17,13 @@ from teq_graph.capture import CapturedGraph
 from teq_graph.capture.shapes import DECODER_INPUTS
 from teq_graph.config import check_type
 from teq_graph.errors import InputError, ModelFileError, brief
-from teq_graph.loading import load_tokenizer, quiet_transformers, reason_of
+from teq_graph.loading import (
+    EXTRACTOR_FILE,
+    load_feature_extractor,
+    load_tokenizer,
+    quiet_transformers,
+    reason_of,
+)
 from teq_graph.provenance import provenance as known_provenance
 from teq_graph.report import REPORT_FILE, Report
 from teq_graph.saving import DESCRIPTION_FILE, GRAPH_FILE, TENSORS_FILE
@@ -50,8 +56,8 @@ class EncoderDecoderOutput(NamedTuple):
 class CompiledModel:
     """A quantized model.
 
-    `equivalences` are the sites with their learned `scale`; `report` says what was done. `tokenizer`,
-    `config` and `generation_config` are the Hugging Face model's own, where it had them; they travel along.
+    `equivalences` are the sites with their learned `scale`; `report` says what was done. `tokenizer`, `config`,
+    `generation_config` and `feature_extractor` are the Hugging Face model's own, where it had them; they travel along.
     """
 
     captured: CapturedGraph
@@ -60,6 +66,7 @@ class CompiledModel:
     tokenizer: Any = None
     config: Any = None
     generation_config: Any = None
+    feature_extractor: Any = None
 
     def __repr__(self) -> str:
         return f"CompiledModel({', '.join([*self._model_names(), self.report.summary()])})"
@@ -131,6 +138,7 @@ class CompiledModel:
             dtype=dtype,
             accuracy_level=accuracy_level,
             tokenizer=self.tokenizer,
+            feature_extractor=self.feature_extractor,
             config=self.config,
             generation_config=self.generation_config,
             report=self.report,
@@ -148,7 +156,7 @@ class CompiledModel:
         with new_directory(target, overwrite, DESCRIPTION_FILE) as staging:
             saved.write(staging)
             write_json(staging / REPORT_FILE, self.report.to_dict())
-            for part in (self.config, self.generation_config, self.tokenizer):
+            for part in (self.config, self.generation_config, self.tokenizer, self.feature_extractor):
                 if part is not None:
                     part.save_pretrained(staging)
             content = {**saved.description, "provenance": known_provenance(self.report, self.config)}
@@ -205,10 +213,10 @@ def _check_target(directory: object, overwrite: object) -> None:
     check_type("overwrite", overwrite, bool, "True or False")
 
 
-def _pretrained_parts(directory: Path) -> tuple[Any, Any, Any]:
-    """Tokenizer, config and generation config, where the directory has them."""
+def _pretrained_parts(directory: Path) -> tuple[Any, Any, Any, Any]:
+    """Tokenizer, config, generation config and feature extractor, where the directory has them."""
     if not (directory / "config.json").exists():
-        return None, None, None
+        return None, None, None, None
     from transformers import AutoConfig, GenerationConfig
 
     with quiet_transformers():
@@ -219,4 +227,7 @@ def _pretrained_parts(directory: Path) -> tuple[Any, Any, Any]:
         tokenizer = None
         if (directory / "tokenizer_config.json").exists():
             tokenizer = load_tokenizer(str(directory), str(directory), local_files_only=True)
-    return tokenizer, config, generation
+        extractor = None
+        if (directory / EXTRACTOR_FILE).exists():
+            extractor = load_feature_extractor(str(directory), str(directory), local_files_only=True)
+    return tokenizer, config, generation, extractor

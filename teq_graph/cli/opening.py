@@ -16,7 +16,7 @@ from teq_graph.system.texts import path_of
 # torch, transformers and onnxruntime take seconds to import: only inside the functions.
 if TYPE_CHECKING:
     from teq_graph.evaluation import LogitsFn
-    from teq_graph.onnx.runtime import OnnxDecoder
+    from teq_graph.onnx.runtime import OnnxDecoder, OnnxEncoderDecoder
 
 _SUFFIX = "ExecutionProvider"
 
@@ -32,31 +32,46 @@ class LanguageModel:
 
 
 def open_decoder(directory: Path, threads: int | None, provider: str | None, verify: bool = True) -> OnnxDecoder:
-    """A directory that quantize wrote, in onnxruntime; `provider` may go without its ending."""
-    provider = provider or "cpu"
-    if not provider.endswith(_SUFFIX):
-        provider = f"{provider.upper()}{_SUFFIX}"
-    providers = tuple(dict.fromkeys((provider, f"CPU{_SUFFIX}")))
+    """A causal language model that quantize wrote, in onnxruntime; `provider` may go without its ending."""
     with progress.task(f"Loading {directory}"):
         from teq_graph.onnx.runtime import OnnxDecoder
 
-        return OnnxDecoder.load(directory, providers, threads, verify=verify)
+        return OnnxDecoder.load(directory, _providers(provider), threads, verify=verify)
 
 
-def open_generator(directory: Path, threads: int | None, provider: str | None, verify: bool = True) -> OnnxDecoder:
-    """The same with what generating needs besides, so that the first text does not wait for it.
+def open_generator(
+    directory: Path, threads: int | None, provider: str | None, verify: bool = True
+) -> OnnxDecoder | OnnxEncoderDecoder:
+    """Whatever quantize wrote that writes text."""
+    with progress.task(f"Loading {directory}"):
+        from teq_graph.onnx.runtime import OnnxModel, load
+
+        model = load(directory, _providers(provider), threads, verify=verify)
+    if isinstance(model, OnnxModel):
+        what = "it is not a causal language model, nor an encoder-decoder"
+        raise ModelFileError(f"{directory}: {what}; accepted is one that generates text")
+    return model
+
+
+def prepare(model: OnnxDecoder | OnnxEncoderDecoder) -> None:
+    """Load what generating needs besides, so that the first text does not wait for it.
 
     Says on stderr what its generation config asks for and is not implemented.
     """
-    decoder = open_decoder(directory, threads, provider, verify)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        _ = decoder.generation_options
+        _ = model.generation_options
     for warning in said:
         typer.echo(f"warning: {warning.message}", err=True)
-    with progress.task(f"Loading the tokenizer of {directory}"):
-        _ = decoder.tokenizer
-    return decoder
+    with progress.task(f"Loading the tokenizer of {model.directory}"):
+        _ = model.tokenizer
+
+
+def _providers(name: str | None) -> tuple[str, ...]:
+    name = name or "cpu"
+    if not name.endswith(_SUFFIX):
+        name = f"{name.upper()}{_SUFFIX}"
+    return tuple(dict.fromkeys((name, f"CPU{_SUFFIX}")))
 
 
 def open_language_model(source: str, threads: int | None, provider: str | None, verify: bool = True) -> LanguageModel:

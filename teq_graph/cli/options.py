@@ -132,11 +132,15 @@ def check_trainable(loaded: LoadedModel, calibration: str | None, otherwise: str
     if calibration is None and not loaded.writes_text:
         kind = type(loaded.model).__name__
         reason = f"is a {kind}, and only a language model writes text to calibrate on"
+    elif calibration is not None and not loaded.reads_text:
+        reason = f"takes {loaded.model.main_input_name}, which --calibration does not hold"
     elif calibration is not None and loaded.tokenizer is None:
         reason = "has no tokenizer to read --calibration with"
     else:
         return
-    ways = [*(["--calibration FILE"] if loaded.tokenizer is not None else []), *filter(None, [otherwise])]
+    reads = loaded.reads_text and loaded.tokenizer is not None
+    own = ["no --calibration"] if loaded.writes_text else []
+    ways = [*(["--calibration FILE"] if reads else []), *own, *filter(None, [otherwise])]
     accepted = " and ".join(ways) or "nothing; in Python, token tensors"
     raise ConfigError(f"model {loaded.name!r} {reason}; on the command line, accepted for it: {accepted}")
 

@@ -81,7 +81,7 @@ class Quantized:
 
             refusals = [AttentionRefusal(**refusal) for refusal in attention["refusals"]]
             lines += console.describe_attention(f"{attention['fused']} fused", refusals)
-            lines += [("note", note) for note in self._limits()]
+        lines += [("note", note) for note in self._limits()]
         if isinstance(self.perplexity, str):
             lines.append(("perplexity", self.perplexity))
         elif self.perplexity is not None:
@@ -103,9 +103,12 @@ class Quantized:
         return found
 
     def _limits(self) -> list[str]:
-        """What onnxruntime-genai makes of a decoder's directory."""
-        if self.compiled.captured.decoder is None:
+        """What onnxruntime-genai makes of the directory of a model that writes text."""
+        captured = self.compiled.captured
+        both = captured.encoder_decoder
+        decoder = captured.decoder if both is None else both.decoder
+        if decoder is None:
             return []
         from teq_graph.onnx.export.genai import describe_limits
 
-        return describe_limits(self.output, self.compiled.captured.decoder)
+        return describe_limits(self.output, decoder, both is not None)

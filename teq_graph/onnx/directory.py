@@ -24,6 +24,10 @@ METADATA_FILE = EXPORTED
 GENAI_FILE = "genai_config.json"
 GENAI_MODEL_FILE = "model.genai.onnx"
 """The graph of `MODEL_FILE` over the same data, for padding after the tokens, which is onnxruntime-genai's."""
+GENAI_ENCODER_FILE = "encoder_model.genai.onnx"
+"""The graph of `ENCODER_FILE` over the same data, with one result more."""
+GENAI_AUDIO_FILE = "audio_processor_config.json"
+"""What onnxruntime-genai makes features of sounds by."""
 GENERATION_FILE = "generation_config.json"
 CARD_FILE = "README.md"
 

@@ -175,6 +175,7 @@ def quantize(
                     quantization=quantization,
                     training=training,
                     tokenizer=loaded.tokenizer,
+                    feature_extractor=loaded.feature_extractor,
                     on_estimate=estimate,
                 )
         except _Stop:

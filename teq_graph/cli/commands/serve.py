@@ -88,7 +88,8 @@ def serve(
 
         local = sockets.is_local(listening)
         access = Access.listening_on(host, local, allowed_host or (), allow_origin or (), api_key)
-        decoder = opening.open_generator(directory, threads, provider, verify)
+        decoder = opening.open_decoder(directory, threads, provider, verify)
+        opening.prepare(decoder)
         from teq_graph.serving import server
         from teq_graph.serving.app import make_app
         from teq_graph.serving.completions import Limits

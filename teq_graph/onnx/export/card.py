@@ -13,6 +13,7 @@ from teq_graph.report import REPORT_FILE, Report
 from teq_graph.system.directories import amend
 from teq_graph.system.files import read_json, shown
 
+CONTINUES, HEARS = "text-generation", "automatic-speech-recognition"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -27,9 +28,9 @@ def model_card(directory: Path, content: Mapping[str, Any]) -> str:
     """The card of what stands in `directory`, of which `content` is the description."""
     provenance, found = content["provenance"], json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
     report = Report.from_dict(found) if "weights" in found else None
-    is_decoder = content["decoder"] is not None
+    task = _task(content)
     paragraphs = [
-        f"---\n{_front_matter(provenance, is_decoder)}\n---",
+        f"---\n{_front_matter(provenance, task)}\n---",
         f"# {shown(provenance['source']['name'])}, quantized",
         "An ONNX model for onnxruntime with weights in low bits, written by teq_graph.",
         *([f"```\n{report}\n```"] if report is not None else []),
@@ -40,12 +41,21 @@ def model_card(directory: Path, content: Mapping[str, Any]) -> str:
         "\n".join(_facts(provenance)),
         f"All of it, with checksums, stands in `{METADATA_FILE}`, and layer by layer in `{REPORT_FILE}`.",
         "## How to run it",
-        _usage(directory, is_decoder),
+        _usage(directory, task),
     ]
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _front_matter(provenance: Mapping[str, Any], is_decoder: bool) -> str:
+def _task(content: Mapping[str, Any]) -> str | None:
+    """What the hub calls what the model does, as far as its inputs tell."""
+    if content["decoder"] is None:
+        return None
+    if (encoder := content.get("encoder")) is None:
+        return CONTINUES
+    return "text2text-generation" if "input_ids" in encoder["inputs"] else HEARS
+
+
+def _front_matter(provenance: Mapping[str, Any], task: str | None) -> str:
     from huggingface_hub import ModelCardData
 
     source = provenance["source"]
@@ -55,7 +65,7 @@ def _front_matter(provenance: Mapping[str, Any], is_decoder: bool) -> str:
         base_model=given if _HUB_ID.fullmatch(given) and not Path(given).exists() else None,
         library_name="onnx",
         license=source.get("license"),
-        pipeline_tag="text-generation" if is_decoder else None,
+        pipeline_tag=task,
         tags=["onnx", "onnxruntime", "quantized", "teq_graph"],
     )
     return data.to_yaml()
@@ -87,9 +97,14 @@ def _facts(provenance: Mapping[str, Any]) -> list[str]:
     return [*lines, f"- versions: {versions}"]
 
 
-def _usage(directory: Path, is_decoder: bool) -> str:
-    if not is_decoder:
+def _usage(directory: Path, task: str | None) -> str:
+    if task is None:
         return '```python\nfrom teq_graph.onnx.runtime import load\n\noutputs = load(".").run(...)\n```'
-    genai = " onnxruntime-genai loads it as well." if (directory / GENAI_FILE).is_file() else ""
-    commands = 'pip install teq-graph\nteq-graph generate . --prompt "…"\nteq-graph serve .'
-    return f"```\n{commands}\n```\n\n`teq-graph serve` speaks OpenAI's API.{genai}"
+    source = "--audio recording.wav" if task == HEARS else '--prompt "…"'
+    commands, notes = ["pip install teq-graph", f"teq-graph generate . {source}"], []
+    if task == CONTINUES:
+        commands.append("teq-graph serve .")
+        notes.append("`teq-graph serve` speaks OpenAI's API.")
+    if (directory / GENAI_FILE).is_file():
+        notes.append("onnxruntime-genai loads it as well.")
+    return "\n\n".join(["\n".join(["```", *commands, "```"]), *([" ".join(notes)] if notes else [])])

@@ -33,6 +33,7 @@ def export_onnx(
     dtype: str = "float32",
     accuracy_level: int = 4,
     tokenizer: Any = None,
+    feature_extractor: Any = None,
     config: Any = None,
     generation_config: Any = None,
     opset: int = 23,
@@ -45,12 +46,12 @@ def export_onnx(
     An encoder-decoder becomes encoder_model.onnx and decoder_model.onnx in the place of model.onnx.
 
     `dtype` is that of weights, activations and KV cache: "float32", "float16" or "bfloat16" (which onnxruntime has on
-    GPUs only). `accuracy_level` is MatMulNBits': 4 computes in int8 (fast), 1 in float32. `tokenizer`, `config` and
-    `generation_config` are Hugging Face objects, saved beside the model where given. `report.json` has the
-    compilation's `report`, and what became of attentions. `provenance`, plain data, goes into the description and the
-    model card before what is known without it. `captured` is left as it is. Raises ConfigError for options outside what
-    is accepted, ExportError where the model has no ONNX form or the directory cannot be written; then nothing is left
-    behind.
+    GPUs only). `accuracy_level` is MatMulNBits': 4 computes in int8 (fast), 1 in float32. `tokenizer`,
+    `feature_extractor`, `config` and `generation_config` are Hugging Face objects, saved beside the model where given.
+    `report.json` has the compilation's `report`, and what became of attentions. `provenance`, plain data, goes into the
+    description and the model card before what is known without it. `captured` is left as it is. Raises ConfigError for
+    options outside what is accepted, ExportError where the model has no ONNX form or the directory cannot be written;
+    then nothing is left behind.
     """
     check_options(dtype, accuracy_level, opset)
     both = captured.encoder_decoder
@@ -59,7 +60,7 @@ def export_onnx(
         models = [lowered.model for lowered in files.values()]
         for name, lowered in files.items():
             save_model(lowered.model, staging / name)
-        for saved in (tokenizer, config, generation_config):
+        for saved in (tokenizer, feature_extractor, config, generation_config):
             if saved is not None:
                 saved.save_pretrained(staging)
         metadata = Metadata(
@@ -81,9 +82,8 @@ def export_onnx(
             "refusals": [dataclasses.asdict(one) for file in files.values() for one in file.attention.refusals],
         }
         write_json(staging / REPORT_FILE, {**(report.to_dict() if report else {}), "attention": attention})
-        if captured.decoder is not None:
-            bos_token_id = _first_of("bos_token_id", generation_config, config, tokenizer)
-            write_genai_files(staging, metadata, bos_token_id)
+        bos_token_id = _first_of("bos_token_id", generation_config, config, tokenizer)
+        write_genai_files(staging, metadata, bos_token_id, feature_extractor)
         card = model_card(staging, dataclasses.asdict(metadata))
         (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
     return Path(directory)

@@ -6,5 +6,16 @@ from teq_graph.onnx.runtime.generation.options import GenerationOptions
 from teq_graph.onnx.runtime.generation.sampling import Sampler
 from teq_graph.onnx.runtime.language_model import Stream
 from teq_graph.onnx.runtime.model import OnnxModel
+from teq_graph.onnx.runtime.speech import Recording, read_wave
 
-__all__ = ["GenerationOptions", "OnnxDecoder", "OnnxEncoderDecoder", "OnnxModel", "Sampler", "Stream", "load"]
+__all__ = [
+    "GenerationOptions",
+    "OnnxDecoder",
+    "OnnxEncoderDecoder",
+    "OnnxModel",
+    "Recording",
+    "Sampler",
+    "Stream",
+    "load",
+    "read_wave",
+]

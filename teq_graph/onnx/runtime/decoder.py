@@ -48,7 +48,9 @@ class OnnxDecoder(LanguageModel):
 
     def __init__(self, session: onnxruntime.InferenceSession, metadata: Metadata, directory: Path) -> None:
         if metadata.decoder is None or metadata.encoder is not None:
-            raise ModelFileError(f"{directory}: it is not a causal language model; accepted is one that generates text")
+            what = "" if metadata.encoder is None else " but an encoder-decoder"
+            accepted = "accepted is one that generates text from what it is to continue"
+            raise ModelFileError(f"{directory}: it is not a causal language model{what}; {accepted}")
         super().__init__(session, metadata, directory)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from onnxruntime import OrtValue
 from teq_graph.capture.shapes import ENCODED, MASK, PAST, PRESENT, EncoderShape
 from teq_graph.errors import InputError, ModelFileError, one_line
 from teq_graph.onnx.directory import Metadata
-from teq_graph.onnx.runtime import arguments, tensors
+from teq_graph.onnx.runtime import arguments, speech, tensors
 from teq_graph.onnx.runtime.generation.decoding import Cache, Continuation, DecoderSession, never
 from teq_graph.onnx.runtime.generation.options import GenerationOptions
 from teq_graph.onnx.runtime.language_model import LanguageModel, Stream, as_stream
@@ -117,6 +118,59 @@ class OnnxEncoderDecoder(LanguageModel):
         (row,) = self._rows(1, decoder_input_ids, chosen, text)
         return as_stream(row, self._decode(self._encode_inputs(inputs), [row], chosen, cancelled), text)
 
+    def transcribe(
+        self,
+        recording: speech.Recording,
+        language: str | None = None,
+        task: str | None = None,
+        cancelled: Callable[[], bool] = never,
+        **options: Any,
+    ) -> Stream[str]:
+        """What the model writes of a recording, as `speech.read_wave` gives it, piece by piece.
+
+        `language` (as "en") and `task` ("transcribe", "translate") are those that the generation config names tokens
+        for, as Whisper's does. None: the language that the model hears, and to transcribe. Other arguments as for
+        `generate`. Raises InputError for a recording that the model's feature extractor does not take.
+        """
+        name = self.encoder_shape.inputs[0]
+        inputs, _, _ = self._inputs(speech.features(self.feature_extractor, recording, name))
+        chosen = self._options(None, None, options)
+        session, start = self._encode_inputs(inputs), self._start(None)
+
+        def likeliest(tokens: Sequence[int]) -> int:
+            self._check_tokens(np.array([tokens]))
+            logits = session.logits(np.array([start]), np.ones((1, len(start)), np.int64))
+            return tokens[int(logits[0, -1, tokens].argmax())]
+
+        begun = speech.TranscriptTokens.read(self.directory).begin(start[0], likeliest, language, task)
+        (row,) = self._rows(1, begun, chosen, True)
+        return as_stream(row, self._decode(session, [row], chosen, cancelled), True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a source, with the special tokens that the tokenizer puts around it; refuses an empty one."""
+        if text == "":
+            raise InputError("source: an empty text; accepted is one of at least one character")
+        return super().encode(text)
+
+    @property
+    def hears(self) -> bool:
+        """Whether sources are features, as of sounds, and not text."""
+        return IDS not in self.encoder_shape.inputs
+
+    @functools.cached_property
+    def feature_extractor(self) -> Any:
+        """What was exported to make features of sounds.
+
+        Raises InputError where the model takes text, ModelFileError where the directory has none.
+        """
+        from teq_graph.loading import EXTRACTOR_FILE, load_feature_extractor
+
+        if not self.hears:
+            raise InputError(f"{self.directory}: it takes text, and no recording")
+        if not (self.directory / EXTRACTOR_FILE).is_file():
+            raise ModelFileError(f"{self.directory / EXTRACTOR_FILE} is missing: it tells how sounds become features")
+        return load_feature_extractor(str(self.directory), str(self.directory), local_files_only=True)
+
     def logits(self, source: Any, decoder_input_ids: Any) -> npt.NDArray[np.float32]:
         """Logits float32 [b, s, vocab] of the tokens int [b, s] that are written of a batch of sources."""
         ids = arguments.integers("decoder_input_ids", decoder_input_ids)
@@ -130,7 +184,7 @@ class OnnxEncoderDecoder(LanguageModel):
 
     def _inputs(self, source: Any) -> tuple[dict[str, npt.NDArray[Any]], bool, bool]:
         """The encoder's inputs for a batch; whether it is a single source; whether it is text."""
-        if IDS not in self.encoder_shape.inputs:
+        if self.hears:
             return *self._features(source), False
         rows, single, is_text = self._prompts(source)
         for row in rows:
@@ -175,12 +229,15 @@ class OnnxEncoderDecoder(LanguageModel):
         self, count: int, decoder_input_ids: Sequence[int] | None, options: GenerationOptions, text: bool
     ) -> list[Continuation]:
         """A continuation for each source."""
+        prompt = self._start(decoder_input_ids)
+        return [self._continuation(prompt, options, text) for _ in range(count)]
+
+    def _start(self, decoder_input_ids: Sequence[int] | None) -> list[int]:
+        """The tokens given, or the model's start token."""
         start = self.metadata.decoder_start_token_id
         if decoder_input_ids is None and start is None:
             raise InputError("decoder_input_ids=None: the model names no token to start with; accepted are token ids")
-        given = [start] if decoder_input_ids is None else decoder_input_ids
-        prompt = arguments.tokens("decoder_input_ids", given)
-        return [self._continuation(prompt, options, text) for _ in range(count)]
+        return arguments.tokens("decoder_input_ids", [start] if decoder_input_ids is None else decoder_input_ids)
 
     def _encode_inputs(self, inputs: Mapping[str, npt.NDArray[Any]]) -> EncodedSession:
         """A session of the decoder over what the encoder makes of `inputs`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from teq_graph.errors import InputError
 from teq_graph.onnx.runtime.decoder import OnnxDecoder
+from teq_graph.onnx.runtime.encoder_decoder import OnnxEncoderDecoder
 from teq_graph.onnx.runtime.language_model import Stream
 
 Message = dict[str, str]
@@ -16,13 +17,19 @@ class Conversation:
     """Messages of a user and a model by its chat template; each message alone, to be continued, if `chat` is False.
 
     `options` are those of `OnnxDecoder.generate`. Where all messages together leave no room for a reply within the
-    model's context, the oldest are left out, but not the `system` message. Raises InputError where a template is
-    wanted and the model has none.
+    model's context, the oldest are left out, but not the `system` message. An encoder-decoder answers each message
+    alone. Raises InputError where a template is wanted and the model has none.
     """
 
     def __init__(
-        self, decoder: OnnxDecoder, chat: bool, system: str | None = None, options: Mapping[str, Any] | None = None
+        self,
+        decoder: OnnxDecoder | OnnxEncoderDecoder,
+        chat: bool,
+        system: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        if chat and isinstance(decoder, OnnxEncoderDecoder):
+            raise InputError(f"chat: {decoder.directory} is an encoder-decoder; accepted is each message alone")
         if system is not None and not chat:
             raise InputError(f"system={system!r}: accepted where the chat template is used")
         self.decoder = decoder
@@ -43,6 +50,7 @@ class Conversation:
         """The reply, piece by piece; it joins the conversation when it is complete."""
         if not self.chat:
             return self._pieces(self.decoder.encode(message), [])
+        assert isinstance(self.decoder, OnnxDecoder)
         self._messages.append({"role": "user", "content": message})
         prompt = self.decoder.encode_chat([*self._start, *self._messages])
         limit = self.decoder.shape.max_positions
