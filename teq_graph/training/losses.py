@@ -67,13 +67,15 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
         total = logits.new_zeros((), dtype=torch.float32)
-        slope = torch.empty_like(logits)
+        learns = ctx.needs_input_grad[0]
+        slope = torch.empty_like(logits if learns else logits[:0])
         for first in range(0, len(logits), TOKENS):
             run = slice(first, first + TOKENS)
             log_q, log_p = (part[run].float().log_softmax(-1) for part in (logits, target))
             p = log_p.exp()
             total += torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
-            slope[run] = log_q.exp_().sub_(p).div_(len(logits))
+            if learns:
+                slope[run] = log_q.exp_().sub_(p).div_(len(logits))
         ctx.save_for_backward(slope)
         return total / len(logits)
 

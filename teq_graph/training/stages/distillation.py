@@ -15,12 +15,15 @@ from teq_graph.config import TrainingConfig
 from teq_graph.quantization import ScaledCodes
 from teq_graph.report import Curve
 from teq_graph.system.progress import task
-from teq_graph.training.losses import LOSS_BATCHES, mean_loss
+from teq_graph.training.losses import mean_loss
 from teq_graph.training.optimize import Learned, optimize
 from teq_graph.training.stages.codes import Choice, LearnedVector
 
 RATE = 1.5e-3
 """Of the logarithm of group scales, and of gains and biases relative to their root mean square."""
+
+MEASURED = 4
+"""Batches on which the loss is measured before and after: as costly as two steps."""
 
 ValueOf = Callable[[str], Tensor]
 """Name of a tensor -> what it is now, with its gradient."""
@@ -49,14 +52,15 @@ def distill(
     def loss(number: int) -> Tensor:
         return loss_of(number, value_of)
 
-    measured = min(LOSS_BATCHES, batches)
+    measured = min(MEASURED, batches)
     before = mean_loss(loss, measured)
     learned = [
         Learned([weight.log_scale for weight in weights.values()], RATE),
         Learned([vector.change for vector in floats.values()], RATE),
     ]
-    with task("distilling", config.steps) as bar:
-        curve = optimize(learned, loss, batches, config, generator, bar)
+    steps = config.steps_of_distillation
+    with task("distilling", steps) as bar:
+        curve = optimize(learned, loss, batches, config, generator, bar, steps=steps)
     after = mean_loss(loss, measured)
     if after >= before:
         return start, before, before, curve
