@@ -356,6 +356,32 @@ def test_a_cache_that_is_asked_for_is_refused_in_one_line() -> None:
     in_one_line(caught)
 
 
+@torch.no_grad()
+def test_a_layer_that_texts_alone_do_not_reach_holds_nothing() -> None:
+    """Attention over images is left out where there is none, and its cache is never filled."""
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    text = {**GQA, "num_hidden_layers": 3, "cross_attention_layers": [1]}
+    eyes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_global_layers=1, attention_heads=2)
+    vision = {**eyes, "image_size": 16, "patch_size": 8, "vision_output_dim": 32, "intermediate_layers_indices": [0]}
+    model = randomize(MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text)))
+    captured = capture(model)
+    assert captured.decoder is not None
+    assert [[one.name for one in layer] for layer in captured.decoder.layers] == [
+        ["key", "value"],
+        [],
+        ["key", "value"],
+    ]
+    ids = torch.randint(3, 97, (2, 9))
+    expected = model(input_ids=ids).logits
+    past, logits = None, []
+    for part in ids.split([4, 1, 4], 1):
+        args, _ = captured.bind({"input_ids": part, "past_key_values": past})
+        step, past = captured.graph_module(*args)
+        logits.append(step)
+    assert relative_error(torch.cat(logits, 1), expected) <= 1e-5
+
+
 def test_a_constant_that_is_no_tensor_is_refused() -> None:
     program = torch.export.export(nn.Linear(3, 3), (torch.randn(2, 3),))
     program.graph_module.mapped = object()

@@ -61,9 +61,11 @@ _WIDTHS = (
 Table = tuple[tuple[str, int], ...]
 
 
-def candidates(config_class: Any) -> Iterator[Any]:
-    """Configurations from the smallest to the one that differs least from the default."""
+def candidates(config_class: Any, task: str = "") -> Iterator[Any]:
+    """Configurations from the smallest to the one that differs least from the default; of decoders for `task` text."""
     defaults = config_class().to_dict()
+    if task == "text" and "is_decoder" in defaults:
+        defaults["is_decoder"] = True
     yield config_class.from_dict(Shrink((*COUNTS, *HEAD_SIZES, *FIXED_SIZES), heads=4, width=64).whole(defaults))
     # Heads as they are, for positions that come in sections of fixed size.
     yield config_class.from_dict(Shrink((*COUNTS, *FIXED_SIZES), heads=2, width=256).whole(defaults))
@@ -140,7 +142,10 @@ class Shrink:
         if _DEPTHS.search(key):
             return [min(item, 1 + (index == 0)) for index, item in enumerate(value)]
         if _INDICES.search(key) and layers > LAYERS and not _TOKEN.search(key):
-            return [item * depth // layers if item >= 0 else max(item, -depth) for item in value]
+            fewer = [item * depth // layers if item >= 0 else max(item, -depth) for item in value]
+            # Of layers of a kind, so few that a layer of another kind is left where there was one.
+            kept = max(1, depth * len(value) // layers) if re.search(r"(_layers|_layer_ids)$", key) else 0
+            return list(dict.fromkeys(fewer))[-kept:] if kept else fewer
         if _TOKEN.search(key):
             return [self.token(key, item) for item in value] if self.counts else value
         if self.width is None:
