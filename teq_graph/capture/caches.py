@@ -34,7 +34,12 @@ def cache_in(output: Any) -> Any:
 
 
 def describe(cache: Any) -> tuple[LayerCache, ...] | None:
-    """What the layers of a cache hold, after some tokens of one sequence; None where that is not known."""
+    """What the layers of a cache hold, after some tokens of one sequence; None where that is not known.
+
+    A class of a model's own holds more than its layers say.
+    """
+    if type(cache).__module__ != "transformers.cache_utils":
+        return None
     layers = []
     for layer in getattr(cache, "layers", None) or ():
         held = tensors_of(layer)

@@ -23,6 +23,16 @@ _MEANINGS = (
         "its Python depends on the number of tokens, as a loop over them does: the graph would take {value} alone",
     ),
     (
+        r"export 0/1 specialized due to hint of (?P<value>\d) for dimension inputs(?P<name>.+)\.shape\[(?P<axis>\d+)\]",
+        "example_inputs{name} has size {value} on axis {axis}, which torch.export takes for a constant: accepted where "
+        "dynamic_shapes says any size is 2 or more",
+    ),
+    (
+        r"marked (?P<size>\S+) as dynamic but your code specialized it to be a constant \((?P<value>[01])\)",
+        "example_inputs have {size} = {value}, which torch.export takes for a constant: accepted where dynamic_shapes "
+        "says any size is 2 or more",
+    ),
+    (
         r"marked (?P<size>\S+) as dynamic but your code specialized it to be a constant \((?P<value>\d+)\)",
         "the model takes {size} = {value} only, which dynamic_shapes says can be any size",
     ),

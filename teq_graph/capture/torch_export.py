@@ -62,6 +62,7 @@ tokens of a recurrence, to 3e-4 in 24 random layers; what is left out of a sum i
 _TALKATIVE = (
     "torch.export",
     "torch.export._trace",
+    "torch._export.non_strict_utils",
     "torch.fx.experimental.symbolic_shapes",
     "torch._subclasses.fake_tensor",
 )
