@@ -349,6 +349,34 @@ def test_a_base_model_given_inputs_has_no_cache_in_its_result() -> None:
     assert relative_error(result.last_hidden_state, expected.last_hidden_state) <= 1e-5
 
 
+def test_a_base_model_that_passes_its_options_on_has_no_cache_in_its_result() -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    class PassesOn(LlamaModel):  # type: ignore[misc]
+        def forward(self, input_ids: Tensor, **options: Any) -> Any:
+            return super().forward(input_ids, **options)
+
+    model = randomize(PassesOn(LlamaConfig(**GQA)))
+    captured = capture(model)
+    ids = torch.randint(3, 97, (3, 9))
+    result = captured.graph_module(input_ids=ids)
+    assert list(result) == ["last_hidden_state"] and model.config.use_cache
+    assert relative_error(result.last_hidden_state, model(ids, use_cache=False).last_hidden_state) <= 1e-5
+
+
+def test_an_image_model_whose_class_names_no_main_input() -> None:
+    """It is that of texts then, which the model does not take."""
+    from transformers import SmolVLMVisionConfig, SmolVLMVisionTransformer
+
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = randomize(SmolVLMVisionTransformer(SmolVLMVisionConfig(**sizes, image_size=16, patch_size=8)))
+    captured = capture(model)
+    assert list(captured.example_kwargs) == ["pixel_values"]
+    images = torch.randn(3, 3, 16, 16)
+    result = captured.graph_module(pixel_values=images).last_hidden_state
+    assert relative_error(result, model(images).last_hidden_state) <= 1e-5
+
+
 def test_a_cache_that_is_asked_for_is_refused_in_one_line() -> None:
     tokens = torch.randint(0, TOKENS["vocab_size"], (2, 7))
     with pytest.raises(CaptureError, match=r"its result has a DynamicCache, .* accepted is use_cache=False") as caught:

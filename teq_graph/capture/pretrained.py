@@ -287,7 +287,8 @@ def inputs_from_config(
     needed = [
         name for name, one in accepted.items() if one.default is one.empty and one.kind == one.POSITIONAL_OR_KEYWORD
     ]
-    needed = list(dict.fromkeys([model.main_input_name, *needed]))
+    if model.main_input_name in accepted:  # it is input_ids where a class does not say
+        needed = list(dict.fromkeys([model.main_input_name, *needed]))
     more = [name for name in ("input_ids", *MADE) if name in accepted and name not in needed]
     refusal: CaptureError | None = None
     for names in (needed, *([*needed, name] for name in more)):

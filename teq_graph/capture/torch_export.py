@@ -169,7 +169,8 @@ def _export_pretrained(model: nn.Module) -> CapturedGraph:
     if (both := probe_encoder_decoder(model)) is not None:
         return _export_encoder_decoder(model, both)
     try:
-        captured = _export(model, *inputs_from_config(model))
+        with without_cache(model):
+            captured = _export(model, *inputs_from_config(model))
         if generates_text(model):
             args, kwargs, _ = inputs_from_config(model, min(CHECKED, longest_text(model) or CHECKED))
             _check_at_another_length(model, captured, args, kwargs)

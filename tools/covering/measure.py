@@ -61,13 +61,9 @@ def _first_that_runs(model_class: ModelClass, row: dict[str, Any]) -> Analysis |
     config_class = transformers.AutoConfig.for_model(model_class.model_type).__class__
     refusal: CaptureError | None = None
     reasons = []
-    configs = candidates(config_class, model_class.task)
-    for _ in range(4):
+    for values in candidates(config_class, model_class.task):
         try:
-            config = next(configs)
-            model = build(getattr(transformers, model_class.name), config)
-        except StopIteration:
-            break
+            model = build(getattr(transformers, model_class.name), config_class.from_dict(values))
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {one_line(error)}")
             continue
