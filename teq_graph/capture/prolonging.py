@@ -78,7 +78,7 @@ def cached_layers(captured: CapturedGraph) -> tuple[LayerCache, ...]:
 
     try:
         _Run(captured.graph_module, given["input_ids"], torch.ones_like(given["input_ids"]), note)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # an op that takes no part of the positions
+    except Exception as error:  # whatever an op raises that does not take a part of the positions
         raise NoStepError from error
     if not layers or any([one.name for one in layer] != ["key", "value"] for layer in layers):
         raise NoStepError
