@@ -265,7 +265,8 @@ def _check_arguments(quantization: object, tokenizer: object, calibration: objec
 
 
 def _notes(model: Any, captured: CapturedGraph) -> Iterator[str]:
-    if not captured.cached and is_pretrained(model) and model.can_generate():
+    writes = any(name.endswith("input_ids") for name in captured.input_names)
+    if writes and not captured.cached and is_pretrained(model) and model.can_generate():
         why = "" if captured.without_cache is None else f" ({captured.without_cache})"
         cost = "where the model generates text, each token computes the whole text again"
         yield f"the graph keeps no KV cache{why}: {cost}"

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from teq_graph.analysis.equivalences.equivalence import Equivalence
 from teq_graph.capture import CapturedGraph
+from teq_graph.capture.captured import describe
 from teq_graph.capture.shapes import DECODER_INPUTS
 from teq_graph.config import check_type
-from teq_graph.errors import InputError, ModelFileError, brief
+from teq_graph.errors import InputError, ModelFileError, TeqGraphError, brief, one_line
 from teq_graph.loading import (
     EXTRACTOR_FILE,
     load_feature_extractor,
@@ -96,18 +98,30 @@ class CompiledModel:
         if len(args) > len(DECODER_INPUTS) and self.captured.decoder is not None:
             raise InputError(f"{len(args)} positional inputs: accepted are {', '.join(DECODER_INPUTS)}")
         if args and kwargs and not self.captured.steps:
-            return self.graph_module(*args, **kwargs)
+            return self._run(args, kwargs)
         if len(args) == 1 and isinstance(args[0], dict):
             inputs: Any = args[0]
         elif self.captured.decoder is not None:
             inputs = dict(zip(DECODER_INPUTS, args, strict=False)) | kwargs
         else:
             inputs = args or kwargs
-        bound_args, bound_kwargs = self.captured.bind(inputs)
-        result = self.graph_module(*bound_args, **bound_kwargs)
+        result = self._run(*self.captured.bind(inputs))
         if self.captured.encoder_decoder is not None:
             return EncoderDecoderOutput(*result)
         return result if self.captured.decoder is None else DecoderOutput(*result)
+
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the graph gives; raises InputError where its ops refuse the sizes or values of their inputs."""
+        try:
+            return self.graph_module(*args, **kwargs)
+        except (TeqGraphError, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            given, known = (
+                ", ".join(describe(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
+                for values in ((args, kwargs), (self.captured.example_args, self.captured.example_kwargs))
+            )
+            raise InputError(f"inputs {given}: {one_line(error)}; accepted is, for example, {known}") from error
 
     def to(self, device: str | torch.device) -> CompiledModel:
         """Move every tensor, and the graph's own device arguments, to `device`; returns self."""

@@ -263,6 +263,33 @@ def test_examples_of_another_kind(example: Any) -> None:
     in_one_line(caught)
 
 
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize("dimension", [torch.export.Dim.DYNAMIC, torch.export.Dim("rows")])
+def test_one_example_of_any_number(dimension: Any, size: int, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        CaptureError,
+        match=rf"example_inputs(\['input'\] has size {size} on axis 0| have rows = {size}), which .* is 2 or more$",
+    ) as caught:
+        teq_graph.compile(mlp(), (torch.zeros(size, 20),), ({0: dimension},), training=None)
+    in_one_line(caught)
+    assert not any(capfd.readouterr())
+
+
+@pytest.mark.parametrize("as_keyword", [False, True])
+def test_an_image_that_is_smaller_than_the_kernel(as_keyword: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 7), nn.ReLU(), nn.Conv2d(4, 4, 5)).eval()
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    images = torch.zeros(2, 3, 40, 48)
+    compiled = teq_graph.compile(net, {"input": images} if as_keyword else (images,), {"input": free}, training=None)
+    for size in (6, 9):
+        small = torch.zeros(1, 3, size, size)
+        with pytest.raises(
+            InputError, match=rf"inputs \[1, 3, {size}, {size}\] .*[Kk]ernel size.*for example, \[2, 3, 40, 48\]"
+        ) as caught:
+            compiled(input=small) if as_keyword else compiled(small)
+        in_one_line(caught)
+
+
 def test_no_linears_at_all() -> None:
     model = nn.Sequential(nn.LayerNorm(20), nn.ReLU()).eval()
     with pytest.raises(CaptureError, match="no linears and no convolutions") as caught:

@@ -349,11 +349,65 @@ def test_a_base_model_given_inputs_has_no_cache_in_its_result() -> None:
     assert relative_error(result.last_hidden_state, expected.last_hidden_state) <= 1e-5
 
 
+def test_a_base_model_that_passes_its_options_on_has_no_cache_in_its_result() -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    class PassesOn(LlamaModel):  # type: ignore[misc]
+        def forward(self, input_ids: Tensor, **options: Any) -> Any:
+            return super().forward(input_ids, **options)
+
+    model = randomize(PassesOn(LlamaConfig(**GQA)))
+    captured = capture(model)
+    ids = torch.randint(3, 97, (3, 9))
+    result = captured.graph_module(input_ids=ids)
+    assert list(result) == ["last_hidden_state"] and model.config.use_cache
+    assert relative_error(result.last_hidden_state, model(ids, use_cache=False).last_hidden_state) <= 1e-5
+
+
+def test_an_image_model_whose_class_names_no_main_input() -> None:
+    """It is that of texts then, which the model does not take."""
+    from transformers import SmolVLMVisionConfig, SmolVLMVisionTransformer
+
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = randomize(SmolVLMVisionTransformer(SmolVLMVisionConfig(**sizes, image_size=16, patch_size=8)))
+    captured = capture(model)
+    assert list(captured.example_kwargs) == ["pixel_values"]
+    images = torch.randn(3, 3, 16, 16)
+    result = captured.graph_module(pixel_values=images).last_hidden_state
+    assert relative_error(result, model(images).last_hidden_state) <= 1e-5
+
+
 def test_a_cache_that_is_asked_for_is_refused_in_one_line() -> None:
     tokens = torch.randint(0, TOKENS["vocab_size"], (2, 7))
     with pytest.raises(CaptureError, match=r"its result has a DynamicCache, .* accepted is use_cache=False") as caught:
         capture(base_model(), {"input_ids": tokens, "use_cache": True})
     in_one_line(caught)
+
+
+@torch.no_grad()
+def test_a_layer_that_texts_alone_do_not_reach_holds_nothing() -> None:
+    """Attention over images is left out where there is none, and its cache is never filled."""
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    text = {**GQA, "num_hidden_layers": 3, "cross_attention_layers": [1]}
+    eyes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_global_layers=1, attention_heads=2)
+    vision = {**eyes, "image_size": 16, "patch_size": 8, "vision_output_dim": 32, "intermediate_layers_indices": [0]}
+    model = randomize(MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text)))
+    captured = capture(model)
+    assert captured.decoder is not None
+    assert [[one.name for one in layer] for layer in captured.decoder.layers] == [
+        ["key", "value"],
+        [],
+        ["key", "value"],
+    ]
+    ids = torch.randint(3, 97, (2, 9))
+    expected = model(input_ids=ids).logits
+    past, logits = None, []
+    for part in ids.split([4, 1, 4], 1):
+        args, _ = captured.bind({"input_ids": part, "past_key_values": past})
+        step, past = captured.graph_module(*args)
+        logits.append(step)
+    assert relative_error(torch.cat(logits, 1), expected) <= 1e-5
 
 
 def test_a_constant_that_is_no_tensor_is_refused() -> None:

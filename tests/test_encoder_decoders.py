@@ -228,3 +228,29 @@ def test_features_of_another_size_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"^source.*accepted are numbers \[batch_size, 16, 40\]") as caught:
             runtime.generate(wrong)
         in_one_line(caught)
+
+
+@torch.no_grad()
+def test_a_decoder_that_takes_images_beside_its_text(tmp_path: Path) -> None:
+    """A model of captions returns no cache, and computed its image and its text anew for each token."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    words = dict(vocab_size=VOCAB, bos_token_id=START, eos_token_id=END, sep_token_id=END, pad_token_id=PAD)
+    text = {**sizes, **words, "encoder_hidden_size": 32, "max_position_embeddings": 64}
+    config = BlipConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8})
+    model: Any = randomize(BlipForConditionalGeneration(config))
+    compiled = teq_graph.compile(model, quantization=QuantizationConfig(skip=("*",)), training=None)
+    images, ids = torch.randn(3, 3, 16, 16), written()
+    expected = model(pixel_values=images, input_ids=ids).logits
+    assert relative_error(in_steps(compiled.captured, {"pixel_values": images}, ids, 6), expected) < 2e-6
+    assert relative_error(in_steps(compiled.captured, {"pixel_values": images}, ids, 1, 1, 3, 1), expected) < 2e-6
+    runtime = load(compiled.export_onnx(tmp_path / "out", accuracy_level=1))
+    assert isinstance(runtime, OnnxEncoderDecoder)
+    logits = torch.from_numpy(runtime.logits(images.numpy(), ids.numpy()))
+    assert relative_error(logits, expected) < 1e-4
+    begun = torch.full((3, 1), START)
+    for _ in range(NEW):
+        begun = torch.cat([begun, model(pixel_values=images, input_ids=begun).logits[:, -1:].argmax(-1)], 1)
+    rows = [row[: row.index(END)] if END in row else row for row in begun[:, 1:].tolist()]
+    assert runtime.generate(images.numpy(), max_new_tokens=NEW) == rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,55 @@ def test_operators_that_only_torch_decomposes(tmp_path: Path) -> None:
     x = torch.randn(5, 8)
     (actual,) = session.run(None, {"x": x.numpy()})
     assert relative_error(actual, captured.graph_module(x)) <= 1e-5
+
+
+class Beside(nn.Module):
+    """A result with numbers beside its tensors, as the sizes of an image in patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x)
+        return {"y": y, "sizes": (3, 2), "more": [y * 2, True, None, x.shape[0]]}
+
+
+def test_numbers_beside_tensors_are_no_outputs(tmp_path: Path) -> None:
+    captured = capture(Beside().eval(), (torch.randn(3, 8),), ({0: DYNAMIC},))
+    session = open_model(lower(captured).model, tmp_path)
+    x = torch.randn(5, 8)
+    expected = captured.graph_module(x)
+    names = [item.name for item in session.get_outputs()]
+    assert names[:2] == ["y", "more.0"]
+    actual = dict(zip(names, session.run(None, {"x": x.numpy()}), strict=True))
+    assert relative_error(actual["y"], expected["y"]) <= 1e-6
+    assert relative_error(actual["more.0"], expected["more"][0]) <= 1e-6
+    assert (expected["sizes"], expected["more"][1]) == ((3, 2), True)
+
+
+class NoNumbers(nn.Module):
+    """Numbers that are none, as of a softmax over nothing, beside a choice that torch does not decompose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
+        chosen = self.linear(x)[:, keep]
+        attended = chosen.masked_fill((chosen < 0) | (x[:, :1] == 0), -math.inf).softmax(-1)
+        return attended.nan_to_num(), (x / 0).nan_to_num(1.5, 2.5), (x / 0).nan_to_num(neginf=-7.0), chosen.square()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_numbers_that_are_none_and_sizes_that_values_decide(dtype: torch.dtype, tmp_path: Path) -> None:
+    x, keep = torch.randn(3, 8, dtype=dtype), torch.arange(8) % 3 > 0
+    x[0, :3] = 0
+    captured = capture(NoNumbers().eval().to(dtype), (x, keep))
+    session = open_model(lower(captured, dtype=str(dtype).removeprefix("torch.")).model, tmp_path)
+    expected = captured.graph_module(x, keep)
+    for value, reference in zip(session.run(None, {"x": x.numpy(), "keep": keep.numpy()}), expected, strict=True):
+        assert relative_error(value, reference) <= (1e-6 if dtype == torch.float32 else 2e-3)
 
 
 class FromNumbers(nn.Module):

@@ -34,7 +34,12 @@ def cache_in(output: Any) -> Any:
 
 
 def describe(cache: Any) -> tuple[LayerCache, ...] | None:
-    """What the layers of a cache hold, after some tokens of one sequence; None where that is not known."""
+    """What the layers of a cache hold, after some tokens of one sequence; None where that is not known.
+
+    A class of a model's own holds more than its layers say.
+    """
+    if type(cache).__module__ != "transformers.cache_utils":
+        return None
     layers = []
     for layer in getattr(cache, "layers", None) or ():
         held = tensors_of(layer)
@@ -61,12 +66,12 @@ def described(cache: Any, name: str) -> tuple[LayerCache, ...] | None:
 
 
 def tensors_of(layer: Any) -> dict[str, Tensor] | None:
-    """The tensors that one layer of a cache holds, by name; None where it has yet to be filled, or holds others.
+    """The tensors that one layer of a cache holds, by name; None where it holds others.
 
-    A layer of a model whose other layers have caches may hold nothing at all.
+    A layer of a model whose other layers have caches may hold nothing at all, as attention over images without one.
     """
     if not getattr(layer, "is_initialized", True):
-        return None
+        return {}
     found = {name: getattr(layer, attribute, None) for name, (attribute, _) in _GROWING.items()}
     held: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
     for name, attribute in _STATES.items():
@@ -112,6 +117,13 @@ def encoder_decoder_cache(past: Any, layers: int) -> Any:
     return EncoderDecoderCache(past, encoded)
 
 
+def empty_encoder_decoder_cache() -> Any:
+    """A cache that holds nothing, for a model that fills the one it is given."""
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+
 @functools.cache
 def _written_once() -> type[Any]:
     """A layer that holds the keys and values it is given, where transformers' own appends them to none."""
@@ -131,7 +143,9 @@ def _filled(held: Mapping[str, Tensor]) -> Any:
 
     states = {name: tensor for name, tensor in held.items() if name not in _GROWING}
     if not held:
-        return cache_utils.DummyLayer()
+        layer = cache_utils.DummyLayer()
+        layer.is_initialized = False  # attention over images, without one, looks here for those of the last step
+        return layer
     if not states:
         layer = cache_utils.DynamicLayer()
         if "indexer_key" in held:

@@ -17,20 +17,25 @@ from teq_graph.capture.caches import (
     cache_of,
     describe,
     described,
+    empty_encoder_decoder_cache,
     encoder_decoder_cache,
     tensors_of,
 )
 from teq_graph.capture.captured import float_dtype, magnitude
 from teq_graph.capture.features import MADE, Shape, choices, feature_shapes
 from teq_graph.capture.kernels import ignores_states
-from teq_graph.capture.shapes import DecoderShape, EncoderDecoderShape, EncoderShape, LayerCache
+from teq_graph.capture.shapes import POSITIONS, DecoderShape, EncoderDecoderShape, EncoderShape, LayerCache, counted
 from teq_graph.errors import CaptureError, one_line
 from teq_graph.system.quiet import quiet
 
 # Sizes of the example inputs. Sizes 0 and 1 would be specialised by torch.export, and equal sizes could be
 # mistaken for one another by a reader of the graph.
 BATCH, PAST, SEQUENCE = 2, 3, 4
-NO_ENCODER_INPUTS = ("decoder_input_ids", "use_cache")
+_NO_ENCODER_INPUTS = {
+    "decoder_input_ids": ("decoder_input_ids", "use_cache"),
+    "input_ids": ("input_ids", "attention_mask", "use_cache"),
+}
+"""What is no input of the encoder, by what the model calls the tokens that its decoder has written."""
 
 
 class DecoderStep(nn.Module):
@@ -65,9 +70,7 @@ class DecoderStep(nn.Module):
     ) -> tuple[Tensor, Sequence[tuple[Tensor, ...]]]:
         positions = {}
         if self.counts_positions:
-            # Counted over the mask, so that left padding does not shift them.
-            counted = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            positions["position_ids"] = counted[:, -input_ids.shape[1] :]
+            positions[POSITIONS] = counted(attention_mask)[:, -input_ids.shape[1] :]
         if not any(one.growing_axis for layer in self.layers for one in layer):
             # States hide what came before.
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
@@ -102,9 +105,8 @@ class EncoderDecoderStep(nn.Module):
         self, encoder: Mapping[str, Tensor], decoder_input_ids: Tensor, past: Sequence[tuple[Tensor, ...]]
     ) -> tuple[Tensor, list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
         cache = encoder_decoder_cache(cache_of(self.layers, past), len(self.layers))
-        output = self.model(
-            **encoder, decoder_input_ids=decoder_input_ids, use_cache=True, **{cache_argument(self.model): cache}
-        )
+        written = {_written_argument(self.model) or "decoder_input_ids": decoder_input_ids}
+        output = self.model(**encoder, **written, use_cache=True, **{cache_argument(self.model): cache})
         present, encoded = (
             [tuple((tensors_of(layer) or {}).values()) for layer in part.layers]
             for part in (cache.self_attention_cache, cache.cross_attention_cache)
@@ -166,18 +168,29 @@ def probe_decoder(model: Any) -> DecoderShape | None:
 
 def probe_encoder_decoder(model: Any) -> EncoderDecoderShape | None:
     """Decode two tokens to see which KV caches the model keeps; None if it is no such model, or keeps others."""
-    if not (model.can_generate() and model.config.is_encoder_decoder):
+    written = _written_argument(model)
+    if written is None:
         return None
     (_, kwargs, _), device = inputs_from_config(model), _device(model)
-    inputs = {name: kwargs[name] for name in kwargs if name not in NO_ENCODER_INPUTS}
+    inputs = {name: kwargs[name] for name in kwargs if name not in _NO_ENCODER_INPUTS[written]}
     tokens = torch.ones(1, 2, dtype=torch.long, device=device)
-    one = {name: value[:1] for name, value in inputs.items()}
-    output = call(model, "two tokens", **one, decoder_input_ids=tokens, use_cache=True)
-    caches = (getattr(cache_in(output), f"{name}_attention_cache", None) for name in ("self", "cross"))
+    given: dict[str, Any] = {name: value[:1] for name, value in inputs.items()} | {written: tokens, "use_cache": True}
+    if model.config.is_encoder_decoder:
+        output = call(model, "two tokens", **given)
+        cache = cache_in(output)
+    else:
+        # What it returns has no cache: the one that it is given is filled, if its decoder takes it.
+        cache = empty_encoder_decoder_cache()
+        try:
+            output = call(model, "a cache", **given, **{cache_argument(model): cache})
+        except CaptureError:
+            return None
+    caches = (getattr(cache, f"{name}_attention_cache", None) for name in ("self", "cross"))
     own, encoded = map(described, caches, ("decoder", "encoder"))
     if own is None or encoded is None:
         return None
     text = model.main_input_name == "input_ids"
+    starts = (getattr(model.generation_config, f"{name}_token_id", None) for name in ("decoder_start", "bos"))
     return EncoderDecoderShape(
         EncoderShape(
             tuple(inputs),
@@ -186,8 +199,21 @@ def probe_encoder_decoder(model: Any) -> EncoderDecoderShape | None:
             max_positions=longest_text(model) if text else None,
         ),
         DecoderShape(own, vocab_size=output.logits.shape[-1], max_positions=longest_text(model)),
-        getattr(model.generation_config, "decoder_start_token_id", None),
+        next((start for start in starts if start is not None), None),
     )
+
+
+def _written_argument(model: Any) -> str | None:
+    """What the decoder of an encoder-decoder calls the tokens it has written; None of other models.
+
+    A model whose main input is no text, and that takes text beside it, is an encoder-decoder by another name.
+    """
+    if not model.can_generate():
+        return None
+    if model.config.is_encoder_decoder:
+        return "decoder_input_ids"
+    beside = model.main_input_name != "input_ids" and "input_ids" in inspect.signature(model.forward).parameters
+    return "input_ids" if beside else None
 
 
 def generates_text(model: Any) -> bool:
@@ -205,9 +231,14 @@ def longest_text(model: Any) -> int | None:
     return next((limit for limit in limits if limit is not None and limit > 0), None)
 
 
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model can be told each token's position."""
+    return POSITIONS in inspect.signature(model.forward).parameters
+
+
 def counts_positions(model: Any, shape: DecoderShape) -> bool:
     """Whether the model takes positions, and counts them from 0 as `DecoderStep` does; some begin elsewhere."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes_positions(model):
         return False
     inputs = text_inputs(model, shape, SEQUENCE)
     told, own = (call(DecoderStep(model, shape.layers, told), "an empty cache", *inputs)[0] for told in (True, False))
@@ -256,7 +287,8 @@ def inputs_from_config(
     needed = [
         name for name, one in accepted.items() if one.default is one.empty and one.kind == one.POSITIONAL_OR_KEYWORD
     ]
-    needed = list(dict.fromkeys([model.main_input_name, *needed]))
+    if model.main_input_name in accepted:  # it is input_ids where a class does not say
+        needed = list(dict.fromkeys([model.main_input_name, *needed]))
     more = [name for name in ("input_ids", *MADE) if name in accepted and name not in needed]
     refusal: CaptureError | None = None
     for names in (needed, *([*needed, name] for name in more)):

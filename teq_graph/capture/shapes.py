@@ -16,7 +16,7 @@ ENCODED = "encoder_"
 """What the names of a decoder's inputs begin with that are inputs of its encoder, too."""
 PAST, PRESENT = "past_key_values", "present"
 """What the names of cached tensors begin with, as inputs and as outputs; `DecoderShape.cache_names` follow."""
-MASK = "attention_mask"
+MASK, POSITIONS = "attention_mask", "position_ids"
 STEP_INPUTS = ["decoder_input_ids", "past_key_values"]
 """What an encoder-decoder takes beside its encoder's inputs."""
 
@@ -49,6 +49,11 @@ class CachedTensor:
 
 LayerCache = tuple[CachedTensor, ...]
 """What one layer keeps between steps."""
+
+
+def counted(mask: Tensor) -> Tensor:
+    """The positions of tokens [b, n] under `mask`: they begin with a text, which padding on the left does not shift."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def attention_cache(key_heads: int, key_dim: int, value_heads: int, value_dim: int) -> LayerCache:

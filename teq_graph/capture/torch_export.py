@@ -5,13 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
-import re
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from teq_graph.capture.captured import CapturedGraph, magnitude
 from teq_graph.capture.experts import traceable_experts
 from teq_graph.capture.kernels import traceable_kernels
 from teq_graph.capture.pretrained import (
+    PAST,
     DecoderStep,
     EncoderDecoderStep,
     call,
@@ -38,11 +37,14 @@ from teq_graph.capture.pretrained import (
     name_of,
     probe_decoder,
     probe_encoder_decoder,
+    takes_positions,
     text_inputs,
     without_cache,
 )
-from teq_graph.capture.shapes import CachedTensor, DecoderShape, EncoderDecoderShape
-from teq_graph.errors import CaptureError, NumericsError, one_line
+from teq_graph.capture.prolonging import NoStepError, ProlongedStep, cached_layers
+from teq_graph.capture.reasons import location, where, why
+from teq_graph.capture.shapes import POSITIONS, CachedTensor, DecoderShape, EncoderDecoderShape, counted
+from teq_graph.errors import CaptureError, NumericsError
 from teq_graph.graph.tensors import drop_unused, node_tensor, set_tensor
 from teq_graph.graph.tracing import without_dispatch_cache
 from teq_graph.system.quiet import quiet
@@ -60,6 +62,7 @@ tokens of a recurrence, to 3e-4 in 24 random layers; what is left out of a sum i
 _TALKATIVE = (
     "torch.export",
     "torch.export._trace",
+    "torch._export.non_strict_utils",
     "torch.fx.experimental.symbolic_shapes",
     "torch._subclasses.fake_tensor",
 )
@@ -166,13 +169,19 @@ def _export_pretrained(model: nn.Module) -> CapturedGraph:
     if (both := probe_encoder_decoder(model)) is not None:
         return _export_encoder_decoder(model, both)
     try:
-        captured = _export(model, *inputs_from_config(model))
+        with without_cache(model):
+            captured = _export(model, *inputs_from_config(model))
         if generates_text(model):
             args, kwargs, _ = inputs_from_config(model, min(CHECKED, longest_text(model) or CHECKED))
             _check_at_another_length(model, captured, args, kwargs)
     except CaptureError as error:
         # What stands in the way of a cache says more than what stands in the way of doing without.
         raise error if reason is None else CaptureError(reason) from error
+    if reason is None and generates_text(model):
+        try:
+            return _prolonging(model, captured)
+        except CaptureError as error:
+            reason = str(error)
     return dataclasses.replace(captured, without_cache=reason)
 
 
@@ -188,6 +197,51 @@ def _export_decoder(model: nn.Module, shape: DecoderShape) -> CapturedGraph:
     _strip_prefix(captured.graph_module, "model.")
     switch = table_switch(captured.graph_module)
     return dataclasses.replace(captured, decoder=dataclasses.replace(shape, recompute_after=switch))
+
+
+def _prolonging(model: nn.Module, text: CapturedGraph) -> CapturedGraph:
+    """The graph of a whole text as a step over a cache; raises CaptureError where there is none."""
+    _, given, _ = inputs_from_config(model, min(CHECKED, longest_text(model) or CHECKED))
+    begun = pytree.tree_map_only(Tensor, lambda x: x[:, :PAST], given)
+    with torch.no_grad():
+        (whole, *_), (begin, *_) = (pytree.tree_leaves(text.graph_module(**x)) for x in (given, begun))
+    if not _near(whole[:, :PAST], begin):
+        raise NoStepError("each token changes what the model gives for those before it")
+    text = _told_positions(model, text, given, whole)
+    shape = DecoderShape(cached_layers(text), whole.shape[-1], longest_text(model))
+    args, dynamic_shapes = decoder_inputs(model, shape)
+    captured = _export(ProlongedStep(text.graph_module), args, {}, dynamic_shapes)
+    if not _goes_on(captured, shape, given["input_ids"], whole):
+        raise NoStepError
+    _strip_prefix(captured.graph_module, "model.")
+    return dataclasses.replace(captured, decoder=shape)
+
+
+def _told_positions(model: nn.Module, text: CapturedGraph, given: Mapping[str, Any], whole: Tensor) -> CapturedGraph:
+    """The graph of a text that takes positions, where the model does and counts them from 0, as in `whole`."""
+    if not takes_positions(model):
+        return text
+    kwargs = {**text.example_kwargs, POSITIONS: counted(torch.ones_like(text.example_kwargs["input_ids"]))}
+    shapes = {**text.dynamic_shapes, POSITIONS: text.dynamic_shapes["input_ids"]}
+    told = _export(model, (), kwargs, shapes)
+    with torch.no_grad():
+        result = told.graph_module(**given, **{POSITIONS: counted(torch.ones_like(given["input_ids"]))})
+    return told if _near(whole, pytree.tree_leaves(result)[0]) else text
+
+
+@torch.no_grad()
+def _goes_on(step: CapturedGraph, shape: DecoderShape, tokens: Tensor, whole: Tensor) -> bool:
+    """Whether the logits of a text in steps are those of the `whole`."""
+    past: Any = shape.empty_past(len(tokens), step.dtype, tokens.device)
+    mask = torch.ones_like(tokens)
+    for begin, end in itertools.pairwise((0, PAST, PAST + 1, tokens.shape[1])):
+        try:
+            logits, past = step.graph_module(tokens[:, begin:end], mask[:, :end], past)
+        except (RuntimeError, IndexError, ValueError):  # sizes that were taken for constants do not fit
+            return False
+        if not _near(whole[:, begin:end], logits):
+            return False
+    return True
 
 
 def _export_encoder_decoder(model: nn.Module, shape: EncoderDecoderShape) -> CapturedGraph:
@@ -227,7 +281,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises whatever the model's Python raises
-        raise CaptureError(f"torch.export refuses {name}{_where(error)}: {_reason(error)}") from error
+        raise CaptureError(f"torch.export refuses {name}{where(error)}: {why(error)}") from error
     adopt(graph_module)
     captured = CapturedGraph(graph_module, args, kwargs, dynamic_shapes)
     # Op by op the graph is the model, but for its kernels, which round in other places.
@@ -261,7 +315,7 @@ def refuse_other_constants(program: ExportedProgram) -> None:
         if value is not None and not isinstance(value, Tensor):
             (user, *_) = node.users
             raise CaptureError(
-                f"the model uses {user.target}{_location(user)}: accepted are models without control flow over "
+                f"the model uses {user.target}{location(user)}: accepted are models without control flow over "
                 "tensors, autocast, changes of the gradient mode and functions as values"
             )
 
@@ -299,6 +353,11 @@ def _agrees(expected: Any, captured: CapturedGraph, coarsest: float = 0) -> bool
             actual = captured.graph_module(*captured.example_args, **captured.example_kwargs)
     except (RuntimeError, IndexError, ValueError):  # sizes that were taken for constants do not fit
         return False
+    return _near(expected, actual, coarsest)
+
+
+def _near(expected: Any, actual: Any, coarsest: float = 0) -> bool:
+    """Whether all tensors are the same, floats at least up to `coarsest`."""
     wanted_tensors, given_tensors = (
         [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)] for result in (expected, actual)
     )
@@ -329,52 +388,6 @@ def adopt(graph_module: GraphModule) -> None:
             node.meta["val"] = node_tensor(node).detach()
             set_tensor(graph_module, node.target, node.meta["val"])
     drop_unused(graph_module)
-
-
-# What torch.export says of a program -> what it means to the owner of a model.
-_MEANINGS = (
-    (
-        r"Found <class '[\w.]*?(?P<type>\w*Cache)'> in output",
-        "its result has a {type}, which holds more than tensors: accepted is use_cache=False",
-    ),
-    (r"data-dependent|GuardOnDataDependent|PendingUnbacked", "its control flow or its sizes depend on tensors' values"),
-    (
-        r"marked L\['input_ids'\]\.size\(\)\[1\] as dynamic but your code specialized it to be a constant "
-        r"\((?P<value>\d+)\)",
-        "its Python depends on the number of tokens, as a loop over them does: the graph would take {value} alone",
-    ),
-    (
-        r"marked (?P<size>\S+) as dynamic but your code specialized it to be a constant \((?P<value>\d+)\)",
-        "the model takes {size} = {value} only, which dynamic_shapes says can be any size",
-    ),
-)
-
-
-def _reason(error: BaseException) -> str:
-    """Why, without torch's advice on how to change its own calls: the meaning where it is known, otherwise the lines
-    that torch names below a headline, or the first paragraph."""
-    text = str(error)
-    for pattern, meaning in _MEANINGS:
-        if found := re.search(pattern, text):
-            return meaning.format(**found.groupdict())
-    causes = [line.strip(" -") for line in text.splitlines() if line.lstrip().startswith("- ")]
-    return causes[0] if causes else one_line(error)
-
-
-def _location(node: Node) -> str:
-    """The line of the model that `node` comes from, where torch noted it."""
-    frames = re.findall(r'File "([^<].+?)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f" at {Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
-
-
-def _where(error: BaseException) -> str:
-    """The innermost module (or frame outside torch) where tracing stopped."""
-    frames = traceback.extract_tb(error.__traceback__)
-    user = [frame for frame in frames if not {"torch", "teq_graph"} & set(Path(frame.filename).parts)]
-    user = [frame for frame in user if not frame.filename.startswith("<")]
-    if not user:
-        return ""
-    return f" at {Path(user[-1].filename).name}:{user[-1].lineno} ({user[-1].line})"
 
 
 def _merge_shared_tensors(graph_module: GraphModule) -> None:

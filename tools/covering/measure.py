@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from support.graphs import apply_random_scales, leaves
 from support.onnx import OnnxModel
-from torch import Tensor
+from torch import Tensor, nn
 
 import teq_graph
 from covering.classes import ModelClass
 from covering.configurations import build, candidates
+from covering.page import EXACT
 from teq_graph import pipeline
 from teq_graph.capture import CapturedGraph
 from teq_graph.compile import Analysis, analyze, make_report, quantize_tables
@@ -59,17 +61,13 @@ def _first_that_runs(model_class: ModelClass, row: dict[str, Any]) -> Analysis |
     config_class = transformers.AutoConfig.for_model(model_class.model_type).__class__
     refusal: CaptureError | None = None
     reasons = []
-    configs = candidates(config_class)
-    for _ in range(4):
+    for values in candidates(config_class, model_class.task):
         try:
-            config = next(configs)
-            model = build(getattr(transformers, model_class.name), config)
-        except StopIteration:
-            break
+            model = build(getattr(transformers, model_class.name), config_class.from_dict(values))
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {one_line(error)}")
             continue
-        row["can_generate"] = bool(getattr(model, "can_generate", bool)())
+        row["can_generate"] = _writes(model)
         _forget_output()
         try:
             row["stage"] = "capture"
@@ -85,11 +83,27 @@ def _first_that_runs(model_class: ModelClass, row: dict[str, Any]) -> Analysis |
     return None
 
 
+def _writes(model: nn.Module) -> bool:
+    """Whether it generates token after token; what `generate` of others does is one forward."""
+    taken = inspect.signature(model.forward).parameters
+    return bool(getattr(model, "can_generate", bool)()) and not {"input_ids", "decoder_input_ids"}.isdisjoint(taken)
+
+
+def _looks_ahead(captured: CapturedGraph) -> bool:
+    """Whether a text's last token changes what is given for those before it: there is nothing to cache then."""
+    inputs = captured.example_kwargs
+    texts = [name for name in inputs if name in ("input_ids", "attention_mask", "decoder_input_ids")]
+    begun = inputs | {name: inputs[name][:, :-1] for name in texts}
+    whole, part = (leaves(captured.graph_module(**given))[0] for given in (inputs, begun))
+    return whole.dim() == 3 and _difference(whole[:, : part.shape[1]], part) > EXACT
+
+
 def _fold(analysis: Analysis, row: dict[str, Any]) -> None:
     """Random scales of every equivalence, folded: the largest difference of the float outputs."""
     captured, findings = analysis.captured, analysis.findings
     keeps = captured.decoder is not None or captured.encoder_decoder is not None
     row |= {"stage": "fold", "captured": True, "cache": keeps}
+    row["looks_ahead"] = bool(row["can_generate"] and not keeps and _looks_ahead(captured))
     row["notes"] = list(analysis.notes)
     row["equivalences"] = len(findings.equivalences)
     products = [weight for weight in analysis.weights if weight.is_product]

@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 from onnxscript.optimizer import _constant_folding as constant_folding
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from teq_graph import pipeline
@@ -67,6 +67,7 @@ def lower(
     attention = pipeline.run(pipeline.for_onnxruntime(wide, target, exact=accuracy_level != INTEGERS), graph_module).of(
         FuseAttention
     )
+    _leave_out_numbers(graph_module)
     example = _with_example_dtype(captured, target)
     with torch.no_grad(), quiet(*TALKATIVE), without_dispatch_cache():
         program = _trace(captured, graph_module, example.example_args, example.example_kwargs)
@@ -97,6 +98,13 @@ def _with_example_dtype(captured: CapturedGraph, dtype: torch.dtype) -> Captured
         (captured.example_args, captured.example_kwargs),
     )
     return dataclasses.replace(captured, example_args=args, example_kwargs=kwargs)
+
+
+def _leave_out_numbers(graph_module: GraphModule) -> None:
+    """What a model gives beside tensors, as the sizes of an image in patches, is no output of an ONNX model."""
+    (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
+    output.args = pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Node) else None, output.args)
+    graph_module.recompile()
 
 
 def _trace(captured: CapturedGraph, graph_module: GraphModule, args: Any, kwargs: Any) -> ExportedProgram:
@@ -143,15 +151,19 @@ def _translate(program: ExportedProgram, opset: int, accuracy_level: int) -> ir.
     try:
         with _without_decompositions(program):
             return translate()
-    except torch.onnx.errors.OnnxExporterError:
-        pass
+    except torch.onnx.errors.OnnxExporterError as error:
+        undecomposed = _root(error)
     try:
         return translate()
     except torch.onnx.errors.OnnxExporterError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+        causes = (_root(error), undecomposed)
+        # Where decomposing fails, what stands in the way is the op that needs it.
+        cause = next((one for one in causes if "No ONNX function" in str(one)), causes[0])
         raise ExportError(f"torch.onnx refuses the graph: {one_line(cause)}") from error
+
+
+def _root(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _root(error.__cause__)
 
 
 @contextlib.contextmanager

@@ -257,6 +257,9 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
     def transpose(self: Any) -> Any:
         return op.Transpose(self)
 
+    def bitwise_or(self: Any, other: Any) -> Any:
+        return op.Or(self, other) if self.dtype == ir.DataType.BOOL else op.BitwiseOr(self, other)
+
     def bitwise_and(self: Any, other: Any) -> Any:
         return op.And(self, other) if self.dtype == ir.DataType.BOOL else op.BitwiseAnd(self, other)
 
@@ -293,6 +296,24 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         result = op.Conv(*inputs, strides=stride, pads=padding * 2, dilations=dilation, group=groups)
         return result if is_batch else op.Squeeze(result, first)
 
+    def square(self: Any) -> Any:
+        return op.Mul(self, self)
+
+    def nan_to_num(
+        self: Any, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+    ) -> Any:
+        if not self.dtype.is_floating_point():
+            return op.Identity(self)
+
+        def constant(number: float) -> Any:
+            return op.Constant(value=ir.tensor(number, dtype=self.dtype))
+
+        result = op.Where(op.IsNaN(self), constant(nan or 0.0), self)
+        for infinity, number, last in ((math.inf, posinf, self.dtype.max), (-math.inf, neginf, self.dtype.min)):
+            chosen = constant(float(last) if number is None else number)
+            result = op.Where(op.Equal(result, constant(infinity)), chosen, result)
+        return result
+
     def subtract_from(self: Any, other: float, alpha: float = 1) -> Any:
         # torch's decomposition is a difference whose first operand is a number, which no operator takes.
         if isinstance(other, float) and not self.dtype.is_floating_point():
@@ -323,8 +344,11 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
         aten.where.default: indices_where,
         aten.index_add.default: index_add,
         aten.item.default: item,
+        aten.square.default: square,
+        aten.nan_to_num.default: nan_to_num,
         aten.rsub.Scalar: subtract_from,
         aten.__and__.Tensor: bitwise_and,
+        aten.__or__.Tensor: bitwise_or,
     }
 
 
