@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.architectures import VOCAB
 from support.compiling import SMALL, TRAINING, in_one_line
-from support.encoder_decoders import BINS, FRAMES, KINDS, PAD, START, bart, greedy, t5, whisper
-from support.graphs import relative_error
+from support.encoder_decoders import BINS, END, FRAMES, KINDS, PAD, START, bart, greedy, t5, whisper
+from support.graphs import randomize, relative_error
 from torch import Tensor, nn
 
 import teq_graph
