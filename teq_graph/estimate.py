@@ -20,14 +20,13 @@ from teq_graph.weight_plan import WeightPlan, specs_of
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """`bytes_before` and `bytes_after` of the graph's tensors; seconds of the whole compilation without distillation,
-    and the peak memory of this process in bytes, as the first block tells them: None until it is done. `stages` are
-    those of training; `notes` say what the result will not do."""
+    and the peak memory of this process in bytes, as the first block tells them: None until it is done. `notes` say what
+    the result will not do."""
 
     bytes_before: int
     bytes_after: int
     seconds: float | None = None
     peak_bytes: int | None = None
-    stages: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -41,7 +40,6 @@ class Estimator:
         bytes_before: int,
         started: float,
         listener: Callable[[Estimate], None] | None,
-        stages: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> None:
         self._started = started
@@ -49,7 +47,7 @@ class Estimator:
         specs = specs_of(plan)
         self._codes = sum(_stored_bytes(get_tensor(captured.graph_module, name), spec) for name, spec in specs.items())
         after = tensor_bytes(captured.graph_module, without=specs) + self._codes
-        self._size = Estimate(bytes_before, after, stages=stages, notes=notes)
+        self._size = Estimate(bytes_before, after, notes=notes)
 
     def tell_size(self) -> None:
         """Of the size, which is known from the start."""

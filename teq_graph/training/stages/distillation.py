@@ -58,9 +58,8 @@ def distill(
         Learned([weight.log_scale for weight in weights.values()], RATE),
         Learned([vector.change for vector in floats.values()], RATE),
     ]
-    steps = config.steps_of_distillation
-    with task("distilling", steps) as bar:
-        curve = optimize(learned, loss, batches, config, generator, bar, steps=steps)
+    with task("distilling", config.steps) as bar:
+        curve = optimize(learned, loss, batches, config, generator, bar)
     after = mean_loss(loss, measured)
     if after >= before:
         return start, before, before, curve
