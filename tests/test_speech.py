@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.command_line import save_tokenizer
 from support.compiling import in_one_line
-from support.encoder_decoders import BINS, whisper
+from support.encoder_decoders import BINS, t5, whisper
 from support.sounds import write_wave
 from transformers import AutoTokenizer, WhisperFeatureExtractor
 
@@ -154,15 +154,48 @@ def test_what_a_model_that_hears_is_not_told(out: Path, tmp_path: Path, capsys: 
         assert (printed, errors) == ("", f"error: {message}\n")
 
 
-def test_calibration_text_is_none_for_a_model_that_hears(source: Path, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "text.txt").write_text("Hello")
-    arguments = ["-o", str(tmp_path / "out"), "--calibration", str(tmp_path / "text.txt"), "--no-evaluate"]
-    assert run(["quantize", str(source), *arguments]) == 2
+@pytest.mark.parametrize(
+    ("calibration", "reason"),
+    [
+        ([], "takes input_features, and only a language model writes text to calibrate on"),
+        (["--calibration", "text.txt"], "takes input_features, which the text of --calibration is not"),
+    ],
+    ids=["none", "text"],
+)
+def test_a_model_that_hears_is_calibrated_on_recordings_alone(
+    calibration: list[str], reason: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("Hello")
+    assert run(["quantize", str(source), "-o", "out", *calibration, "--no-evaluate"]) == 2
+    printed, errors = capsys.readouterr()
+    accepted = "on the command line, accepted for it: --calibration FILE.wav and --method rtn"
+    assert (printed, errors) == ("", f"error: model 'whisper' {reason}; {accepted}\n")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_recordings_calibrate(kind: str, source: Path, tmp_path: Path, capsys: Any) -> None:
+    files = [noise(tmp_path / name) for name in ("a.wav", "b.wav")]
+    given = str(files[0] if kind == "file" else tmp_path)
+    options = ["--calibration", given, "--preset", "fast", "--steps", "5", "--group-size", "16", "--length", "8"]
+    assert run(["quantize", str(source), "-o", str(tmp_path / "out"), *options, "--no-evaluate"]) == 0
+    printed, _ = capsys.readouterr()
+    assert f"sound of {given}" in printed.replace("\n", "")
+    assert run(["generate", str(tmp_path / "out"), "--audio", str(files[1]), "--max-new-tokens", "3"]) == 0
+
+
+def test_recordings_are_not_for_a_model_of_texts(tmp_path: Path, capsys: Any) -> None:
+    recording = noise(tmp_path / "a.wav")
+    model = tmp_path / "model"
+    ids = dict(vocab_size=save_tokenizer(model), pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+    t5(**ids).save_pretrained(model)
+    capsys.readouterr()  # of transformers
+    options = ["-o", str(tmp_path / "out"), "--calibration", str(recording), "--no-evaluate"]
+    assert run(["quantize", str(model), *options]) == 2
     printed, errors = capsys.readouterr()
     assert printed == "" and errors.count("\n") == 1
-    assert "takes input_features, which --calibration does not hold" in errors
-    assert "accepted for it: no --calibration and --method rtn" in errors
-    assert not (tmp_path / "out").exists()
+    assert "takes input_ids, which the recordings of --calibration are not" in errors
 
 
 def test_the_feature_extractor_travels_along(source: Path, tmp_path: Path) -> None:

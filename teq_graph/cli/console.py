@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from teq_graph.cli.calibrating import recordings_in
 from teq_graph.errors import InputError
 from teq_graph.system.files import finite, shown
 
@@ -243,6 +244,8 @@ def describe_calibration(training: TrainingConfig | None, calibration: str | Non
     """What the codes were chosen for."""
     if training is None:
         return "none: weights are rounded to nearest"
+    if calibration and recordings_in(calibration):
+        return f"sound of {calibration}"
     source = f"text of {calibration}" if calibration else "text that the model wrote"
     return f"up to {training.samples} × {training.length} tokens, {source}"
 

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 from teq_graph.config import LAST_SEED, MOST, PRESETS, STAGES, TrainingConfig
 from teq_graph.errors import ConfigError, InputError, brief
 from teq_graph.system.directories import check_target
-from teq_graph.system.texts import path_of, read_text
+from teq_graph.system.texts import read_text
 
 if TYPE_CHECKING:
     from teq_graph.cli.opening import LanguageModel
-    from teq_graph.loading import LoadedModel
 
 CONTEXT = 512
 TOKENS = 8192
@@ -104,45 +103,6 @@ def output_directory(target: Path, overwrite: bool) -> Path:
     given, resolved = Path(os.path.abspath(target)), Path(os.path.realpath(target))
     check_target(given if given.is_symlink() and not given.exists() else resolved, overwrite, "--overwrite")
     return resolved
-
-
-def check_calibration(calibration: str | None, text: Path | None) -> None:
-    """Refuse a file that is missing, empty, or the one that perplexity is measured on."""
-    if calibration is None:
-        return
-    try:
-        path = path_of(calibration)
-        measured = None if text is None else path_of(text)
-    except ValueError as error:
-        raise InputError(
-            f"--calibration {brief(calibration)} or --text: {error}; accepted are files of text"
-        ) from error
-    if path.exists():
-        read_text("--calibration", calibration)
-        if measured is not None and measured.exists() and path.samefile(measured):
-            raise InputError(f"--text {str(text)!r}: it is the calibration file; accepted is a text not calibrated on")
-    elif ":" not in calibration:
-        raise InputError(
-            f"--calibration {brief(calibration)}: no such file; data sets are NAME:SPLIT or NAME:CONFIG:SPLIT"
-        )
-
-
-def check_trainable(loaded: LoadedModel, calibration: str | None, otherwise: str = "--method rtn") -> None:
-    """Refuse a model that has no text to calibrate on; `otherwise` works without one, empty where nothing does."""
-    if calibration is None and not loaded.writes_text:
-        kind = type(loaded.model).__name__
-        reason = f"is a {kind}, and only a language model writes text to calibrate on"
-    elif calibration is not None and not loaded.reads_text:
-        reason = f"takes {loaded.model.main_input_name}, which --calibration does not hold"
-    elif calibration is not None and loaded.tokenizer is None:
-        reason = "has no tokenizer to read --calibration with"
-    else:
-        return
-    reads = loaded.reads_text and loaded.tokenizer is not None
-    own = ["no --calibration"] if loaded.writes_text else []
-    ways = [*(["--calibration FILE"] if reads else []), *own, *filter(None, [otherwise])]
-    accepted = " and ".join(ways) or "nothing; in Python, token tensors"
-    raise ConfigError(f"model {loaded.name!r} {reason}; on the command line, accepted for it: {accepted}")
 
 
 def text(path: Path | None, tokens: int | None) -> Text:

@@ -81,7 +81,8 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="FILE",
-        help="Text file or data set NAME[:CONFIG]:SPLIT.  [default: the model's own samples]",
+        help="Text file or data set NAME[:CONFIG]:SPLIT; of a model that hears a WAV file, or a directory of them.  "
+        "[default: the model's own samples]",
     ),
 ]
 Samples = Annotated[

@@ -14,7 +14,7 @@ import typer
 
 import teq_graph
 from teq_graph.checkpoints import FORMATS
-from teq_graph.cli import console, opening, options
+from teq_graph.cli import calibrating, console, opening, options
 from teq_graph.cli.outcome import Quantized
 from teq_graph.cli.parameters import (
     BatchSize,
@@ -150,7 +150,7 @@ def quantize(
     if training is None and target_bits is not None:
         raise ConfigError(f"--target-bits {target_bits}: no effect with --method {method}, which calibrates nothing")
     output = options.output_directory(output, overwrite)
-    options.check_calibration(calibration, text)
+    calibrating.check_calibration(calibration, text)
     if not evaluate:
         options.check_no_text(text, tokens)
     measured = options.text(text, tokens) if evaluate else None
@@ -163,7 +163,7 @@ def quantize(
         loaded = load_model(model)
         check_linears(formats, loaded.model, quantization)
         if training is not None:
-            options.check_trainable(loaded, calibration)
+            calibrating.check_trainable(loaded, calibration)
         ids = None if measured is None or loaded.tokenizer is None else options.tokenize(loaded.tokenizer, measured)
         watch.lap("load")
         estimate = _EstimateOf(loaded.name, training, dry_run)
@@ -171,7 +171,7 @@ def quantize(
             with progress.task("Quantizing"):
                 compiled = teq_graph.compile(
                     loaded.model,
-                    calibration=calibration,
+                    calibration=calibrating.inputs_of(loaded, calibration),
                     quantization=quantization,
                     training=training,
                     tokenizer=loaded.tokenizer,

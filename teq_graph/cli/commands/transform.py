@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from teq_graph.cli import console, options
+from teq_graph.cli import calibrating, console, options
 from teq_graph.cli.parameters import (
     BatchSize,
     Bits,
@@ -76,7 +76,7 @@ def transform(
     if dtype is not None:
         options.check_choice("dtype", dtype, DTYPES)
     output = options.output_directory(output, overwrite)
-    options.check_calibration(calibration, None)
+    calibrating.check_calibration(calibration, None)
     watch = console.Stopwatch()
     with reserved(output, overwrite):
         from teq_graph.checkpoints.directory import save_float
@@ -85,12 +85,12 @@ def transform(
         from teq_graph.provenance import describe_source, settings
 
         loaded = load_model(model)
-        options.check_trainable(loaded, calibration, "")
+        calibrating.check_trainable(loaded, calibration, "")
         watch.lap("load")
         with progress.task("Training scales"):
             transformed = transform_with_sites(
                 loaded.model,
-                calibration=calibration,
+                calibration=calibrating.inputs_of(loaded, calibration),
                 quantization=quantization,
                 training=training,
                 tokenizer=loaded.tokenizer,
