@@ -185,6 +185,16 @@ def test_recordings_calibrate(kind: str, source: Path, tmp_path: Path, capsys: A
     assert run(["generate", str(tmp_path / "out"), "--audio", str(files[1]), "--max-new-tokens", "3"]) == 0
 
 
+def test_a_recording_that_does_not_calibrate_is_named(source: Path, tmp_path: Path, capsys: Any) -> None:
+    noise(tmp_path / "a.wav")
+    slow = noise(tmp_path / "b.wav", rate=8000)
+    options = ["-o", str(tmp_path / "out"), "--calibration", str(tmp_path), "--no-evaluate"]
+    assert run(["quantize", str(source), *options]) == 2
+    printed, errors = capsys.readouterr()
+    assert printed == "" and errors.count("\n") == 1
+    assert errors.startswith(f"error: --calibration '{slow}': recording of 8000 samples a second: accepted are 16000")
+
+
 def test_recordings_are_not_for_a_model_of_texts(tmp_path: Path, capsys: Any) -> None:
     recording = noise(tmp_path / "a.wav")
     model = tmp_path / "model"

@@ -73,6 +73,11 @@ def inputs_of(loaded: LoadedModel, calibration: str | None) -> Any:
 
     from teq_graph.onnx.runtime.speech import features, read_wave
 
-    name = loaded.model.main_input_name
-    made = (features(loaded.feature_extractor, read_wave(file), name) for file in files)
+    name, made = loaded.model.main_input_name, []
+    for file in files:
+        recording = read_wave(file)
+        try:
+            made.append(features(loaded.feature_extractor, recording, name))
+        except InputError as error:
+            raise InputError(f"--calibration {brief(str(file))}: {error}") from error
     return [{name: torch.from_numpy(one).to(loaded.model.dtype)} for one in made]
