@@ -34,10 +34,13 @@ def validated(content: dict[str, Any]) -> dict[str, Any]:
     """The fields of `Metadata` that `content` holds; raises ValueError, with the first value that is wrong."""
     try:
         values = _Description.model_validate(content).model_dump(exclude={"format_version", "files"})
-    except ValidationError as errors:
-        error = errors.errors(include_url=False)[0]
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
-        if error["type"] == "missing":
-            raise ValueError(f"{place} is missing") from None
-        raise ValueError(f"{place}={error['input']!r:.80}: {error['msg']}") from None
+    except ValidationError as error:
+        raise ValueError(first_fault(error)) from None
     return {**values, "eos_token_ids": tuple(values["eos_token_ids"])}
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first value of a file that is wrong, and why."""
+    first = error.errors(include_url=False)[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    return f"{place} is missing" if first["type"] == "missing" else f"{place}={first['input']!r:.80}: {first['msg']}"

@@ -27,7 +27,6 @@ class StretchTensors:
     def __init__(self, inserted: InsertedScales, nodes: Sequence[Node]) -> None:
         self.inserted = inserted
         self.nodes = nodes
-        self.weight_nodes = constant_ancestors(nodes)
         self.chosen: Values = {}
 
     def by_node(self, tensors: Mapping[str, Tensor]) -> Values:
@@ -53,6 +52,11 @@ class StretchTensors:
                     run([*constant_ancestors([node]), node], constants)
         value: Tensor = constants[node] if node in constants else node_tensor(node)
         return value.detach()
+
+    @functools.cached_property
+    def weight_nodes(self) -> list[Node]:
+        """The calls that the nodes need and that depend on tensors alone."""
+        return constant_ancestors(self.nodes)
 
     @functools.cached_property
     def nodes_of(self) -> dict[str, list[Node]]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field, ValidationError
 
 from teq_graph.errors import InputError, ModelFileError, brief, one_line
+from teq_graph.onnx.description import first_fault
 from teq_graph.onnx.directory import GENERATION_FILE
 from teq_graph.system.files import read_json
 from teq_graph.system.texts import path_of
@@ -96,10 +97,8 @@ class TranscriptTokens(BaseModel):
             return cls()
         try:
             return cls.model_validate(read_json(path))
-        except ValidationError as errors:
-            error = errors.errors(include_url=False)[0]
-            place = ".".join(map(str, error["loc"]))
-            raise ModelFileError(f"{path} cannot be read: {place}={error['input']!r:.80}: {error['msg']}") from None
+        except ValidationError as error:
+            raise ModelFileError(f"{path} cannot be read: {first_fault(error)}") from None
         except (OSError, ValueError) as error:
             raise ModelFileError(f"{path} cannot be read: {one_line(error)}") from None
 

@@ -146,7 +146,7 @@ def tune(
     floats = {name: LearnedVector(choice.floats.get(name, start)) for name, start in problem.floats.items()}
 
     def tensors() -> dict[str, Tensor]:
-        values = {name: weight.value().to(problem.scale_dtype(name)) for name, weight in weights.items()}
+        values = {name: weight.value(problem.scale_dtype(name)) for name, weight in weights.items()}
         return {**values, **{name: vector.value() for name, vector in floats.items()}}
 
     def loss_of(number: int) -> Tensor:
