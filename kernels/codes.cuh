@@ -96,37 +96,75 @@ DEVICE u32 centered_pair(const u32 (&words)[BITS], u32 zero) {
   }
 }
 
+// Halves magic + code * 2^LOW and magic + code * 2^HIGH -> code - zero, exactly. `zero`: an integer.
+template <typename T, int LOW, int HIGH>
+DEVICE u32 center(u32 whole, u32 zero) {
+  constexpr u32 SIGN = 0x8000u;
+  constexpr u32 offset = (SIGN | power_of_two<T>(T::MANTISSA - LOW)) | (SIGN | power_of_two<T>(T::MANTISSA - HIGH)) << 16;
+  return fma2<T>(whole, power_of_two<T>(-LOW) | power_of_two<T>(-HIGH) << 16,
+                 zero * (1u << LOW | 1u << (16 + HIGH)) + offset);
+}
+
+// The same of bytes b and b + 1 of a word, which are too long for the mantissa of bfloat16: by way of float32.
+DEVICE u32 center_bytes(u32 word, u32 b, u32 zero) {
+  const float offset = as_float(0x4B000000u | zero);
+  const float low = as_float(permute_bytes(word, 0x4B000000u, 0x7440 | b)) - offset;
+  const float high = as_float(permute_bytes(word, 0x4B000000u, 0x7440 | (b + 1))) - offset;
+  return pack_bfloat16(low, high);
+}
+
+// Whether two codes are too long for the mantissa, so that each of a pair has to come to bit 0.
+template <typename T, int BITS>
+constexpr bool APART = BITS != 8 && 2 * BITS > T::MANTISSA;
+
 // code - zero of the consecutive codes 2P and 2P + 1 of a chunk as floats, exactly: for activations in the order of
 // memory. `words`: as stored; `zero`: the zero point, an integer. The 16 bits that hold both codes are put into both
 // halves, where each code is left at its own place.
 template <typename T, int BITS, int P>
 DEVICE u32 consecutive_pair(const u32 (&words)[BITS], u32 zero) {
-  constexpr u32 SIGN = 0x8000u;
   constexpr int bit = 2 * BITS * P, byte = bit / 8, word = byte / 4, next = word + 1 < BITS ? word + 1 : word;
   constexpr u32 b = byte % 4, mask = (1u << BITS) - 1;
   if constexpr (BITS > T::MANTISSA) {
-    const float offset = as_float(0x4B000000u | zero);
-    const float low = as_float(permute_bytes(words[word], 0x4B000000u, 0x7440 | b)) - offset;
-    const float high = as_float(permute_bytes(words[word], 0x4B000000u, 0x7440 | (b + 1))) - offset;
-    return pack_bfloat16(low, high);
+    return center_bytes(words[word], b, zero);
+  } else if constexpr (BITS == 8) {
+    return center<T, 0, 0>(permute_bytes(words[word], MAGIC<T>, 0x5050 | b | (b + 1) << 8), zero);
+  } else if constexpr (APART<T, BITS>) {
+    const u32 halves = permute_bytes(words[word], words[word] >> BITS, 0x4400 + b * 0x1111);
+    return center<T, 0, 0>(mask_or(halves, both(mask), MAGIC<T>), zero);
   } else {
-    constexpr bool apart = BITS != 8 && 2 * BITS > T::MANTISSA;  // too long for one place: each has bit 0
-    constexpr int at = bit % 8, shift = at + 2 * BITS > T::MANTISSA ? at : 0;
-    constexpr int low = apart || BITS == 8 ? 0 : at - shift, high = apart || BITS == 8 ? 0 : low + BITS;
-    constexpr u32 offset = (SIGN | power_of_two<T>(T::MANTISSA - low)) | (SIGN | power_of_two<T>(T::MANTISSA - high)) << 16;
-    u32 whole;
-    if constexpr (BITS == 8) {
-      whole = permute_bytes(words[word], MAGIC<T>, 0x5050 | b | (b + 1) << 8);
-    } else if constexpr (apart) {
-      whole = mask_or(permute_bytes(words[word], words[word] >> BITS, 0x4400 + b * 0x1111), both(mask), MAGIC<T>);
-    } else {
-      const u32 twice = permute_bytes(words[word], words[next], 0x1010 + b * 0x1111);
-      whole = mask_or(twice >> shift, mask << low | mask << (16 + high), MAGIC<T>);
-    }
-    return fma2<T>(whole, power_of_two<T>(-low) | power_of_two<T>(-high) << 16,
-                   zero * (1u << low | 1u << (16 + high)) + offset);
+    constexpr int at = bit % 8, shift = at + 2 * BITS > T::MANTISSA ? at : 0, low = at - shift, high = low + BITS;
+    const u32 twice = permute_bytes(words[word], words[next], 0x1010 + b * 0x1111);
+    const u32 whole = mask_or(twice >> shift, mask << low | mask << (16 + high), MAGIC<T>);
+    return center<T, low, high>(whole, zero);
   }
 }
+
+// Where the lane `t` of four finds codes 2t and 2t + 1 of every eight of a chunk.
+template <typename T, int BITS>
+struct PairOfLane {
+  u32 selector;  // of the bytes that hold the first pair, from two words
+  int shift;     // of the pair, in these bytes
+
+  DEVICE explicit PairOfLane(int t)
+      : selector((APART<T, BITS> ? 0x4400u : 0x1010u) + 2 * BITS * t / 8 * 0x1111u), shift(2 * BITS * t % 8) {}
+
+  // code - zero of the pair of the J-th eight as floats, exactly. `words`: as stored; `zero`: an integer.
+  template <int J>
+  DEVICE u32 of(const u32 (&words)[BITS], u32 zero) const {
+    constexpr int byte = BITS * J, word = byte / 4, next = word + 1 < BITS ? word + 1 : word;
+    constexpr u32 mask = (1u << BITS) - 1;
+    if constexpr (APART<T, BITS>) {
+      static_assert(BITS == 4, "the pair is a byte");
+      const u32 halves = permute_bytes(words[word], words[word] >> BITS, selector);
+      return center<T, 0, 0>(mask_or(halves, both(mask), MAGIC<T>), zero);
+    } else {
+      const u32 twice = permute_bytes(words[word], words[next], selector + byte % 4 * 0x1111u);
+      if constexpr (BITS > T::MANTISSA) return center_bytes(twice, 0, zero);
+      if constexpr (BITS == 8) return center<T, 0, 0>(permute_bytes(twice, MAGIC<T>, 0x5150), zero);
+      return center<T, 0, BITS>(mask_or(twice >> shift, mask | mask << (16 + BITS), MAGIC<T>), zero);
+    }
+  }
+};
 
 // Pairs of consecutive activations -> the pairs of `first`. x: 32 activations as they are in memory.
 template <int BITS>

@@ -3,6 +3,7 @@
 
 #include "tiles.cuh"
 
+constexpr int EIGHT = 8;           // codes of a thread, in each of its rows
 constexpr int ROWS_OF_THREAD = 4;  // at the same columns: their reads are under way together
 
 // y[N, K] = dequant(B), eight columns of some rows a thread. Sizes m, slice, split, across and ahead mean nothing here.

@@ -1,7 +1,7 @@
 // The kernels of one variant. Macros: from plan.py VARIANT_TYPE, VARIANT_TILING (a struct of the sources),
 // VARIANT_BLOCK (the function that does a block of it) and VARIANT_SCALE_SUMS; from parameters.py PARAMETERS of a
 // kernel, and MEMBERS of a Matmul that is made of them.
-#include "tiles.cuh"
+#include "warpgroups.cuh"
 
 using Tile = VARIANT_TILING;
 

@@ -10,10 +10,21 @@ from typing import ClassVar
 import torch
 
 from teq_graph.config import BITS
-from teq_graph.kernels.tilings import CHUNK, STEP, AnyTiling, StreamTiling, TileTiling, Tiling, ceil_div
+from teq_graph.kernels.tilings import (
+    CHUNK,
+    STEP,
+    AnyTiling,
+    StreamTiling,
+    TileTiling,
+    Tiling,
+    WarpgroupTiling,
+    ceil_div,
+)
 
 SHARED_LIMIT = 99 * 1024
 """Bytes of shared memory for a block that every GPU from sm_80 on has."""
+HOPPER_SHARED_LIMIT = 227 * 1024
+"""Those of a GPU that multiplies for warpgroups."""
 DTYPES = {torch.float16: "Float16", torch.bfloat16: "BFloat16"}
 """Dtypes of activations, and what the sources call them."""
 MOST_SCALED_SUMS = 16
@@ -22,10 +33,12 @@ MOST_SCALED_SUMS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a plan has to know of a GPU: its multiprocessors, and bytes of shared memory for a block."""
+    """What a plan has to know of a GPU: its multiprocessors, bytes of shared memory for a block, and whether tensor
+    cores multiply for whole warpgroups, as those of compute capability 9.0 do."""
 
     processors: int
     shared_limit: int = SHARED_LIMIT
+    warpgroups: bool = False
 
 
 GENERAL = {
@@ -45,6 +58,15 @@ TILE_64 = TileTiling(tokens=64, row_tiles=2, warps=4, stages=3, blocks=2)
 TILE_128 = TileTiling(tokens=128, row_tiles=2, warps=4, stages=2, blocks=2)
 WIDE_32 = TileTiling(tokens=32, row_tiles=2, warps=8, stages=3, blocks=1)
 WIDE_128 = TileTiling(tokens=128, row_tiles=2, warps=8, stages=3, blocks=1)
+WARPGROUPS = (
+    WarpgroupTiling(tokens=32, row_tiles=1, warpgroups=2, stages=4, blocks=2),
+    WarpgroupTiling(tokens=64, row_tiles=1, warpgroups=2, stages=4, blocks=2),
+    WarpgroupTiling(tokens=128, row_tiles=1, warpgroups=2, stages=4, blocks=1),
+    WarpgroupTiling(tokens=128, row_tiles=2, warpgroups=2, stages=3, blocks=1),
+    WarpgroupTiling(tokens=256, row_tiles=1, warpgroups=2, stages=3, blocks=1),
+)
+"""For 32 tokens and more. They were emulated and have not run on a GPU yet, so no table has them: tools/tune_matmul.py
+checks and times them there."""
 
 # By the most tokens each is for; with more, dequantizing the weight for torch's product is faster. Measured by
 # tools/tune_matmul.py on an H100 80GB HBM3 (132 multiprocessors) on 2026-11-27, in float16, groups of 128, cold L2, of
@@ -83,6 +105,10 @@ class Variant:
     file: ClassVar = "matmul_nbits.cu"
     kernels: ClassVar = ("matmul_nbits", "reduce_splits")
 
+    def compiles_for(self, architecture: str) -> bool:
+        """Whether GPUs of that kind have all its instructions: "sm_90a", say."""
+        return not isinstance(self.tiling, WarpgroupTiling) or architecture == "sm_90a"
+
     @property
     def macros(self) -> dict[str, str]:
         """The macros of matmul_nbits.cu."""
@@ -112,9 +138,11 @@ class Dequantizer:
 
 
 def tilings_of(bits: int) -> list[AnyTiling]:
-    """Those that serve some product of codes of `bits` bits."""
+    """Those that serve some product of codes of `bits` bits, or may do so."""
     tables = {8: (BYTES,), 4: (LARGE_4, LARGE, LONG, SMALL)}.get(bits, (LARGE, LONG, SMALL))
-    return list(dict.fromkeys([*GENERAL.values(), *(tiling for table in tables for tiling in table.values())]))
+    chosen = (tiling for table in tables for tiling in table.values())
+    warpgroups = (tiling for tiling in WARPGROUPS if tiling.shared_bytes(bits) <= HOPPER_SHARED_LIMIT)
+    return list(dict.fromkeys([*GENERAL.values(), *chosen, *warpgroups]))
 
 
 def variants() -> Iterator[Variant]:
@@ -216,7 +244,9 @@ def plan_by(product: Product, tiling: AnyTiling, device: Device) -> Plan | None:
         return general_plan(product, tiling, device)
     if not product.whole_steps:
         return None
-    if isinstance(tiling, TileTiling):
+    if isinstance(tiling, WarpgroupTiling) and not device.warpgroups:
+        return None
+    if isinstance(tiling, TileTiling | WarpgroupTiling):
         return tile_plan(product, tiling, device)
     return stream_plan(product, tiling, device) if product.bits != 8 else None
 
@@ -240,7 +270,7 @@ def stream_plan(product: Product, tiling: StreamTiling, device: Device) -> Plan 
     return None
 
 
-def tile_plan(product: Product, tiling: TileTiling, device: Device) -> Plan | None:
+def tile_plan(product: Product, tiling: TileTiling | WarpgroupTiling, device: Device) -> Plan | None:
     """K is split so that there are as many blocks as have room at once; None where not even one has."""
     m, n, k, unit = product.m, product.n, product.k, product.unit
     shared = tiling.shared_bytes(product.bits)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 OLDEST = (8, 0)
 """The compute capability from which on there are cp.async and products in bfloat16."""
+HOPPER = (9, 0)
+"""The one whose tensor cores multiply for warpgroups by `wgmma`."""
 
 
 def source(name: str) -> str:
@@ -61,7 +63,14 @@ def device_of(index: int) -> Device:
 
     properties = torch.cuda.get_device_properties(index)
     shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stubs lack it
-    return Device(properties.multi_processor_count, shared)
+    return Device(
+        properties.multi_processor_count, shared, warpgroups=torch.cuda.get_device_capability(index) == HOPPER
+    )
+
+
+def architecture_of(capability: tuple[int, int]) -> str:
+    """What to compile for, with what only GPUs of just this kind have where kernels use it."""
+    return "sm_{}{}".format(*capability) + ("a" if capability == HOPPER else "")
 
 
 @functools.cache
@@ -84,7 +93,7 @@ def load(variant: Variant | Dequantizer, device: int) -> tuple[Kernel, ...]:
     except ImportError as error:
         raise KernelError(f"CUDA kernels are compiled by cuda-core ({error}); pip install 'teq-graph[cuda]'") from error
     try:
-        code = compile_variant(variant, "sm_{}{}".format(*capability), cache=FileStreamProgramCache(cache_folder()))
+        code = compile_variant(variant, architecture_of(capability), cache=FileStreamProgramCache(cache_folder()))
         kernels = tuple(code.get_kernel(name) for name in variant.kernels)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         limit = device_of(device).shared_limit

@@ -61,9 +61,12 @@ DEVICE void start_weights(u8* stage, const u8* from, int row_bytes, int rows, in
 // The words of chunk `t` of a row of a step.
 template <int BITS>
 DEVICE void read_words(const u8* stage, int row, int t, u32 (&words)[BITS]) {
-  if constexpr (BITS == 4) {
-    const Vector v = *reinterpret_cast<const Vector*>(stage + (row * 4 + t) * 16);
-    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  if constexpr (BITS % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < BITS; i += 4) {
+      const Vector v = *reinterpret_cast<const Vector*>(stage + (row * 4 + t) * (4 * BITS) + i * 4);
+      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+    }
   } else if constexpr (BITS == 2) {
     const ShortVector v = *reinterpret_cast<const ShortVector*>(stage + (row * 4 + t) * 8);
     words[0] = v.x, words[1] = v.y;

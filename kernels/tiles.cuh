@@ -24,10 +24,7 @@ struct TileTiling {
   static constexpr int RING = STAGES * STAGE_BYTES;
 };
 
-// Eight codes are BITS bytes. A lane takes eight of the 32 that the four lanes of a row have at a time.
-constexpr int EIGHT = 8;
-
-// Codes 8 * index .. + 8 of a row that begins at `row`, in the first words.
+// Eight codes are BITS bytes. A lane takes eight of the 32 that the four lanes of a row have at a time: codes 8 * index .. + 8 of a row that begins at `row`, in the first words.
 template <int BITS>
 DEVICE void read_eight(const u8* row, int index, u32 (&words)[BITS]) {
   if constexpr (BITS == 8) {
@@ -58,10 +55,12 @@ struct ByEights {
 };
 
 // Where the 16 bytes `piece` of a token of a step are: lanes of two tokens have banks of their own.
-DEVICE int place_of_activations(int token, int piece) { return token * (STEP * 2) + (piece ^ (token % 2 * 4)) * 16; }
+struct ByTokens {
+  DEVICE static int place(int token, int piece) { return token * (STEP * 2) + (piece ^ (token % 2 * 4)) * 16; }
+};
 
 // Starts the copies of a step's activations, tokens token0 .. token0 + TOKENS and 128 columns from k on.
-template <typename Tile>
+template <typename Order, typename Tile>
 DEVICE void start_activations(const Matmul& p, u8* to, int token0, int k, bool wanted, int thread) {
   constexpr int PIECES = STEP * 2 / 16;
   constexpr int APART = Tile::THREADS / PIECES;  // tokens: a thread has the same piece of several
@@ -71,7 +70,7 @@ DEVICE void start_activations(const Matmul& p, u8* to, int token0, int k, bool w
   const u16* from = p.a + static_cast<i64>(token0 + first) * p.k + column;
 #pragma unroll
   for (int i = 0; i < Tile::TOKENS; i += APART, from += static_cast<i64>(APART) * p.k)
-    copy_async<16>(to + place_of_activations(first + i, piece), from, first + i < tokens);
+    copy_async<16>(to + Order::place(first + i, piece), from, first + i < tokens);
 }
 
 // Where the scales and zero points of some rows begin.
@@ -129,13 +128,38 @@ DEVICE void multiply_eights(Sums<Tile>& sums, const Eights<Tile>& eights, const 
   }
 #pragma unroll
   for (int tile = 0; tile < Tile::TOKEN_TILES; ++tile) {
-    const int at = place_of_activations(tile * 8 + lane / 4, quarter * 4 + lane % 4);
+    const int at = ByTokens::place(tile * 8 + lane / 4, quarter * 4 + lane % 4);
     const Vector x = *reinterpret_cast<const Vector*>(activations + at);
 #pragma unroll
     for (int r = 0; r < Tile::ROW_TILES; ++r) {
       multiply_accumulate<T>(sums[r][tile], weights[r][0], x.x, x.y);
       multiply_accumulate<T>(sums[r][tile], weights[r][1], x.z, x.w);
     }
+  }
+}
+
+// The outputs of a block whose warps have WARP_ROWS rows each, one after the other, when nothing reads its ring any more.
+// A warp turns the sums of eight tokens after eight, [8, WARP_ROWS], so that lanes write rows next to each other.
+template <typename T, typename Tile>
+DEVICE void finish_sums(const Matmul& p, const Sums<Tile>& sums, int row0, int token0, int block_split, int thread) {
+  constexpr int ROW_STRIDE = Tile::WARP_ROWS + 1;
+  const int lane = thread % LANES, warp = thread / LANES, warp_row = warp * Tile::WARP_ROWS;
+  float* turned = reinterpret_cast<float*>(shared_memory()) + warp * 8 * ROW_STRIDE;
+#pragma unroll
+  for (int tile = 0; tile < Tile::TOKEN_TILES; ++tile) {
+#pragma unroll
+    for (int r = 0; r < Tile::ROW_TILES; ++r)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        turned[(lane % 4 * 2 + i % 2) * ROW_STRIDE + r * 16 + lane / 4 + i / 2 * 8] = sums[r][tile][i];
+    __syncwarp();
+    for (int i = lane; i < 8 * Tile::WARP_ROWS; i += LANES) {
+      const int token = token0 + tile * 8 + i / Tile::WARP_ROWS, local = i % Tile::WARP_ROWS;
+      const i64 row = static_cast<i64>(row0) + warp_row + local;
+      if (token < p.m && row < p.n)
+        finish_output<T>(p, token, row, block_split, turned[i / Tile::WARP_ROWS * ROW_STRIDE + local]);
+    }
+    __syncwarp();
   }
 }
 
@@ -152,7 +176,7 @@ DEVICE void tile_block(const Matmul& p, int block_row, int block_token, int bloc
     const u8* weights = p.b + (k < end ? static_cast<i64>(row0) * row_bytes + k / 8 * Tile::BITS : 0);
     start_weights<ByEights<Tile::BITS>, Tile::BITS, Tile::ROWS, Tile::THREADS>(to, weights, row_bytes,
                                                                                k < end ? p.n - row0 : 0, thread);
-    start_activations<Tile>(p, to + Tile::WEIGHT_BYTES, token0, k, k < end, thread);
+    start_activations<ByTokens, Tile>(p, to + Tile::WEIGHT_BYTES, token0, k, k < end, thread);
     commit_copies();
   };
   const Rows<Tile::BITS> rows(p, row0);
@@ -195,26 +219,7 @@ DEVICE void tile_block(const Matmul& p, int block_row, int block_token, int bloc
     }
     if constexpr (SCALE_SUMS) add_scaled<T, Tile>(sums, part, grid);
   }
-
-  // A warp turns the sums of eight tokens after eight, [8, WARP_ROWS], so that lanes write rows next to each other.
-  constexpr int ROW_STRIDE = Tile::WARP_ROWS + 1;
-  float* turned = reinterpret_cast<float*>(shared_memory()) + warp * 8 * ROW_STRIDE;
   wait_for_copies<0>();
   __syncthreads();
-#pragma unroll
-  for (int tile = 0; tile < Tile::TOKEN_TILES; ++tile) {
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        turned[(lane % 4 * 2 + i % 2) * ROW_STRIDE + r * 16 + lane / 4 + i / 2 * 8] = sums[r][tile][i];
-    __syncwarp();
-    for (int i = lane; i < 8 * Tile::WARP_ROWS; i += LANES) {
-      const int token = token0 + tile * 8 + i / Tile::WARP_ROWS, local = i % Tile::WARP_ROWS;
-      const i64 row = static_cast<i64>(row0) + warp_row + local;
-      if (token < p.m && row < p.n)
-        finish_output<T>(p, token, row, block_split, turned[i / Tile::WARP_ROWS * ROW_STRIDE + local]);
-    }
-    __syncwarp();
-  }
+  finish_sums<T, Tile>(p, sums, row0, token0, block_split, thread);
 }

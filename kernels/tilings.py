@@ -133,7 +133,34 @@ class TileTiling:
         return self.stages * (self.rows * STEP * bits // 8 + self.tokens * STEP * 2)
 
 
-AnyTiling = Tiling | StreamTiling | TileTiling
+@dataclasses.dataclass(frozen=True)
+class WarpgroupTiling:
+    """`warpgroups` of four warps side by side, each warp with `row_tiles` tiles of 16 rows of B and all `tokens`;
+    `stages` steps of weights and activations in shared memory; registers for `blocks` on a multiprocessor. Takes rows
+    of whole steps, on GPUs of compute capability 9.0. The formulas are those of warpgroups.cuh."""
+
+    tokens: int
+    row_tiles: int
+    warpgroups: int
+    stages: int
+    blocks: int
+
+    struct: ClassVar = "WarpgroupTiling"
+    block: ClassVar = "warpgroup_block"
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.row_tiles * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        return 4 * LANES * self.warpgroups
+
+    def shared_bytes(self, bits: int) -> int:
+        return self.stages * (self.rows * STEP * bits // 8 + self.tokens * STEP * 2)
+
+
+AnyTiling = Tiling | StreamTiling | TileTiling | WarpgroupTiling
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -5,6 +5,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 // 16-bit floats: a sign, an exponent that counts from -BIAS, and so many bits of mantissa.
 struct Float16 {

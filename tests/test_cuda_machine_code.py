@@ -11,7 +11,7 @@ from support.machine_code import machine_code
 from teq_graph.config import BITS
 from teq_graph.kernels import plan
 from teq_graph.kernels.plan import Dequantizer, Variant
-from teq_graph.kernels.tilings import LANES, STEP, StreamTiling, TileTiling
+from teq_graph.kernels.tilings import LANES, STEP, StreamTiling, TileTiling, WarpgroupTiling, ceil_div
 
 HOPPER = "sm_90a"
 MOST_FOR_A_CODE = {2: 2.2, 3: 2.7, 4: 2.2}
@@ -45,6 +45,22 @@ def test_loop_of_many_tokens(bits: int, tmp_path: Path) -> None:
     products = tiling.row_tiles * tiling.tokens // 8 * 2
     assert loop.count("HMMA") == products  # of 32 columns
     assert loop.count("LDS.128") == tiling.tokens // 8
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("tiling", [plan.WARPGROUPS[1], plan.WARPGROUPS[3]], ids=str)
+def test_loop_of_warpgroups(bits: int, tiling: WarpgroupTiling, tmp_path: Path) -> None:
+    """A step of 128 columns: all products under way at once but for those whose registers the next weights take."""
+    loop = machine_code(Variant(torch.float16, bits, tiling, False), HOPPER, tmp_path).innermost("HGMMA")
+    assert loop.count(f"HGMMA.64x{tiling.tokens}x16.F32") == loop.count("HGMMA") == tiling.row_tiles * STEP // 16
+    waits = [text for _, text in loop.instructions if text.startswith("WARPGROUP.DEPBAR")]
+    assert waits == ["WARPGROUP.DEPBAR.LE gsb0, 0x1"] * 4
+    assert loop.count("HMMA") == loop.count("STG") == loop.count("LDL") == 0
+    assert loop.count("BAR") == loop.count("FENCE.VIEW.ASYNC") == 1
+    pieces = ceil_div(tiling.rows * bits, tiling.threads) + tiling.tokens * 16 // tiling.threads
+    assert loop.count("LDGSTS.E.BYPASS.128") == loop.count("LDGSTS") == pieces
+    # Besides reading grids, which a step does once at most.
+    assert len(loop) < 10 * tiling.row_tiles * 64 + 8 * pieces
 
 
 @pytest.mark.slow

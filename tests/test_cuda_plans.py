@@ -29,7 +29,7 @@ SHAPES = [
 TOKENS = (1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 65, 512, 2048)
 
 
-DEVICES = (plan.Device(1), plan.Device(84), plan.Device(132, 227 * 1024))
+DEVICES = (plan.Device(1), plan.Device(84), plan.Device(132, plan.HOPPER_SHARED_LIMIT, warpgroups=True))
 
 
 def block_of(block_size: int | str, k: int) -> int:
@@ -116,6 +116,21 @@ def test_small_gpus_take_what_they_have_room_for() -> None:
     assert made is not None and made.variant.tiling == plan.GENERAL[64]
 
 
+def test_warpgroups_are_of_some_gpus() -> None:
+    product = plan.Product(torch.float16, 256, 28672, 4096, 4, 128)
+    for tiling in plan.WARPGROUPS:
+        assert plan.plan_by(product, tiling, dataclasses.replace(DEVICES[-1], warpgroups=False)) is None
+        made = plan.plan_by(product, tiling, DEVICES[-1])
+        assert made is not None
+        assert [made.variant.compiles_for(f"sm_{name}") for name in ("80", "90", "90a", "100a")] == [
+            False,
+            False,
+            True,
+            False,
+        ]
+    assert [program.architecture_of(c) for c in ((8, 0), (9, 0), (12, 0))] == ["sm_80", "sm_90a", "sm_120"]
+
+
 def test_few_rows_are_split_over_processors() -> None:
     def grid(m: int, tiling: AnyTiling, device: plan.Device) -> tuple[int, int, int]:
         made = plan.plan_by(plan.Product(torch.float16, m, 4096, 4096, 4, 128), tiling, device)
@@ -125,11 +140,11 @@ def test_few_rows_are_split_over_processors() -> None:
     assert grid(64, plan.GENERAL[64], plan.Device(132)) == (16, 1, 8)
     assert grid(64, plan.GENERAL[64], plan.Device(16)) == (16, 1, 1)
     assert grid(1, plan.GENERAL[2], plan.Device(132)) == (256, 1, 1)
-    assert grid(1, plan.STREAM_8, plan.Device(132, 227 * 1024)) == (128, 1, 1)
-    assert grid(16, plan.STREAM_16, plan.Device(132, 227 * 1024)) == (64, 1, 2)
-    assert grid(16, plan.SHORT_16, plan.Device(132, 227 * 1024)) == (128, 1, 1), "which it is for"
-    assert grid(64, plan.TILE_64, plan.Device(132, 227 * 1024)) == (32, 1, 5)
-    assert grid(64, plan.TILE_64, plan.Device(16, 227 * 1024)) == (32, 1, 1)
+    assert grid(1, plan.STREAM_8, DEVICES[-1]) == (128, 1, 1)
+    assert grid(16, plan.STREAM_16, DEVICES[-1]) == (64, 1, 2)
+    assert grid(16, plan.SHORT_16, DEVICES[-1]) == (128, 1, 1), "which it is for"
+    assert grid(64, plan.TILE_64, DEVICES[-1]) == (32, 1, 5)
+    assert grid(64, plan.TILE_64, plan.Device(16, plan.HOPPER_SHARED_LIMIT)) == (32, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,17 @@ def test_the_steps_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     steps = real.steps()
     names = [step.name for step in steps]
-    assert names == ["tests", "kernels", "torch", "onnxruntime", "training", "packages", "memcheck", "racecheck"]
+    assert names == [
+        "tests",
+        "kernels",
+        "tilings",
+        "torch",
+        "onnxruntime",
+        "training",
+        "packages",
+        "memcheck",
+        "racecheck",
+    ]
     assert sum(step.share for step in steps) == 100
     for one in steps:
         assert all((ROOT / part).is_file() for part in one.command if part.startswith(("tools/", "tests/")))
@@ -219,7 +229,7 @@ def test_small_products_are_of_every_tiling(bits: int) -> None:
     for tiling in plan.tilings_of(bits):
         sizes = (1, small_products.N, small_products.KS[0], bits, small_products.GROUP_SIZE)
         product = Product(small_products.DTYPE, *sizes)
-        assert plan.plan_by(product, tiling, plan.Device(132, 227 * 1024)) is not None
+        assert plan.plan_by(product, tiling, plan.Device(132, plan.HOPPER_SHARED_LIMIT, True)) is not None
 
 
 def test_figures_of_a_process_that_was_ended(tmp_path: Path) -> None:

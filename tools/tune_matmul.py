@@ -133,8 +133,9 @@ def compile_all(architecture: str, bits: list[int], dtypes: list[torch.dtype]) -
         for b in bits:
             product = Product(dtype, 1, 4096, 4096, b, 128)
             tilings = [t for t in (*plan.tilings_of(b), *OTHERS) if b != 8 or not isinstance(t, StreamTiling)]
-            kinds += [*(product.variant(tiling) for tiling in tilings), plan.Dequantizer(dtype, b)]
-    with multiprocessing.get_context("fork").Pool() as pool:
+            variants = (product.variant(tiling) for tiling in tilings)
+            kinds += [*(v for v in variants if v.compiles_for(architecture)), plan.Dequantizer(dtype, b)]
+    with multiprocessing.get_context("spawn").Pool() as pool:
         pool.map(functools.partial(compile_one, architecture), kinds, chunksize=1)
 
 
@@ -154,7 +155,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--calls", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=1e9, help="no new product is begun after so many")
-    parser.add_argument("--compile", metavar="SM", help="compile for this architecture (sm_90, say), and stop")
+    parser.add_argument("--compile", metavar="SM", help="compile for this architecture (sm_90a, say), and stop")
     parser.add_argument("--best", type=int, default=3, help="how many plans of each product are printed")
     parser.add_argument("--json", type=Path, help="where all figures go, a line a product; they are added to the file")
     return parser.parse_args()
@@ -170,6 +171,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         raise SystemExit("error: torch sees no NVIDIA GPU")
+    compile_all(program.architecture_of(torch.cuda.get_device_capability()), args.bits, [dtype])
     torch.manual_seed(0)
     for shape in args.shapes:
         n, k = map(int, shape.split("x"))

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int LANES = 32;
 constexpr int STACK = 64 * 1024;
+constexpr int ALIGNMENT = 1024;
+constexpr u8 POISON = 0xFF;  // not-a-number in every float format
 
 struct Copy {
   void* to;
@@ -30,13 +32,17 @@ struct Fiber {
   int exchanges = 0;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  std::vector<Copy> arrived;  // and not published to products yet
+  bool fenced = false;
+  std::vector<Product> started;
+  std::deque<std::vector<Product>> products;
 };
 
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<int> arrived;
   std::vector<u32> exchange;
-  std::vector<u8> shared;
+  std::vector<u8> shared, published;  // what threads see, and what products see
   u8* aligned = nullptr;
   std::function<void(int)> body;
   ucontext_t caller{};  // run_block
@@ -101,6 +107,8 @@ const u32* exchange(const u32 (&own)[6]) {
 void start_copy(void* to, const void* from, int bytes, int valid) {
   if (reinterpret_cast<std::uintptr_t>(to) % bytes || (valid && reinterpret_cast<std::uintptr_t>(from) % bytes))
     throw std::runtime_error("a copy is not aligned to its size");
+  std::memset(to, POISON, bytes);
+  std::memset(block->published.data() + shared_address(to), POISON, bytes);
   block->fibers[block->current].open.push_back({to, from, bytes, valid});
 }
 
@@ -116,19 +124,50 @@ void wait_until_pending(int groups) {
     for (const Copy& copy : self.groups.front()) {
       if (copy.valid) std::memcpy(copy.to, copy.from, copy.valid);
       std::memset(static_cast<u8*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
+      self.arrived.push_back(copy);
     }
+}
+
+u32 shared_address(const void* at) { return static_cast<u32>(static_cast<const u8*>(at) - block->aligned); }
+
+void publish_to_products() {
+  Fiber& self = block->fibers[block->current];
+  for (const Copy& copy : self.arrived)
+    std::memcpy(block->published.data() + shared_address(copy.to), copy.to, copy.bytes);
+  self.arrived.clear();
+}
+
+void fence_products() { block->fibers[block->current].fenced = true; }
+
+void start(const Product& product) {
+  Fiber& self = block->fibers[block->current];
+  if (!self.fenced) throw std::runtime_error("products begin without a fence");
+  self.started.push_back(product);
+}
+
+void commit_products() {
+  Fiber& self = block->fibers[block->current];
+  self.products.push_back(std::move(self.started));
+  self.started.clear();
+  self.fenced = false;
+}
+
+void wait_until_products_pending(int groups) {
+  Fiber& self = block->fibers[block->current];
+  for (; static_cast<int>(self.products.size()) > groups; self.products.pop_front())
+    for (const Product& product : self.products.front()) product.multiply(product, block->published.data());
 }
 
 void run_block(int threads, int shared_bytes, const std::function<void(int)>& body) {
   constexpr int GUARD = 64;
-  constexpr u8 POISON = 0xFF;  // not-a-number in every float format
   Block self;
   block = &self;
   self.fibers = std::vector<Fiber>(threads);
   self.arrived.assign(1 + threads / LANES, 0);
   self.exchange.assign(2 * threads * 6, ~0u);
-  self.shared.assign(shared_bytes + GUARD + 16, POISON);
-  self.aligned = self.shared.data() + (16 - reinterpret_cast<std::uintptr_t>(self.shared.data()) % 16) % 16;
+  self.shared.assign(shared_bytes + GUARD + ALIGNMENT, POISON);
+  self.published.assign(shared_bytes + GUARD, POISON);
+  self.aligned = self.shared.data() + -reinterpret_cast<std::uintptr_t>(self.shared.data()) % ALIGNMENT;
   self.body = body;
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = self.fibers[i];
@@ -141,6 +180,8 @@ void run_block(int threads, int shared_bytes, const std::function<void(int)>& bo
   if (self.error) std::rethrow_exception(self.error);
   for (const Fiber& fiber : self.fibers)
     if (!fiber.done) throw std::runtime_error("threads wait for each other for ever");
+  for (const Fiber& fiber : self.fibers)
+    if (fiber.fenced || !fiber.products.empty()) throw std::runtime_error("products are not waited for");
   for (int i = 0; i < GUARD; ++i)
     if (self.aligned[shared_bytes + i] != POISON) throw std::runtime_error("shared memory is written past its end");
   block = nullptr;

@@ -4,6 +4,7 @@
 #include "device.cuh"
 // after its twin of device.cuh
 #include "dequantize.cuh"
+#include "warpgroups.cuh"
 
 int main() {
   for (const i64 value : {CONSTANTS}) std::printf("%lld\n", value);

@@ -1,8 +1,9 @@
 // The twin of kernels/device.cuh for a CPU: the same functions, so that the kernels run as they are, a block at a time.
 //
 // Each thread of a block is a fiber; it runs until it waits for others. What a GPU does behind a thread's back is kept
-// as strict as the manual has it: copies arrive when they are waited for and not before, and shared memory begins as
-// not-a-number.
+// as strict as the manual has it: copies arrive when they are waited for and not before, and until then, as from the
+// beginning, their place is not-a-number. Products of warpgroups read and write when they are waited for, and see what
+// has been published to them and nothing else.
 #ifndef TEQ_GRAPH_DEVICE_CUH
 #define TEQ_GRAPH_DEVICE_CUH
 
@@ -28,6 +29,20 @@ int lane_of_thread();
 void start_copy(void* to, const void* from, int bytes, int valid);
 void commit_copies();
 void wait_until_pending(int groups);
+
+// A product of a warpgroup that has been started: `multiply` does what a lane has of it, from the operand in `memory`.
+struct Product {
+  void (*multiply)(const Product& self, const u8* memory);
+  float* d;
+  const u32* a;
+  u64 b;
+};
+void start(const Product& product);
+void fence_products();
+void commit_products();
+void wait_until_products_pending(int groups);
+void publish_to_products();
+u32 shared_address(const void* at);
 
 using std::max;
 using std::min;
@@ -72,6 +87,20 @@ inline void copy_some_async(void* to, const void* from, int bytes) { start_copy(
 template <int PENDING>
 void wait_for_copies() {
   wait_until_pending(PENDING);
+}
+
+// d[64, TOKENS] += a[64, 16] b[16, TOKENS], when it is waited for.
+template <typename T, int TOKENS>
+void multiply_warpgroup(const Product& self, const u8* memory);
+
+template <typename T, int TOKENS>
+void start_product(float (&d)[TOKENS / 8][4], const u32 (&a)[4], u64 b) {
+  start({multiply_warpgroup<T, TOKENS>, d[0], a, b});
+}
+
+template <int PENDING>
+void wait_for_products() {
+  wait_until_products_pending(PENDING);
 }
 
 #endif

@@ -1,5 +1,6 @@
 // Arithmetic of 16-bit floats, and the product of a warp: in a file of their own, which is compiled once and optimized.
 #include <cmath>
+#include <stdexcept>
 #include <vector>
 
 #include "device.cuh"
@@ -87,10 +88,42 @@ void multiply_accumulate(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   }
 }
 
+// Each lane computes its own outputs by the maps of the PTX manual: of the fragments of a and d, and of the swizzled b.
+template <typename T, int TOKENS>
+void multiply_warpgroup(const Product& self, const u8* memory) {
+  const auto field = [&](int begin, int bits) { return static_cast<u32>(self.b >> begin & ((u64{1} << bits) - 1)); };
+  const u32 start = field(0, 14) << 4, stride = field(32, 14) << 4;
+  if (field(62, 2) != 1 || field(49, 3) != 0) throw std::runtime_error("b is not swizzled by 128 bytes from a multiple of 1 KiB");
+  const auto at = [&](u32 token, u32 k) {
+    const u32 address = start + token / 8 * stride + token % 8 * 128 + k * 2;
+    u16 bits;
+    std::memcpy(&bits, memory + (address ^ (address >> 7 & 7) << 4), 2);
+    return to_double<T>(bits);
+  };
+  const int lane = lane_of_thread(), g = lane / 4, t = lane % 4;
+  const u32* operands = exchange({self.a[0], self.a[1], self.a[2], self.a[3], 0, 0});
+  double a[2][16];  // rows g and g + 8
+  for (int i = 0; i < 32; ++i) {
+    const int half = i / 16, k = i % 16;
+    const u32 pair = operands[(g * 4 + k % 8 / 2) * 6 + half + k / 8 * 2];
+    a[half][k] = to_double<T>(static_cast<u16>(pair >> k % 2 * 16));
+  }
+  for (int i = 0; i < TOKENS / 2; ++i) {
+    const int token = i / 4 * 8 + t * 2 + i % 2;
+    double sum = 0.0;
+    for (int k = 0; k < 16; ++k) sum += a[i / 2 % 2][k] * at(token, k);
+    self.d[i] = static_cast<float>(self.d[i] + sum);
+  }
+}
+
 #define INSTRUCTIONS(T)                \
   template u32 fma2<T>(u32, u32, u32); \
   template float to_float<T>(u16);     \
   template u16 from_float<T>(float);   \
-  template void multiply_accumulate<T>(float (&)[4], const u32 (&)[4], u32, u32);
+  template void multiply_accumulate<T>(float (&)[4], const u32 (&)[4], u32, u32); \
+  template void multiply_warpgroup<T, 32>(const Product&, const u8*); \
+  template void multiply_warpgroup<T, 64>(const Product&, const u8*); \
+  template void multiply_warpgroup<T, 128>(const Product&, const u8*); \
+  template void multiply_warpgroup<T, 256>(const Product&, const u8*);
 INSTRUCTIONS(Float16)
 INSTRUCTIONS(BFloat16)

@@ -7,6 +7,7 @@
 #include "device.cuh"
 // after its twin of device.cuh
 #include "dequantize.cuh"
+#include "warpgroups.cuh"
 
 namespace {
 

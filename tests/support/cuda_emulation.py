@@ -20,34 +20,35 @@ from teq_graph.kernels.plan import Dequantizer, Plan, Variant, variants
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "tests" / "cuda_emulation"
-INCLUDES = [f"-I{SOURCES}", f"-I{ROOT / 'kernels'}"]
-FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *INCLUDES]
+KERNELS = ROOT / "kernels"
+FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{SOURCES}"]
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    """Compile all variants into a library in `folder`, which processes share."""
+def build(folder: Path, kinds: Iterable[Variant] | None = None, kernels: Path = KERNELS) -> ctypes.CDLL:
+    """Compile variants, or all, of the sources in `kernels` into a library in `folder`, which processes share."""
     library = folder / "kernels.so"
     with FileLock(folder / "lock"):
         if not library.is_file():
             # Variants are many and each runs for a moment: several share what a file includes, and only the
             # instructions and the switches between threads, where the time goes, are optimized.
-            groups = itertools.groupby(variants(), lambda variant: (variant.dtype, variant.bits))
+            groups = itertools.groupby(kinds or variants(), lambda variant: (variant.dtype, variant.bits))
             objects, commands = [], []
             for index, (kind, group) in enumerate(groups):
                 objects.append(folder / f"variants_{index}.o")
                 defines = defines_of(group, Dequantizer(*kind))
                 commands.append(["-Og", *defines, "-c", SOURCES / "variants.cpp", "-o", objects[-1]])
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(compile_with_gcc, commands))
+                list(pool.map(lambda command: compile_with_gcc(command, kernels), commands))
             unfinished = folder / "unfinished.so"
             optimized = [SOURCES / "block.cpp", SOURCES / "instructions.cpp"]
-            compile_with_gcc(["-O2", "-shared", *optimized, *objects, "-o", unfinished])
+            compile_with_gcc(["-O2", "-shared", *optimized, *objects, "-o", unfinished], kernels)
             unfinished.rename(library)
     return ctypes.CDLL(str(library))
 
 
-def compile_with_gcc(arguments: Sequence[object]) -> None:
-    done = subprocess.run(["g++", *FLAGS, *map(str, arguments)], capture_output=True, text=True, check=False)
+def compile_with_gcc(arguments: Sequence[object], kernels: Path = KERNELS) -> None:
+    command = ["g++", *FLAGS, f"-I{kernels}", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:3000]
 
 

@@ -8,6 +8,8 @@ import shutil
 import sys
 from collections.abc import Callable
 
+from markdown_table import table_of
+
 from gpu_checking.running import FIGURES, ROOT, SECONDS, Rows, Step
 
 KERNELS = "kernels"
@@ -16,6 +18,7 @@ PYTHON = sys.executable
 LARGE = "28672x4096"
 SHAPES = f"{LARGE} 4096x4096 4096x14336"
 FEW = "1 8 16 64 256"
+MANY = "64 256 128 512 32 2048"
 SMALL_PRODUCTS = "gpu_checking.small_products"
 NO_SANITIZER = "compute-sanitizer is not in PATH or CUDA_HOME"
 COMPILES = ("torch", "numpy", "cuda.core", "cuda.bindings", "transformers")
@@ -44,15 +47,24 @@ def steps() -> list[Step]:
             kernel_table,
         ),
         Step(
+            "tilings",
+            10,
+            measured_by("tune_matmul.py", f"--shapes {LARGE} --bits 4 --tokens {MANY} --rounds 5 --seconds {SECONDS}"),
+            "`tools/tune_matmul.py`: as kernels, all tilings that could serve many tokens at 4 bits, in µs; the table "
+            "in `kernels/plan.py` is made of such figures, and tilings of warpgroups enter it when they were measured.",
+            needs(*COMPILES),
+            tiling_table,
+        ),
+        Step(
             "torch",
-            13,
+            11,
             measured_by("bench_torch_decode.py", "llama-8b --layers 8 --bits 4 3"),
             "`tools/bench_torch_decode.py`: eight layers of a Llama of 8 B random weights, one token after 512.",
             needs(*COMPILES),
         ),
         Step(
             "onnxruntime",
-            15,
+            14,
             measured_by("bench_onnx_decode.py", "llama-1b"),
             "`tools/bench_onnx_decode.py`: a Llama of 1.0 B random weights in float16, by onnxruntime's CUDA "
             "provider; 256 tokens, greedy, after prompts of 512. Nodes on the CPU are of a run that is no CUDA graph.",
@@ -60,7 +72,7 @@ def steps() -> list[Step]:
         ),
         Step(
             "training",
-            12,
+            9,
             measured_by("bench_training.py", f"smollm2-135m --seconds {SECONDS}"),
             "`tools/bench_training.py`: `compile(model.cuda())` at `default`, 3 bits, for random weights of SmolLM2's "
             "shape, in as many layers as there is time for; and codes beside those of the CPU, on a small model.",
@@ -68,7 +80,7 @@ def steps() -> list[Step]:
         ),
         Step(
             "packages",
-            8,
+            6,
             measured_by("bench_matmul.py", f"--shapes {LARGE} --bits 4 --dtype bfloat16 --tokens {FEW} --rounds 7"),
             "As kernels, in bfloat16, beside the kernels of other packages that are installed.",
             needs(*COMPILES),
@@ -77,7 +89,7 @@ def steps() -> list[Step]:
         *(
             Step(
                 checker,
-                5,
+                4,
                 (sanitizer or "", "--tool", checker, "--error-exitcode", "1", PYTHON, "-m", SMALL_PRODUCTS),
                 f"`compute-sanitizer --tool {checker}` over every tiling, on small products.",
                 needs(*COMPILES, and_then=lambda: None if sanitizer else NO_SANITIZER),
@@ -144,3 +156,20 @@ def kernel_table(rows: Rows) -> str:
     measured = [Row.of(dict(row)) for row in rows if "case" in row]
     failures = [f"- {row['contender']}: {row['failed']}" for row in rows if "failed" in row]
     return "\n\n".join(filter(None, [summary(measured) if measured else "", "\n".join(failures)]))
+
+
+def tiling_table(rows: Rows) -> str:
+    """Of rows of tune_matmul.py: a row a number of tokens, a column a kind of kernel with its fastest tiling."""
+    kinds = dict.fromkeys(kind_of(name) for row in rows for name in row["us"])
+    lines = []
+    for row in rows:
+        line = {"M": row["m"]}
+        for kind in kinds:
+            times = [(us, name) for name, us in row["us"].items() if kind_of(name) == kind]
+            line[kind] = "{:.1f} {}".format(*min(times)) if times else ""
+        lines.append(line)
+    return table_of(lines)
+
+
+def kind_of(contender: str) -> str:
+    return contender.partition("(")[0]
