@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.machine_code import machine_code
 
 from teq_graph.config import BITS
 from teq_graph.kernels import plan
 from teq_graph.kernels.plan import Dequantizer, Variant
 from teq_graph.kernels.tilings import LANES, STEP, StreamTiling, TileTiling, WarpgroupTiling, ceil_div
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+
+from machine_code import disassembler, machine_code
+
+pytestmark = pytest.mark.skipif(disassembler() is None, reason="cuobjdump is not installed")
 
 HOPPER = "sm_90a"
 MOST_FOR_A_CODE = {2: 2.2, 3: 2.7, 4: 2.2}
@@ -34,6 +40,21 @@ def test_decode_loop(bits: int, tmp_path: Path) -> None:
     # Vectors of activations for each product of 16, and of codes where a chunk is whole vectors.
     assert loop.count("LDS.128") == STEP // 32 + (2 * tiling.row_tiles if bits == 4 else 0)
     assert loop.count("LDG") == loop.count("STG") == loop.count("BAR") == 0
+
+
+def test_decode_loop_of_bytes(tmp_path: Path) -> None:
+    """Four quarters of a step, each with what reads the next group's scales, which runs once a group."""
+    tiling = plan.BYTES[16]
+    assert isinstance(tiling, TileTiling)
+    code = machine_code(Variant(torch.float16, 8, tiling, True), HOPPER, tmp_path)
+    quarter, step = code.innermost("HMMA"), code.innermost("HMMA", "LDGSTS")
+    codes = tiling.row_tiles * 16 * STEP // LANES
+    assert (len(step) + 3 * len(quarter)) / codes <= 6.3
+    # A pair of bytes is moved to its place by one instruction and centered by another.
+    assert quarter.count("HADD2") == codes / 4 / 2
+    assert quarter.count("PRMT") <= codes / 4 / 2 + 8
+    assert step.count("LDGSTS.E.BYPASS.128") == step.count("LDGSTS")
+    assert code.count("LDL") == code.count("STL") == 0
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -10,8 +10,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from teq_graph.kernels import program
 from teq_graph.kernels.plan import Dequantizer, Variant
 
@@ -40,22 +38,25 @@ class MachineCode:
     def __len__(self) -> int:
         return len(self.instructions)
 
-    def innermost(self, name: str) -> MachineCode:
-        """The shortest loop with such an instruction."""
+    def innermost(self, *names: str) -> MachineCode:
+        """The shortest loop with all such instructions. Raises LookupError where there is none."""
         loops = []
         for at, text in self.instructions:
             target = re.match(r"BRA.* 0x([0-9a-f]+)$", text)
             if target and int(target[1], 16) < at:
                 inside = tuple(one for one in self.instructions if int(target[1], 16) <= one[0] <= at)
                 loops.append(MachineCode(inside))
-        return min((loop for loop in loops if loop.count(name)), key=len)
+        loops = [loop for loop in loops if all(map(loop.count, names))]
+        if not loops:
+            raise LookupError(f"no loop has {' and '.join(names)}")
+        return min(loops, key=len)
 
 
 def machine_code(kind: Variant | Dequantizer, architecture: str, folder: Path) -> MachineCode:
-    """Of its first kernel."""
+    """Of its first kernel, which is compiled into `folder`. Raises FileNotFoundError where there is no cuobjdump."""
     tool = disassembler()
     if tool is None:
-        pytest.skip("cuobjdump is not installed")
+        raise FileNotFoundError("cuobjdump is not installed: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(bytes(program.compile_variant(kind, architecture).code))
     done = subprocess.run([tool, "-sass", "-fun", kind.kernels[0], cubin], capture_output=True, text=True, check=True)
