@@ -40,6 +40,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """What `TrainingConfig.preset` sets."""
 
 
+FUSED_GROUP_SIZES = {2: 64, 4: 32, 8: 32}
+"""Bits -> group size of symmetric codes that onnxruntime's CUDA provider multiplies in float16 as they are stored, on
+tensor cores, whatever the number of tokens (1.31.1, behind `ep.cuda.fpa_intb_gemm`)."""
+
 SCALES_SHARE = 0.2
 """Of the steps that tune a block: as many train its scales before."""
 
@@ -128,6 +132,21 @@ class QuantizationConfig:
             _check_flag(name, getattr(self, name))
         _set(self, "skip", _strings("skip", self.skip, "a sequence of patterns, not one string"))
         _set(self, "overrides", self._checked_overrides())
+
+    @classmethod
+    def for_cuda(cls, bits: int = 4, **options: Any) -> QuantizationConfig:
+        """The grids that onnxruntime's CUDA provider has fused kernels for: symmetric, in groups of 32 (64 at 2 bits).
+
+        For an export in float16; other grids run there, too, and from some tokens on each product dequantizes its
+        weight first. `options` are the other fields. Raises ConfigError where there is no such kernel.
+        """
+        accepted = tuple(FUSED_GROUP_SIZES)
+        bits = integer_of("bits", bits, accepted, f"{accepted}, of which onnxruntime has fused CUDA kernels")
+        fixed = {"group_size": FUSED_GROUP_SIZES[bits], "symmetric": True}
+        for name in (*fixed, "target_bits", "levels"):
+            if options.get(name) not in (None, fixed.get(name)):
+                raise ConfigError(f"{name}={brief(options[name])}: accepted for CUDA is {fixed.get(name)}")
+        return cls(bits=bits, **{**options, **fixed})
 
     def _checked_overrides(self) -> dict[str, dict[str, Any]]:
         overrides: object = self.overrides

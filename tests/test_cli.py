@@ -319,6 +319,14 @@ def test_ternary_and_binary_where_asked(tiny: Path, out: Path, capsys: pytest.Ca
     assert json.loads((out / "teq_graph.json").read_text(encoding="utf-8"))["provenance"]["quantization"]["levels"] == 3
 
 
+def test_grids_for_cuda_where_asked(tiny: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--for-cuda", "--group-size", "32", "--method", "rtn", "--no-evaluate", "--overwrite"]
+    assert run(["quantize", str(tiny), "-o", str(out), *options]) == 0
+    assert f"{7 * LAYERS} W4g32 sym" in capsys.readouterr().out
+    metadata = json.loads((out / "teq_graph.json").read_text(encoding="utf-8"))
+    assert metadata["dtype"] == "float16" and metadata["provenance"]["quantization"]["symmetric"]
+
+
 def test_links_and_missing_folders_on_the_way_to_the_output(
     bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -494,6 +502,9 @@ MISSING = "no/such/model"  # the options are looked at before the model, or its 
         (["--init", "zeros"], "init='zeros': accepted are"),
         (["--method", "teq+x"], "--method teq+x: accepted are rtn, and any of teq, clip, gptq"),
         (["--method", "rtn", "--batch-size", "2"], "--batch-size: no effect with --method rtn"),
+        (["--for-cuda", "--bits", "3"], "bits=3: accepted are (2, 4, 8), of which onnxruntime has fused CUDA kernels"),
+        (["--for-cuda", "--group-size", "128"], "group_size=128: accepted for CUDA is 32"),
+        (["--for-cuda", "--dtype", "bfloat16"], "--dtype bfloat16: accepted are float16"),
         (["--dtype", "float64"], "--dtype float64: accepted are float32, float16, bfloat16"),
         (["--accuracy-level", "5"], "--accuracy-level 5: accepted are 0, 1, 2, 3, 4"),
         (["--override", "bits=4"], "--override 'bits=4': accepted is PATTERN:"),

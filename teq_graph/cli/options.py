@@ -52,6 +52,11 @@ def overrides(options: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     return result
 
 
+def was_given(context: Any, name: str) -> bool:
+    """Whether an option stands on the command line, rather than having its default."""
+    return bool(context.get_parameter_source(name).name == "COMMANDLINE")
+
+
 def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
     """Raises ConfigError where `value` is none of the accepted ones."""
     if value not in accepted:

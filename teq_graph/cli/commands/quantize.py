@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -62,6 +62,13 @@ def quantize(
         int | None,
         typer.Option(metavar="N", help="Experimental: 3 (ternary) or 2 (binary), for --bits 2 --symmetric."),
     ] = None,
+    for_cuda: Annotated[
+        bool,
+        typer.Option(
+            "--for-cuda",
+            help="For onnxruntime's fused CUDA kernels: symmetric, groups of 32 (64 at 2 bits), float16.",
+        ),
+    ] = False,
     lm_head: LmHead = False,
     embedding: Embedding = False,
     skip: Skip = None,
@@ -121,16 +128,26 @@ def quantize(
     how much memory: --dry-run stops there. Prints sizes, and perplexity before and after on a text that was not used
     for calibration.
     """
-    quantization = QuantizationConfig(
+    grids: dict[str, Any] = {
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "target_bits": target_bits,
+        "levels": levels,
+    }
+    make: Callable[..., QuantizationConfig] = QuantizationConfig
+    if for_cuda:
+        make = QuantizationConfig.for_cuda
+        grids = {name: value for name, value in grids.items() if options.was_given(context, name)}
+        if options.was_given(context, "dtype"):
+            options.check_choice("dtype", dtype, ("float16",))
+        dtype = "float16"
+    quantization = make(
         bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
+        **grids,
         quantize_lm_head=lm_head,
         skip=tuple(skip or ()),
         overrides=options.overrides(override),
-        target_bits=target_bits,
         quantize_embedding=embedding,
-        levels=levels,
     )
     trained = {
         "objective": objective,

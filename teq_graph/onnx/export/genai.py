@@ -20,6 +20,7 @@ from teq_graph.onnx.directory import (
     MODEL_FILE,
     Metadata,
 )
+from teq_graph.onnx.fused_products import FUSED_PRODUCTS, has_fused_products
 from teq_graph.onnx.padding import count_lengths
 from teq_graph.system.files import write_json
 
@@ -46,6 +47,8 @@ def write_genai_files(
     if metadata.shared_buffers and count_lengths(model):
         ir.save(model, directory / GENAI_MODEL_FILE)
         content["model"]["decoder"]["filename"] = GENAI_MODEL_FILE
+    if has_fused_products(model):
+        content["model"]["decoder"]["session_options"][FUSED_PRODUCTS] = "1"
     write_json(directory / GENAI_FILE, content)
 
 

@@ -25,6 +25,7 @@ from teq_graph.onnx.export.schemas import (
     QMOE,
     given,
 )
+from teq_graph.onnx.fused_products import has_fused_kernel
 from teq_graph.ops.expert_mixture import GATED
 
 CODES_OF: Mapping[str, Mapping[int, str]] = {
@@ -50,11 +51,12 @@ def translation_table(opset: int, accuracy_level: int) -> dict[Callable[..., Any
     def matmul_nbits(
         a: Any, b: Any, scales: Any, zero_points: Any, bias: Any, K: int, N: int, bits: int, block_size: int
     ) -> Any:
-        # onnxruntime refuses a bias whose length it cannot infer; a computed one is added apart.
+        # onnxruntime refuses a bias whose length it cannot infer, and has no fused kernel with one: added apart.
         computed = bias is not None and bias.producer() is not None
-        inputs = given(a, b, scales, zero_points, None, None if computed else bias)
+        apart = computed or has_fused_kernel(a.dtype, bits, block_size, N, zero_points is not None)
+        inputs = given(a, b, scales, zero_points, None, None if apart else bias)
         product = MATMUL_NBITS(*inputs, K=K, N=N, bits=bits, block_size=block_size, accuracy_level=accuracy_level)
-        return op.Add(product, bias) if computed else product
+        return op.Add(product, bias) if apart and bias is not None else product
 
     def dequantize_nbits(b: Any, scales: Any, zero_points: Any, K: int, N: int, bits: int, block_size: int) -> Any:
         return DEQUANTIZE_NBITS(*given(b, scales, zero_points), K=K, N=N, bits=bits, block_size=block_size)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from teq_graph.onnx.directory import Metadata
+from teq_graph.onnx.fused_products import FUSED_PRODUCTS, has_fused_products
 from teq_graph.onnx.padding import LAST_POSITIONS, take_lengths
 from teq_graph.onnx.runtime.last_logits import add_logits_from
 
@@ -37,11 +38,13 @@ def open_on_device(
     name, given = providers[0] if isinstance(providers[0], tuple) else (providers[0], {})
     if name != CUDA or not metadata.shared_buffers:
         return None
-    for finds_best, chosen in _variants(given):
+    fused = [True, False] if has_fused_products(ir.load(path)) else [False]
+    for fuses, (finds_best, chosen) in itertools.product(fused, _variants(given)):
         model = ir.load(path)
         if not prepare(model, finds_best):
             return None
         first = (name, {**given, **chosen})
+        options.add_session_config_entry(FUSED_PRODUCTS, str(int(fuses)))
         try:
             content = ir.to_proto(model).SerializeToString()
             session = onnxruntime.InferenceSession(content, sess_options=options, providers=[first, *providers[1:]])
