@@ -120,7 +120,7 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
 
     if training is not None and quantization.target_bits is not None:
         analysis = with_chosen_bits(analysis, batches(), quantization.target_bits, training.seed)
-    estimator = Estimator(analysis.captured, analysis.weights, analysis.bytes, started, on_estimate, analysis.notes)
+    estimator = Estimator(captured, analysis.weights, analysis.bytes, started, on_estimate, training, analysis.notes)
     estimator.tell_size()
     stages = training.stages_for(analysis.specs.values()) if training is not None else ()
     tables = quantize_tables(analysis, clip="clip" in stages)

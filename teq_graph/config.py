@@ -26,14 +26,17 @@ Init = Literal["ones", "weight", "activation"]
 
 BLOCK_STAGES = ("teq", "clip", "gptq", "bias", "tune")
 STAGES = (*BLOCK_STAGES, "distill")
+STAGES_BY_DEFAULT = ("teq", "clip", "gptq", "tune", "distill")
+"""Where codes are of at most 4 bits."""
 TUNED = ("rounding", "group_scales", "zero_points", "floats")
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"stages": ("teq", "clip", "gptq")},
     "default": {},
     "best": {
-        "stages": ("teq", "clip", "gptq", "tune", "distill"),
+        "stages": STAGES_BY_DEFAULT,
         "steps": 200,
+        "distill_steps": 200,
         "samples": 256,
     },
 }
@@ -46,6 +49,8 @@ tensor cores, whatever the number of tokens (1.31.1, behind `ep.cuda.fpa_intb_ge
 
 SCALES_SHARE = 0.2
 """Of the steps that tune a block: as many train its scales before."""
+DISTILL_SHARE = 0.1
+"""Of the steps that tune a block: as many train the whole model at last."""
 
 MOST = 2**31 - 1
 """Of anything that is counted."""
@@ -211,10 +216,11 @@ class TrainingConfig:
         distance to the float model's outputs for any other.
     `init`: `"ones"`, `"weight"` (1/sqrt of each input channel's largest weight, as in the paper) or
     `"activation"` (a search over powers of the mean activation magnitude, as AWQ does).
-    `steps` counts optimizer steps of each stage that trains (per block, but for the model objective and `"distill"`).
+    `steps` counts optimizer steps of each block, or of the whole model where that is the objective.
     `scale_steps` are those of a block's scales: 0 keeps the initial ones, and None takes a fifth of `steps` where
-    codes are chosen after them, else all. `learning_rate` is that of the scales; `tuning_rate` that of rounding, in
-    codes per step, with the rates of all else that is tuned in proportion.
+    codes are chosen after them, else all. `distill_steps` are those of `"distill"`, and None takes a tenth of `steps`.
+    `learning_rate` is that of the scales; `tuning_rate` that of rounding, in codes per step, with the rates of all else
+    that is tuned in proportion.
     `samples` and `length` shape the calibration set where it is cut from text or sampled.
     """
 
@@ -229,6 +235,7 @@ class TrainingConfig:
     length: int = 256
     seed: int = 0
     scale_steps: int | None = None
+    distill_steps: int | None = None
     stages: tuple[str, ...] | None = None
     tuned: tuple[str, ...] = TUNED
 
@@ -241,12 +248,13 @@ class TrainingConfig:
         for name, least, most in (
             ("steps", 0, MOST),
             ("scale_steps", 0, MOST),
+            ("distill_steps", 0, MOST),
             ("batch_size", 1, MOST),
             ("samples", 1, MOST),
             ("length", 1, MOST),
             ("seed", 0, LAST_SEED),
         ):
-            if (value := getattr(self, name)) is not None or name != "scale_steps":
+            if (value := getattr(self, name)) is not None or name not in ("scale_steps", "distill_steps"):
                 _set(self, name, _integer(name, value, least, most))
         for name in ("learning_rate", "tuning_rate"):
             if (rate := getattr(self, name)) is not None:
@@ -278,6 +286,11 @@ class TrainingConfig:
         return math.ceil(SCALES_SHARE * self.steps) if codes_follow else self.steps
 
     @property
+    def steps_of_distillation(self) -> int:
+        """Steps that train the whole model."""
+        return math.ceil(DISTILL_SHARE * self.steps) if self.distill_steps is None else self.distill_steps
+
+    @property
     def learns_by_block(self) -> bool:
         """Whether anything is learned or chosen block after block."""
         stages = BLOCK_STAGES if self.stages is None else self.stages
@@ -287,7 +300,7 @@ class TrainingConfig:
         """The stages, those of the widest codes in `specs` being the default."""
         if self.stages is not None:
             return self.stages
-        return ("teq", "clip", "gptq", "tune") if any(spec.bits <= 4 for spec in specs) else ("clip", "gptq")
+        return STAGES_BY_DEFAULT if any(spec.bits <= 4 for spec in specs) else ("clip", "gptq")
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

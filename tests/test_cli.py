@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from transformers import BertConfig, BertModel
 import teq_graph
 from teq_graph import evaluation
 from teq_graph.cli import console, run
+from teq_graph.compile import analyze
 from teq_graph.compiled import CompiledModel
 from teq_graph.errors import ExportError, NumericsError
-from teq_graph.estimate import Estimate
+from teq_graph.estimate import DISTILLED, Estimate, Estimator
 from teq_graph.evaluation import builtin_text, perplexity
 from teq_graph.loading import LoadedModel, load_model
+from teq_graph.training import FirstBlock
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 
@@ -689,3 +692,26 @@ def test_the_estimated_size_is_the_size(bits: int, tied: bool) -> None:
     assert first.seconds is None and second.seconds is not None and second.peak_bytes
     assert {e.bytes_before for e in estimates} == {compiled.report.bytes_before}
     assert {e.bytes_after for e in estimates} == {compiled.report.bytes_after}
+
+
+@pytest.mark.parametrize(
+    ("training", "added", "is_without"),
+    [
+        (teq_graph.TrainingConfig(steps=80), 0.1, False),
+        (teq_graph.TrainingConfig(steps=50, distill_steps=100), 2.0, False),
+        (teq_graph.TrainingConfig(stages=("tune",)), 0.0, False),
+        (teq_graph.TrainingConfig(stages=("clip", "distill")), 0.0, True),
+    ],
+)
+def test_the_estimated_time_counts_distillation(
+    training: teq_graph.TrainingConfig, added: float, is_without: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three blocks of ten seconds each, and of all their steps together as many again as train the whole model."""
+    analysis = analyze(BY_NAME["Llama (GQA)"].build())
+    monkeypatch.setattr(time, "monotonic", lambda: 112.0)
+    told: list[Estimate] = []
+    estimator = Estimator(analysis.captured, analysis.weights, 1, 100.0, told.append, training)
+    estimator.after_first_block(FirstBlock(10.0, 1 / 3))
+    (estimate,) = told
+    assert estimate.without_distillation == is_without
+    assert estimate.seconds == pytest.approx(12 + 20 + 30 * DISTILLED * added)

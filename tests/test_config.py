@@ -37,7 +37,7 @@ HOSTILE = [
     ("a" * 10_000,) * 1000,
 ]  # fmt: skip
 FLAGS = ("symmetric", "quantize_lm_head", "quantize_embedding")
-OPTIONAL = ("target_bits", "levels", "stages", "scale_steps", "learning_rate", "tuning_rate")
+OPTIONAL = ("target_bits", "levels", "stages", "scale_steps", "distill_steps", "learning_rate", "tuning_rate")
 
 
 def is_accepted(name: str, value: Any) -> bool:

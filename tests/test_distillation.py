@@ -35,7 +35,7 @@ def test_distillation_brings_predictions_nearer(stories260k: LoadedModel, batche
     quantization = QuantizationConfig(bits=2, group_size=32)
     results = []
     for stages in (("clip", "gptq"), ("clip", "gptq", "distill")):
-        training = TrainingConfig(stages=stages, steps=20, batch_size=2)
+        training = TrainingConfig(stages=stages, steps=20, distill_steps=20, batch_size=2)
         results.append(
             teq_graph.compile(stories260k.model, calibration=batches, quantization=quantization, training=training)
         )
@@ -51,7 +51,7 @@ def test_distillation_brings_predictions_nearer(stories260k: LoadedModel, batche
 def test_distillation_alone_keeps_nearest_codes_of_an_encoder() -> None:
     bert = next(a for a in ARCHITECTURES if "BERT" in a.name).build()
     batch = {"input_ids": torch.randint(3, VOCAB, (2, 12)), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
-    training = TrainingConfig(stages=("distill",), steps=3)
+    training = TrainingConfig(stages=("distill",), distill_steps=3)
     quantization = QuantizationConfig(bits=4, group_size=16)
     plain, distilled = (
         teq_graph.compile(bert, batch, calibration=[batch], quantization=quantization, training=config)
@@ -71,7 +71,7 @@ def test_a_batch_that_the_model_cannot_take_is_named() -> None:
             example_inputs=(torch.randint(0, 5, (2, 4)),),
             calibration=[(torch.full((2, 4), 9),)],
             quantization=QuantizationConfig(bits=4, group_size=16),
-            training=TrainingConfig(stages=("distill",), steps=1),
+            training=TrainingConfig(stages=("distill",), distill_steps=1),
         )
     assert "\n" not in str(caught.value)
 

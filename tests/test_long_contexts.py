@@ -82,7 +82,7 @@ def test_all_stages_train(build: object) -> None:
     assert callable(build)
     model = build()
     batches = [tokens(2, 2 * SWITCH) for _ in range(3)]
-    training = TrainingConfig(stages=("teq", "clip", "gptq", "tune", "distill"), steps=4)
+    training = TrainingConfig(stages=("teq", "clip", "gptq", "tune", "distill"), steps=4, distill_steps=4)
     quantization = QuantizationConfig(bits=3, group_size=16)
     report = teq_graph.compile(model, calibration=batches, quantization=quantization, training=training).report
     assert all(block.after < block.before for block in report.blocks)

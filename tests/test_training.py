@@ -421,3 +421,9 @@ def test_scales_take_part_of_the_steps_where_codes_follow() -> None:
     steps = {stages: TrainingConfig(steps=50, stages=stages).steps_of_scales for stages in (None, ("teq",))}
     assert steps == {None: 10, ("teq",): 50}
     assert TrainingConfig(stages=("teq", "gptq"), scale_steps=7).steps_of_scales == 7
+
+
+def test_a_few_steps_train_the_whole_model() -> None:
+    assert TrainingConfig(steps=50).steps_of_distillation == 5
+    assert TrainingConfig(distill_steps=3).steps_of_distillation == 3
+    assert TrainingConfig.preset("best").steps_of_distillation == 200

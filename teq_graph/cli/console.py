@@ -222,14 +222,14 @@ def describe_attention(count: str, refusals: Iterable[AttentionRefusal]) -> list
     return [("attention", line) for line in lines]
 
 
-def describe_estimate(estimate: Estimate, training: TrainingConfig | None) -> list[tuple[str, str]]:
+def describe_estimate(estimate: Estimate) -> list[tuple[str, str]]:
     """What a run will take, as labelled lines: of the size from the start, of time and memory after the first block."""
     before, after = _megabytes(estimate.bytes_before), _megabytes(estimate.bytes_after)
     lines = [("size", f"{before} → about {after}, {estimate.bytes_before / estimate.bytes_after:.2f} times smaller")]
     lines += [("note", note) for note in estimate.notes]
     if estimate.seconds is not None and estimate.peak_bytes is not None:
-        distills = training is not None and "distill" in (training.stages or ())
-        lines.append(("time", f"about {_duration(estimate.seconds)}{', distillation not counted' if distills else ''}"))
+        besides = ", distillation not counted" if estimate.without_distillation else ""
+        lines.append(("time", f"about {_duration(estimate.seconds)}{besides}"))
         lines.append(("memory", f"about {_megabytes(estimate.peak_bytes)} at most"))
     return lines
 

@@ -142,7 +142,7 @@ class Trainer:
         by_block = [stage for stage in self.stages if stage in BLOCK_STAGES and not (stage == "teq" and by_model)]
         if by_block:
             self._train_blocks(by_block)
-        if "distill" in self.stages and self.config.steps:
+        if "distill" in self.stages and self.config.steps_of_distillation:
             self._distill()
         return TrainingResult(
             self._fold(),

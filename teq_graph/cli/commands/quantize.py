@@ -310,7 +310,7 @@ class _EstimateOf:
         self._dry_run = dry_run
 
     def __call__(self, estimate: Estimate) -> None:
-        described = console.describe_estimate(estimate, self._training)
+        described = console.describe_estimate(estimate)
         new = described[len(self._lines) :]
         self._lines, self._estimate = described, estimate
         if not self._dry_run:

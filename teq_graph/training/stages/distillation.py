@@ -21,6 +21,9 @@ from teq_graph.training.stages.codes import Choice, LearnedVector
 
 RATE = 1.5e-3
 """Of the logarithm of group scales, and of gains and biases relative to their root mean square."""
+FEW = 100
+RATES_OF_FEW = {2: 3e-3, 3: 1e-3, 4: 3e-4, 8: 3e-4}
+"""Bits -> rate for fewer steps, whose noise does not average out: the finer the codes, the less it may cost."""
 
 MEASURED = 4
 """Batches on which the loss is measured before and after: as costly as two steps."""
@@ -54,14 +57,21 @@ def distill(
 
     measured = min(MEASURED, batches)
     before = mean_loss(loss, measured)
-    learned = [
-        Learned([weight.log_scale for weight in weights.values()], RATE),
-        Learned([vector.change for vector in floats.values()], RATE),
-    ]
-    with task("distilling", config.steps) as bar:
-        curve = optimize(learned, loss, batches, config, generator, bar)
+    steps = config.steps_of_distillation
+    by_bits: dict[int, list[Tensor]] = {}
+    for weight in weights.values():
+        by_bits.setdefault(weight.grid.bits, []).append(weight.log_scale)
+    learned = [Learned(scales, _rate(bits, steps)) for bits, scales in by_bits.items()]
+    of_floats = max((_rate(bits, steps) for bits in by_bits), default=RATE)
+    learned.append(Learned([vector.change for vector in floats.values()], of_floats))
+    with task("distilling", steps) as bar:
+        curve = optimize(learned, loss, batches, config, generator, bar, steps=steps)
     after = mean_loss(loss, measured)
     if after >= before:
         return start, before, before, curve
     codes = {name: weight.result() for name, weight in weights.items()}
     return Choice(codes, {name: vector.value().detach() for name, vector in floats.items()}), before, after, curve
+
+
+def _rate(bits: int, steps: int) -> float:
+    return RATES_OF_FEW[bits] if steps < FEW else RATE
