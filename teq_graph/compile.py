@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from teq_graph import pipeline
 from teq_graph.analysis.blocks import find_blocks
-from teq_graph.analysis.equivalences import Findings, find_equivalences
+from teq_graph.analysis.equivalences import Equivalence, Findings, find_equivalences
 from teq_graph.calibration import calibration_batches, check_source
-from teq_graph.capture import CapturedGraph, capture, check_model
+from teq_graph.capture import CapturedGraph, capture, check_model, usable_device
 from teq_graph.capture.pretrained import is_pretrained
 from teq_graph.compiled import CompiledModel
 from teq_graph.config import QuantizationConfig, TrainingConfig, WeightSpec, check_type
@@ -84,6 +85,7 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     tokenizer: Any = None,
     feature_extractor: Any = None,
     on_estimate: Callable[[Estimate], None] | None = None,
+    device: str | torch.device | None = None,
 ) -> CompiledModel:
     """Compile `model` into a graph whose linears and convolutions compute from low-bit weights.
 
@@ -97,6 +99,8 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     feature_extractor: of transformers, for an encoder-decoder that hears; written beside the exported model.
     on_estimate: told what the whole will take once that is known: the size before anything else, and again with time
         and memory after the first block. An exception of its own ends the compilation.
+    device: where scales are trained and codes chosen: "cuda", for a model that is in the host's memory, where the
+        result is then as well. None: where the model is.
 
     Raises ConfigError, CaptureError, InputError or NumericsError, each naming what is wrong.
     """
@@ -110,8 +114,12 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
             f"target_bits={quantization.target_bits}: bits are chosen on calibration data; accepted with it is a "
             "TrainingConfig, with stages=() to round to nearest"
         )
+    target = None if device is None else usable_device(device)
     analysis = analyze(model, example_inputs, dynamic_shapes, quantization)
     captured = analysis.captured
+    home = captured.device
+    if target is not None:
+        captured.move_to(target)
 
     @functools.cache
     def batches() -> Sequence[Any]:
@@ -137,9 +145,13 @@ def compile(  # noqa: A001  the name is the contract, as torch.compile's is
     stored = pipeline.run(phase, captured.graph_module).of(QuantizeLinears) | tables
     asked = settings(quantization, training, stages, calibration)
     report = make_report(analysis, blocks, result, floats, stored)
+    equivalences = result.equivalences
+    if target is not None:
+        captured.move_to(home)
+        equivalences = tuple(_moved(equivalence, home) for equivalence in equivalences)
     return CompiledModel(
         captured=captured,
-        equivalences=result.equivalences,
+        equivalences=equivalences,
         report=dataclasses.replace(report, seconds=time.monotonic() - started, settings=asked),
         tokenizer=tokenizer,
         feature_extractor=feature_extractor,
@@ -217,6 +229,11 @@ def transform_with_sites(
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces
+
+
+def _moved(equivalence: Equivalence, device: torch.device) -> Equivalence:
+    scale = equivalence.scale
+    return equivalence if scale is None else dataclasses.replace(equivalence, scale=scale.to(device))
 
 
 def with_chosen_bits(analysis: Analysis, batches: Sequence[Any], target: float, seed: int) -> Analysis:

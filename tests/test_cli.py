@@ -508,6 +508,7 @@ MISSING = "no/such/model"  # the options are looked at before the model, or its 
         (["--for-cuda", "--bits", "3"], "bits=3: accepted are (2, 4, 8), of which onnxruntime has fused CUDA kernels"),
         (["--for-cuda", "--group-size", "128"], "group_size=128: accepted for CUDA is 32"),
         (["--for-cuda", "--dtype", "bfloat16"], "--dtype bfloat16: accepted are float16"),
+        (["--device", "gpu"], "device='gpu': Expected one of cpu, cuda"),
         (["--dtype", "float64"], "--dtype float64: accepted are float32, float16, bfloat16"),
         (["--accuracy-level", "5"], "--accuracy-level 5: accepted are 0, 1, 2, 3, 4"),
         (["--override", "bits=4"], "--override 'bits=4': accepted is PATTERN:"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 import teq_graph
 from teq_graph import QuantizationConfig, TrainingConfig
+from teq_graph.capture import CapturedGraph
 from teq_graph.errors import (
     ConfigError,
     InputError,
@@ -321,3 +323,51 @@ def test_transform_refuses_what_it_cannot_write_back(make: type[nn.Module], site
         teq_graph.transform(model, inputs, ({0: DYNAMIC},), training=TrainingConfig(steps=8, learning_rate=0.3))
     compiled = teq_graph.compile(model, inputs, ({0: DYNAMIC},), training=None)
     assert len(compiled.equivalences) >= sites, "the graph itself can be scaled at all of them"
+
+
+def test_a_device_to_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph goes there before calibration data is made, and back with all that was found; the model stays."""
+    moved: list[str] = []
+    move_to = CapturedGraph.move_to
+
+    def record(captured: CapturedGraph, device: Any) -> None:
+        moved.append(str(device))
+        move_to(captured, device)
+
+    monkeypatch.setattr(CapturedGraph, "move_to", record)
+    model = LLAMA.build()
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    torch.manual_seed(0)
+    elsewhere = compile_llama(model, training=TRAINING, device="cpu")
+    assert moved == ["cpu", "cpu"]
+    torch.manual_seed(0)
+    here = compile_llama(model, training=TRAINING)
+    assert moved == ["cpu", "cpu"]
+    ids = tokens()
+    assert torch.equal(elsewhere(input_ids=ids).logits, here(input_ids=ids).logits)
+    assert all(tensor.data_ptr() == before[name][0] for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, before[name][1]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "meta", 7.5, ""])
+def test_what_is_no_device(device: Any) -> None:
+    with pytest.raises(InputError, match=r"^device=.*accepted are cpu and cuda$") as caught:
+        compile_llama(device=device)
+    in_one_line(caught)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stages", [("clip", "gptq"), None])
+def test_gpu_training(stages: tuple[str, ...] | None) -> None:
+    """Codes are those of the CPU but for some, whichever way the GPU is asked for; all that is found is on the CPU."""
+    training = TrainingConfig(stages=stages, steps=10, samples=8, length=16, batch_size=2)
+    model = LLAMA.build()
+    codes = []
+    for device in (None, "cuda"):
+        torch.manual_seed(0)
+        compiled = compile_llama(model, training=training, device=device, calibration=torch.arange(3, 19).expand(8, 16))
+        codes.append(torch.cat([t.flatten() for t in compiled.graph_module.buffers() if t.dtype == torch.uint8]))
+        assert {t.device.type for t in compiled.graph_module.buffers()} == {"cpu"}
+        assert all(e.scale is None or e.scale.device.type == "cpu" for e in compiled.equivalences)
+    assert (codes[0] == codes[1]).double().mean() > 0.9
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}

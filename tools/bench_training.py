@@ -11,7 +11,6 @@ it is begun anew with as many of its layers as do, all else being `default`.
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,11 +53,12 @@ def compile_on(
     **options: Any,
 ) -> Any:
     return teq_graph.compile(
-        copy.deepcopy(model).to(device),
+        model,
         calibration=tokens,
         quantization=teq_graph.QuantizationConfig(bits=3, group_size=group_size),
         training=teq_graph.TrainingConfig.preset("default", **options),
         on_estimate=on_estimate,
+        device=device,
     )
 
 

@@ -1,6 +1,6 @@
 """From an nn.Module to its graph."""
 
-from teq_graph.capture.captured import CapturedGraph
+from teq_graph.capture.captured import CapturedGraph, usable_device
 from teq_graph.capture.shapes import CachedTensor, DecoderShape, EncoderDecoderShape, EncoderShape
 from teq_graph.capture.torch_export import adopt, capture, check_model
 
@@ -13,4 +13,5 @@ __all__ = [
     "adopt",
     "capture",
     "check_model",
+    "usable_device",
 ]

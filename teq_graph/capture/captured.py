@@ -142,12 +142,7 @@ class CapturedGraph:
 
         Raises InputError, before anything has moved, for what is no device of this machine that holds numbers.
         """
-        try:
-            device = torch.device(device)
-            probe = torch.zeros(1, device=device).cpu()
-        except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"device={brief(device)}: {one_line(error)}; accepted are cpu and cuda") from error
-        del probe
+        device = usable_device(device)
 
         def moved(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
@@ -284,3 +279,13 @@ def magnitude(tensor: Tensor) -> float:
     finite = tensor.double().abs()
     finite = finite[finite.isfinite()]
     return float(finite.max()) if finite.numel() else 0.0
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name. Raises InputError for what is no device of this machine that holds numbers."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"device={brief(device)}: {one_line(error)}; accepted are cpu and cuda") from error
+    return found

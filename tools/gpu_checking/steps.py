@@ -74,8 +74,8 @@ def steps() -> list[Step]:
             "training",
             9,
             measured_by("bench_training.py", f"smollm2-135m --seconds {SECONDS}"),
-            "`tools/bench_training.py`: `compile(model.cuda())` at `default`, 3 bits, for random weights of SmolLM2's "
-            "shape, in as many layers as there is time for; and codes beside those of the CPU, on a small model.",
+            "`tools/bench_training.py`: `compile(model, device='cuda')` at `default`, 3 bits, for random weights of "
+            "SmolLM2's shape, in as many layers as there is time for; and codes beside the CPU's, on a small model.",
             needs(*COMPILES),
         ),
         Step(

@@ -94,6 +94,10 @@ def quantize(
     length: Length = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Where codes are trained: cpu or cuda.  [default: cpu]"),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(metavar="NAME", help="Of what stays in float: float32, float16 or bfloat16."),
@@ -173,10 +177,13 @@ def quantize(
     measured = options.text(text, tokens) if evaluate else None
     watch = console.Stopwatch()
     with reserved(output, overwrite):
+        from teq_graph.capture import usable_device
         from teq_graph.checkpoints.formats import check_linears, check_quantization
         from teq_graph.loading import load_model
 
         check_quantization(formats, quantization)
+        if device is not None:
+            usable_device(device)
         loaded = load_model(model)
         check_linears(formats, loaded.model, quantization)
         if training is not None:
@@ -194,6 +201,7 @@ def quantize(
                     tokenizer=loaded.tokenizer,
                     feature_extractor=loaded.feature_extractor,
                     on_estimate=estimate,
+                    device=device,
                 )
         except _Stop:
             pass
