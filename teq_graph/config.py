@@ -26,15 +26,13 @@ Init = Literal["ones", "weight", "activation"]
 
 BLOCK_STAGES = ("teq", "clip", "gptq", "bias", "tune")
 STAGES = (*BLOCK_STAGES, "distill")
-STAGES_BY_DEFAULT = ("teq", "clip", "gptq", "tune", "distill")
-"""Where codes are of at most 4 bits."""
 TUNED = ("rounding", "group_scales", "zero_points", "floats")
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"stages": ("teq", "clip", "gptq")},
     "default": {},
     "best": {
-        "stages": STAGES_BY_DEFAULT,
+        "stages": ("teq", "clip", "gptq", "tune", "distill"),
         "steps": 200,
         "distill_steps": 200,
         "samples": 256,
@@ -268,14 +266,17 @@ class TrainingConfig:
         """A configuration by what it may cost, changed by `options`.
 
         `"fast"` trains a block's scales for 16 steps and chooses its codes. `"default"` then trains codes and grids
-        for 80. `"best"` trains each block for 40 and 200 steps on four times the text, and then the whole model, which
-        has to fit in memory with its gradients: several times the time of `"default"`.
+        for 80, and where there are codes of 2 or 3 bits the whole model for 8. `"best"` trains each block for 40 and 200
+        steps on four times the text, and then the whole model for as many: several times the time of `"default"`.
         """
         check_choice("preset", name, tuple(PRESETS))
         accepted = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(options.keys() - set(accepted)):
             raise ConfigError(f"option {unknown[0]!r} of a preset: accepted are {', '.join(accepted)}")
-        return cls(**{**PRESETS[name], **options})
+        values = {**PRESETS[name], **options}
+        if "distill_steps" in PRESETS[name]:
+            values["distill_steps"] = options.get("distill_steps", values["steps"])
+        return cls(**values)
 
     @property
     def steps_of_scales(self) -> int:
@@ -297,10 +298,14 @@ class TrainingConfig:
         return any(stage in BLOCK_STAGES and (stage != "teq" or self.objective == "block") for stage in stages)
 
     def stages_for(self, specs: Iterable[WeightSpec]) -> tuple[str, ...]:
-        """The stages, those of the widest codes in `specs` being the default."""
+        """The stages; by default those that serve the narrowest codes in `specs`."""
         if self.stages is not None:
             return self.stages
-        return STAGES_BY_DEFAULT if any(spec.bits <= 4 for spec in specs) else ("clip", "gptq")
+        narrowest = min((spec.bits for spec in specs), default=8)
+        if narrowest > 4:
+            return ("clip", "gptq")
+        few = ("distill",) if narrowest < 4 else ()  # with 4 bits a few steps bring nothing
+        return ("teq", "clip", "gptq", "tune", *few)
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

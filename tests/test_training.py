@@ -427,3 +427,21 @@ def test_a_few_steps_train_the_whole_model() -> None:
     assert TrainingConfig(steps=50).steps_of_distillation == 5
     assert TrainingConfig(distill_steps=3).steps_of_distillation == 3
     assert TrainingConfig.preset("best").steps_of_distillation == 200
+    assert TrainingConfig.preset("best", steps=7).steps_of_distillation == 7
+    assert TrainingConfig.preset("best", steps=7, distill_steps=3).steps_of_distillation == 3
+    assert TrainingConfig.preset("default", steps=7).steps_of_distillation == 1
+
+
+@pytest.mark.parametrize(
+    ("bits", "stages"),
+    [
+        ((8,), ("clip", "gptq")),
+        ((4, 8), ("teq", "clip", "gptq", "tune")),
+        ((3, 4), ("teq", "clip", "gptq", "tune", "distill")),
+        ((2,), ("teq", "clip", "gptq", "tune", "distill")),
+        ((), ("clip", "gptq")),
+    ],
+)
+def test_stages_that_serve_the_bits(bits: tuple[int, ...], stages: tuple[str, ...]) -> None:
+    assert TrainingConfig().stages_for(WeightSpec(b) for b in bits) == stages
+    assert TrainingConfig(stages=("tune",)).stages_for(WeightSpec(b) for b in bits) == ("tune",)
