@@ -266,8 +266,8 @@ class TrainingConfig:
         """A configuration by what it may cost, changed by `options`.
 
         `"fast"` trains a block's scales for 16 steps and chooses its codes. `"default"` then trains codes and grids
-        for 80, and where there are codes of 2 or 3 bits the whole model for 8. `"best"` trains each block for 40 and 200
-        steps on four times the text, and then the whole model for as many: several times the time of `"default"`.
+        for 80, and with codes of 2 or 3 bits the whole model for 8. `"best"` trains each block for 40 and 200 steps on
+        four times the text, and then the whole model for as many: several times the time of `"default"`.
         """
         check_choice("preset", name, tuple(PRESETS))
         accepted = [field.name for field in dataclasses.fields(cls)]
