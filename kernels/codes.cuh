@@ -40,14 +40,11 @@ DEVICE constexpr u32 both(u32 half) { return half | half << 16; }
 template <typename T>
 constexpr u32 MAGIC = both(power_of_two<T>(T::MANTISSA));
 
-// How far a code that begins at bit `at` of its half is brought down to fit in the mantissa: by as few distinct shifts
-// as there can be, as words shifted alike are shifted once, and to few distinct places, as each has an offset.
+// How far a code of 2, 4 or 8 bits that begins at bit `at` of its half is brought down to fit in the mantissa: by as few
+// distinct shifts as there can be, as words shifted alike are shifted once, and to few distinct places, as each has an
+// offset.
 template <typename T, int BITS>
 DEVICE constexpr int shift_of(int at) {
-  if (BITS == 3) {  // to 0, 3 and, in float16, 6, wherever the first code of the half begins
-    constexpr int APART = T::MANTISSA / BITS * BITS;
-    return at / APART * APART + at % BITS;
-  }
   if (IS_FLOAT16<T>) return at / 8 * 8;
   if (BITS == 4) return at;
   if (at + BITS <= T::MANTISSA) return 0;
@@ -65,32 +62,44 @@ DEVICE void align_halves(u32 (&words)[BITS]) {
   }
 }
 
+// Where the codes of pair `p` begin in the halves that `window_of` gives.
+template <typename T, int BITS>
+DEVICE constexpr int place_of(int p) {
+  if (BITS == 3) return p % (T::MANTISSA / BITS) * BITS;
+  const int at = BITS * (p % DISTANCE<BITS>) % 16;
+  return at - shift_of<T, BITS>(at);
+}
+
+// Halves that have the codes of pair P within a mantissa's length. Of 3 bits as many codes as there is room for come from
+// one window, which begins at any byte of the two streams, so that no code is in two.
+template <typename T, int BITS, int P>
+DEVICE u32 window_of(const u32 (&words)[BITS]) {
+  if constexpr (BITS == 3) {
+    constexpr int bit = BITS * P - place_of<T, BITS>(P), byte = bit / 8, word = byte / 2;
+    if constexpr (byte % 2 && word + 1 < BITS) return permute_bytes(words[word], words[word + 1], 0x6341) >> bit % 8;
+    return words[word] >> bit % 16;
+  } else {
+    constexpr int bit = BITS * (P % DISTANCE<BITS>);
+    return words[P / DISTANCE<BITS> + bit / 16] >> shift_of<T, BITS>(bit % 16);
+  }
+}
+
 // code - zero of pair P as floats, exactly. `zero`: the zero point, in both halves; `words`: of halves.
 template <typename T, int BITS, int P>
 DEVICE u32 centered_pair(const u32 (&words)[BITS], u32 zero) {
   constexpr u32 SIGN = 0x8000u;
-  constexpr int bit = BITS * (P % DISTANCE<BITS>);
-  constexpr int word = P / DISTANCE<BITS> + bit / 16;
-  constexpr int at = bit % 16;
-  constexpr u32 mask = both((1u << BITS) - 1);
   if constexpr (BITS > T::MANTISSA) {
     // A byte is too long for this mantissa together with a magic number: by way of float32, 2^23 + code.
+    constexpr int word = P / DISTANCE<BITS>, at = BITS * (P % DISTANCE<BITS>);
     const float offset = 8388608.0f + to_float<T>(static_cast<u16>(zero));
     const float low = as_float(permute_bytes(words[word], 0x4B000000u, 0x7440 + at / 8)) - offset;
     const float high = as_float(permute_bytes(words[word], 0x4B000000u, 0x7440 + at / 8 + 2)) - offset;
     return pack_bfloat16(low, high);
   } else {
     // magic + code * 2^s, of which 2^-s makes code + magic * 2^-s
-    constexpr bool straddles = at + BITS > 16;  // 3 bits, of which `here` are in this word and the others in the next
-    constexpr int shift = straddles ? at : shift_of<T, BITS>(at), s = at - shift, here = 16 - at;
+    constexpr int s = place_of<T, BITS>(P);
     static_assert(s >= 0 && s + BITS <= T::MANTISSA, "the code is outside the mantissa");
-    u32 whole;
-    if constexpr (straddles) {
-      constexpr u32 low = both((1u << here) - 1);
-      whole = mask_or(words[word + 1] << here, mask & ~low, mask_or(words[word] >> at, low, MAGIC<T>));
-    } else {
-      whole = mask_or(words[word] >> shift, mask << s, MAGIC<T>);
-    }
+    const u32 whole = mask_or(window_of<T, BITS, P>(words), both((1u << BITS) - 1) << s, MAGIC<T>);
     const u32 offset = fma2<T>(zero, both(SIGN | power_of_two<T>(0)), both(SIGN | power_of_two<T>(T::MANTISSA - s)));
     return fma2<T>(whole, both(power_of_two<T>(-s)), offset);
   }

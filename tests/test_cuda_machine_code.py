@@ -20,7 +20,7 @@ from machine_code import disassembler, machine_code
 pytestmark = pytest.mark.skipif(disassembler() is None, reason="cuobjdump is not installed")
 
 HOPPER = "sm_90a"
-MOST_FOR_A_CODE = {2: 2.2, 3: 2.7, 4: 2.2}
+MOST_FOR_A_CODE = {2: 2.2, 3: 2.6, 4: 2.2}
 """Instructions of the decode loop, all told, for a code: of two warps to a scheduler each of them is a delay."""
 
 
