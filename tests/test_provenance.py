@@ -76,7 +76,8 @@ def test_json_of_a_dry_run(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert run(command) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["output"] == str(tmp_path / "out")
-    assert set(content["estimate"]) == {"bytes_before", "bytes_after", "seconds", "peak_bytes", "notes"}
+    named = {"bytes_before", "bytes_after", "seconds", "peak_bytes", "without_distillation", "notes"}
+    assert set(content["estimate"]) == named
     assert content["estimate"]["bytes_before"] > content["estimate"]["bytes_after"]
     assert content["estimate"]["seconds"] > 0
     assert not list(tmp_path.iterdir())
