@@ -24,7 +24,8 @@ struct TileTiling {
   static constexpr int RING = STAGES * STAGE_BYTES;
 };
 
-// Eight codes are BITS bytes. A lane takes eight of the 32 that the four lanes of a row have at a time: codes 8 * index .. + 8 of a row that begins at `row`, in the first words.
+// Eight codes are BITS bytes: a lane takes eight of the 32 that the four lanes of a row have at a time. Reads codes
+// 8 * index .. + 8 of a row that begins at `row` into the first words.
 template <int BITS>
 DEVICE void read_eight(const u8* row, int index, u32 (&words)[BITS]) {
   if constexpr (BITS == 8) {

@@ -130,7 +130,7 @@ class TileTiling:
         return LANES * self.warps
 
     def shared_bytes(self, bits: int) -> int:
-        return self.stages * (self.rows * STEP * bits // 8 + self.tokens * STEP * 2)
+        return _ring_bytes(self, bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ class WarpgroupTiling:
         return 4 * LANES * self.warpgroups
 
     def shared_bytes(self, bits: int) -> int:
-        return self.stages * (self.rows * STEP * bits // 8 + self.tokens * STEP * 2)
+        return _ring_bytes(self, bits)
 
 
 AnyTiling = Tiling | StreamTiling | TileTiling | WarpgroupTiling
@@ -166,6 +166,11 @@ AnyTiling = Tiling | StreamTiling | TileTiling | WarpgroupTiling
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
+
+
+def _ring_bytes(tiling: TileTiling | WarpgroupTiling, bits: int) -> int:
+    """Shared memory for steps of weights and activations."""
+    return tiling.stages * (tiling.rows * STEP * bits // 8 + tiling.tokens * STEP * 2)
 
 
 def _vectors(bytes_: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -80,6 +81,13 @@ def test_loop_of_warpgroups(bits: int, tiling: WarpgroupTiling, tmp_path: Path) 
     assert loop.count("BAR") == loop.count("FENCE.VIEW.ASYNC") == 1
     pieces = ceil_div(tiling.rows * bits, tiling.threads) + tiling.tokens * 16 // tiling.threads
     assert loop.count("LDGSTS.E.BYPASS.128") == loop.count("LDGSTS") == pieces
+    # While products are under way nothing else touches their sums.
+    products = [text for _, text in loop.instructions if text.startswith("HGMMA")]
+    firsts = {int(found[1]) for text in products if (found := re.match(r"HGMMA\S+ R(\d+),", text))}
+    sums = {first + i for first in firsts for i in range(tiling.tokens // 2)}
+    assert len(sums) == tiling.row_tiles * tiling.tokens // 2
+    others = [text for _, text in loop.instructions if text not in products]
+    assert not [text for text in others if sums & set(map(int, re.findall(r"\bR(\d+)\b", text)))]
     # Besides reading grids, which a step does once at most.
     assert len(loop) < 10 * tiling.row_tiles * 64 + 8 * pieces
 
