@@ -40,9 +40,9 @@ DEVICE constexpr u32 both(u32 half) { return half | half << 16; }
 template <typename T>
 constexpr u32 MAGIC = both(power_of_two<T>(T::MANTISSA));
 
-// How far a code of 2, 4 or 8 bits that begins at bit `at` of its half is brought down to fit in the mantissa: by as few
-// distinct shifts as there can be, as words shifted alike are shifted once, and to few distinct places, as each has an
-// offset.
+// How far a code of 2, 4 or 8 bits that begins at bit `at` of its half is brought down to fit in the mantissa: by as
+// few distinct shifts as there can be, as words shifted alike are shifted once, and to few distinct places, as each has
+// an offset.
 template <typename T, int BITS>
 DEVICE constexpr int shift_of(int at) {
   if (IS_FLOAT16<T>) return at / 8 * 8;
@@ -70,8 +70,8 @@ DEVICE constexpr int place_of(int p) {
   return at - shift_of<T, BITS>(at);
 }
 
-// Halves that have the codes of pair P within a mantissa's length. Of 3 bits as many codes as there is room for come from
-// one window, which begins at any byte of the two streams, so that no code is in two.
+// Halves that have the codes of pair P within a mantissa's length. Of 3 bits as many codes as there is room for come
+// from one window, which begins at any byte of the two streams, so that no code is in two.
 template <typename T, int BITS, int P>
 DEVICE u32 window_of(const u32 (&words)[BITS]) {
   if constexpr (BITS == 3) {

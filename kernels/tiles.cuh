@@ -139,8 +139,8 @@ DEVICE void multiply_eights(Sums<Tile>& sums, const Eights<Tile>& eights, const 
   }
 }
 
-// The outputs of a block whose warps have WARP_ROWS rows each, one after the other, when nothing reads its ring any more.
-// A warp turns the sums of eight tokens after eight, [8, WARP_ROWS], so that lanes write rows next to each other.
+// The outputs of a block whose warps have WARP_ROWS rows each, one after the other, when nothing reads its ring any
+// more. A warp turns the sums of eight tokens after eight, [8, WARP_ROWS], so that lanes write rows next to each other.
 template <typename T, typename Tile>
 DEVICE void finish_sums(const Matmul& p, const Sums<Tile>& sums, int row0, int token0, int block_split, int thread) {
   constexpr int ROW_STRIDE = Tile::WARP_ROWS + 1;

@@ -26,9 +26,9 @@ struct WarpgroupTiling {
   static_assert(STAGES > 2 && STAGE_BYTES % 1024 == 0);
 };
 
-// Describes 16-bit floats in shared memory from `address` on to a product: rows of 128 bytes, 64 elements of K of a token;
-// eight rows begin at a multiple of 1 KiB, and the 16 bytes i of row r are at i ^ r % 8, as the PTX manual's "Matrix
-// Descriptor" has it for swizzling of 128 bytes. Columns further on begin as many bytes further on.
+// Describes 16-bit floats in shared memory from `address` on to a product: rows of 128 bytes, 64 elements of K of a
+// token; eight rows begin at a multiple of 1 KiB, and the 16 bytes i of row r are at i ^ r % 8, as the PTX manual's
+// "Matrix Descriptor" has it for swizzling of 128 bytes. Columns further on begin as many bytes further on.
 DEVICE u64 matrix_descriptor(u32 address) { return address >> 4 | u64{1024 >> 4} << 32 | u64{1} << 62; }
 
 // Activations of a step as `matrix_descriptor` has them: of all tokens 64 columns, then the other 64.
@@ -67,11 +67,11 @@ template <typename T, typename Tile>
 DEVICE void start_products(Sums<Tile>& sums, const Fragments<Tile>& weights, u32 activations, int quarter) {
   fence_products();
 #pragma unroll
-  for (int half = 0; half < 2; ++half)
+  for (int half = 0; half < 2; ++half) {
+    const u64 b = matrix_descriptor(activations + Swizzled<Tile::TOKENS>::begin(quarter * 2 + half));
 #pragma unroll
-    for (int r = 0; r < Tile::ROW_TILES; ++r)
-      start_product<T, Tile::TOKENS>(sums[r], weights[r][half],
-                                     matrix_descriptor(activations + Swizzled<Tile::TOKENS>::begin(quarter * 2 + half)));
+    for (int r = 0; r < Tile::ROW_TILES; ++r) start_product<T, Tile::TOKENS>(sums[r], weights[r][half], b);
+  }
   commit_products();
 }
 

@@ -708,7 +708,7 @@ def test_the_estimated_time_counts_distillation(
     training: teq_graph.TrainingConfig, added: float, is_without: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three blocks of ten seconds each, and of all their steps together as many again as train the whole model."""
-    analysis = analyze(BY_NAME["Llama (GQA)"].build())
+    analysis = analyze(BY_NAME["Llama (GQA)"].build(), quantization=teq_graph.QuantizationConfig(bits=3, group_size=16))
     monkeypatch.setattr(time, "monotonic", lambda: 112.0)
     told: list[Estimate] = []
     estimator = Estimator(analysis.captured, analysis.weights, 1, 100.0, told.append, training)
