@@ -151,6 +151,9 @@ WGMMAS(Float16, "f16")
 WGMMAS(BFloat16, "bf16")
 #undef WGMMAS
 #undef WGMMA
+#undef D8
+#undef D4
+#undef D1
 
 // Before the first product of a group: what is in registers is there.
 DEVICE void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -74,6 +74,18 @@ DEVICE void start_activations(const Matmul& p, u8* to, int token0, int k, bool w
     copy_async<16>(to + Order::place(first + i, piece), from, first + i < tokens);
 }
 
+// Starts the copies of a step of 128 columns from k on into a stage, and closes their group.
+template <typename Order, typename Tile>
+DEVICE void start_stage(const Matmul& p, int stage, int row0, int token0, int k, bool wanted, int thread) {
+  const int row_bytes = p.chunks * (4 * Tile::BITS);
+  u8* to = shared_memory() + stage * Tile::STAGE_BYTES;
+  const u8* weights = p.b + (wanted ? static_cast<i64>(row0) * row_bytes + k / 8 * Tile::BITS : 0);
+  start_weights<ByEights<Tile::BITS>, Tile::BITS, Tile::ROWS, Tile::THREADS>(to, weights, row_bytes,
+                                                                             wanted ? p.n - row0 : 0, thread);
+  start_activations<Order, Tile>(p, to + Tile::WEIGHT_BYTES, token0, k, wanted, thread);
+  commit_copies();
+}
+
 // Where the scales and zero points of some rows begin.
 template <int BITS>
 struct Rows {
@@ -97,6 +109,13 @@ struct Rows {
     u32 zero = 1u << (BITS - 1);
     if (zero_points) zero = code_at<BITS>(zero_points + row * zero_bytes, zero_bytes, group);
     return static_cast<u32>(scales[row * blocks + group]) << 16 | zero;
+  }
+
+  // Those of every eighth row from `first` on.
+  template <int COUNT>
+  DEVICE void read_all(u32 (&words)[COUNT], int first, int group) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) words[i] = read(first + i * 8, group);
   }
 };
 
@@ -171,21 +190,11 @@ DEVICE void tile_block(const Matmul& p, int block_row, int block_token, int bloc
   const int row0 = block_row * Tile::ROWS, token0 = block_token * Tile::TOKENS;
   const int begin = block_split * p.split, end = min(p.k, begin + p.split);
 
-  const int row_bytes = p.chunks * (4 * Tile::BITS);
   const auto start_step = [&](int stage, int k) {
-    u8* to = shared_memory() + stage * Tile::STAGE_BYTES;
-    const u8* weights = p.b + (k < end ? static_cast<i64>(row0) * row_bytes + k / 8 * Tile::BITS : 0);
-    start_weights<ByEights<Tile::BITS>, Tile::BITS, Tile::ROWS, Tile::THREADS>(to, weights, row_bytes,
-                                                                               k < end ? p.n - row0 : 0, thread);
-    start_activations<ByTokens, Tile>(p, to + Tile::WEIGHT_BYTES, token0, k, k < end, thread);
-    commit_copies();
+    start_stage<ByTokens, Tile>(p, stage, row0, token0, k, k < end, thread);
   };
   const Rows<Tile::BITS> rows(p, row0);
-  const auto read_grid = [&](u32(&grid)[2 * ROW_TILES], int group) {
-#pragma unroll
-    for (int half = 0; half < 2 * ROW_TILES; ++half)
-      grid[half] = rows.read(warp_row + half * 8 + lane / 4, group);
-  };
+  const auto read_grid = [&](u32(&grid)[2 * ROW_TILES], int group) { rows.read_all(grid, warp_row + lane / 4, group); };
 
 #pragma unroll 1
   for (int s = 0; s < STAGES - 1; ++s) start_step(s, begin + s * STEP);

@@ -19,11 +19,11 @@ struct WarpgroupTiling {
   static constexpr int ROWS = WARP_ROWS * 4 * WARPGROUPS;
   static constexpr int THREADS = LANES * 4 * WARPGROUPS;
 
-  // Shared memory: stages, each of activations, then weights; in the end, for each warp, the sums of eight tokens.
-  static constexpr int ACTIVATION_BYTES = TOKENS * STEP * 2;
-  static constexpr int STAGE_BYTES = ACTIVATION_BYTES + ROWS * STEP * BITS / 8;
+  // Shared memory: stages, each of weights, then activations; in the end, for each warp, the sums of eight tokens.
+  static constexpr int WEIGHT_BYTES = ROWS * STEP * BITS / 8;
+  static constexpr int STAGE_BYTES = WEIGHT_BYTES + TOKENS * STEP * 2;
   static constexpr int RING = STAGES * STAGE_BYTES;
-  static_assert(STAGES > 2 && STAGE_BYTES % 1024 == 0);
+  static_assert(STAGES > 2 && WEIGHT_BYTES % 1024 == 0 && STAGE_BYTES % 1024 == 0);
 };
 
 // Describes 16-bit floats in shared memory from `address` on to a product: rows of 128 bytes, 64 elements of K of a
@@ -83,20 +83,11 @@ DEVICE void warpgroup_block(const Matmul& p, int block_row, int block_token, int
   const int row0 = block_row * Tile::ROWS, token0 = block_token * Tile::TOKENS;
   const int begin = block_split * p.split, end = min(p.k, begin + p.split);
 
-  const int row_bytes = p.chunks * (4 * Tile::BITS);
   const auto start_step = [&](int stage, int k) {
-    u8* to = shared_memory() + stage * Tile::STAGE_BYTES;
-    const u8* weights = p.b + (k < end ? static_cast<i64>(row0) * row_bytes + k / 8 * Tile::BITS : 0);
-    start_activations<Swizzled<Tile::TOKENS>, Tile>(p, to, token0, k, k < end, thread);
-    start_weights<ByEights<Tile::BITS>, Tile::BITS, Tile::ROWS, Tile::THREADS>(
-        to + Tile::ACTIVATION_BYTES, weights, row_bytes, k < end ? p.n - row0 : 0, thread);
-    commit_copies();
+    start_stage<Swizzled<Tile::TOKENS>, Tile>(p, stage, row0, token0, k, k < end, thread);
   };
   const Rows<Tile::BITS> rows(p, row0);
-  const auto read_grid = [&](u32(&grid)[2 * ROW_TILES], int group) {
-#pragma unroll
-    for (int half = 0; half < 2 * ROW_TILES; ++half) grid[half] = rows.read(first_row + half * 8, group);
-  };
+  const auto read_grid = [&](u32(&grid)[2 * ROW_TILES], int group) { rows.read_all(grid, first_row, group); };
   const PairOfLane<T, Tile::BITS> lane_pair(lane % 4);
 
 #pragma unroll 1
@@ -124,8 +115,8 @@ DEVICE void warpgroup_block(const Matmul& p, int block_row, int block_token, int
         group = of_quarter;
         read_grid(next, group + 1);
       }
-      unpack<T, Tile>(from + Tile::ACTIVATION_BYTES, quarter, lane_pair, grid, first_row, weights[quarter % 2]);
-      start_products<T, Tile>(sums, weights[quarter % 2], shared_address(from), quarter);
+      unpack<T, Tile>(from, quarter, lane_pair, grid, first_row, weights[quarter % 2]);
+      start_products<T, Tile>(sums, weights[quarter % 2], shared_address(from + Tile::WEIGHT_BYTES), quarter);
       wait_for_products<1>();  // so that the other weights can be overwritten
     }
   }

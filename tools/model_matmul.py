@@ -31,7 +31,7 @@ from markdown_table import table_of
 from teq_graph.config import BITS
 from teq_graph.kernels import plan
 from teq_graph.kernels.plan import Device, Plan, Product
-from teq_graph.kernels.tilings import STEP, StreamTiling, Tiling, WarpgroupTiling, ceil_div
+from teq_graph.kernels.tilings import LANES, STEP, StreamTiling, Tiling, WarpgroupTiling, ceil_div
 
 H100 = Device(132, plan.HOPPER_SHARED_LIMIT, warpgroups=True)
 ARCHITECTURE = "sm_90a"
@@ -74,12 +74,13 @@ def bounds_of(made: Plan, product: Product, instructions: int) -> Bounds:
     grids = product.n * product.blocks * (2 + product.bits / 8)
     activations, results = 2 * product.m * product.k, 2 * product.m * product.n
     partial = 8 * splits * product.m * product.n if splits > 1 else 0
-    copied = down * (weights + grids) + ceil_div(product.n, tiling.rows) * activations
-    tiles = ceil_div(product.n, tiling.rows) * down * splits
+    across = ceil_div(product.n, tiling.rows)  # of tiles: blocks that stay have several
+    copied = down * (weights + grids) + across * activations
+    tiles = across * down * splits
     steps = ceil_div(min(made.split, product.k), STEP)
     # A multiprocessor has `turns` tiles one after the other, side by side where several blocks have room.
     turns = ceil_div(tiles, H100.processors)
-    warps = tiling.threads // 32
+    warps = tiling.threads // LANES
     steps_of_warp = ceil_div(steps, tiling.warps) if isinstance(tiling, StreamTiling) else steps
     rate = MULTIPLICATIONS * (1.0 if isinstance(tiling, WarpgroupTiling) else OF_MMA)
     return Bounds(
