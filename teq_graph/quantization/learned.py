@@ -68,8 +68,7 @@ class LearnedWeight:
         """The quantized weight [N, K], rounded to `dtype`, differentiable."""
         apply: Callable[..., Tensor] = _Quantize.apply
         codes, dtypes = Codes.of(self.bits, self.levels), (self.scale_dtype, dtype)
-        value = apply(self.latent, self.log_scale, self.zero, self.step, codes, dtypes)
-        return value.flatten(1)[:, : self.k]
+        return apply(self.latent, self.log_scale, self.zero, self.step, codes, dtypes, self.k)
 
     @torch.no_grad()
     def result(self) -> tuple[Tensor, Grid]:
@@ -147,41 +146,52 @@ class _Quantize(torch.autograd.Function):
         step: Tensor,
         codes: Codes,
         dtypes: tuple[torch.dtype, torch.dtype],
+        k: int,
     ) -> Tensor:
         exact = step * log_scale.exp()
         scale, shrink = round_scales(exact, dtypes[0]), torch.exp(-log_scale)
         zero = zero.round().clamp_(codes.first, codes.last)
-        value, unclamped = torch.empty_like(latent, dtype=dtypes[1]), torch.empty_like(latent)
+        value = latent.new_empty(len(latent), k, dtype=dtypes[1])
+        (scratch,) = _scratch(latent, 1)
         for rows in _row_runs(latent):
-            z, target = zero[rows, :, None], unclamped[rows]
-            torch.mul(latent[rows], shrink[rows, :, None], out=target)
-            codes.round(target, z)
-            value[rows] = target.clamp(codes.first, codes.last).sub_(z).mul_(scale[rows, :, None])
-        ctx.save_for_backward(latent, shrink, zero, exact, scale, unclamped)
+            x, z = scratch[: rows.stop - rows.start], zero[rows, :, None]
+            codes.nearest(torch.mul(latent[rows], shrink[rows, :, None], out=x), z)
+            value[rows] = x.sub_(z).mul_(scale[rows, :, None]).flatten(1)[:, :k]
+        ctx.save_for_backward(latent, shrink, zero, exact, scale)
         ctx.codes = codes
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        latent, shrink, zero, exact, scale, unclamped = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
+        latent, shrink, zero, exact, scale = ctx.saved_tensors
         codes = ctx.codes
         # Beyond the ends of the codes by half a step at most: what lies further is clipped.
         ends = (codes.first - codes.step / 2, codes.last + codes.step / 2)
         to_latent = torch.empty_like(latent)
         to_log, to_zero = torch.empty_like(scale), torch.empty_like(scale)
+        scratch = _scratch(latent, 2)
         for rows in _row_runs(latent):
-            g, s, z, out = grad[rows].float(), scale[rows], zero[rows], to_latent[rows]
+            (g, x), s, z, out = scratch[:, : rows.stop - rows.start], scale[rows], zero[rows], to_latent[rows]
+            g.flatten(1)[:, : grad.shape[1]] = grad[rows]
+            # Rounded once more: reading it from memory is slower than that.
+            codes.round(torch.mul(latent[rows], shrink[rows, :, None], out=x), z[..., None])
             whole = g.sum(-1)
-            torch.ops.aten.hardtanh_backward.grad_input(g, unclamped[rows], *ends, grad_input=out)
+            torch.ops.aten.hardtanh_backward.grad_input(g, x, *ends, grad_input=out)
             to_zero[rows] = s * (out.sum(-1) - whole)
-            of_value = unclamped[rows].clamp(codes.first, codes.last).mul_(g).sum(-1) - z * whole
-            to_log[rows] = exact[rows] * of_value - (out * latent[rows]).sum(-1) * (s * shrink[rows])
+            of_value = x.clamp_(codes.first, codes.last).mul_(g).sum(-1) - z * whole
+            of_latent = torch.mul(out, latent[rows], out=x).sum(-1)
+            to_log[rows] = exact[rows] * of_value - of_latent * (s * shrink[rows])
             out.mul_((s * shrink[rows])[..., None])
-        return to_latent, to_log, to_zero, None, None, None
+        return to_latent, to_log, to_zero, None, None, None, None
 
 
 def _row_runs(matrix: Tensor) -> list[slice]:
     """Runs of rows that stay in a core's cache over several elementwise passes."""
     rows = max(1, TILE // matrix[0].numel())
-    return [slice(first, first + rows) for first in range(0, len(matrix), rows)]
+    return [slice(first, min(first + rows, len(matrix))) for first in range(0, len(matrix), rows)]
+
+
+def _scratch(matrix: Tensor, count: int) -> Tensor:
+    """So many arrays, zero at first, for the longest of its row runs."""
+    return matrix.new_zeros(count, *matrix[_row_runs(matrix)[0]].shape)

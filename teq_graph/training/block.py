@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -25,8 +24,9 @@ from teq_graph.training.linear_errors import LinearErrors, factors_of
 from teq_graph.training.losses import LOSS_BATCHES, as_tokens, mean_loss, relative_error
 from teq_graph.training.moments import Moments
 from teq_graph.training.optimize import Learned, optimize
+from teq_graph.training.precision import Precision
 from teq_graph.training.reference import FloatReference, TargetOf
-from teq_graph.training.stages.codes import CHOOSING, BlockProblem, Choice, fast_products, round_to_nearest, tune
+from teq_graph.training.stages.codes import CHOOSING, BlockProblem, Choice, round_to_nearest, tune
 from teq_graph.training.stages.scales import initial_scale
 from teq_graph.training.tensors import StretchTensors
 
@@ -50,6 +50,9 @@ class BlockTrainer:
 
     def __post_init__(self) -> None:
         self.tensors = StretchTensors(self.inserted, self.block.nodes)
+        names = set(self.tensors.linears.values())
+        weights = (get_tensor(self.graph_module, name) for name in names)
+        self.precision = Precision.for_codes(weights, [self.specs[name] for name in names])
         self.curves: dict[str, Curve] = {}
         self.linear_errors: dict[str, dict[str, float]] = {}
         self.weights: Mapping[str, Tensor] = {}
@@ -127,11 +130,6 @@ class BlockTrainer:
         self.linear_errors = linear_errors.by_name
         return best, errors, least
 
-    def fast_products(self) -> AbstractContextManager[object]:
-        """Products that are as exact as the block's codes."""
-        names = set(self.tensors.linears.values())
-        return fast_products([get_tensor(self.graph_module, name) for name in names], [self.specs[n] for n in names])
-
     # ---------------------------------------------------------------------------------------------------- pieces
 
     def _use(self, choice: Choice, problem: BlockProblem) -> None:
@@ -143,7 +141,7 @@ class BlockTrainer:
 
     def _loss(self, nodes: Sequence[Node], constants: Mapping[Node, object], number: int) -> Tensor:
         env = {**self.values[number], **constants}
-        with self.fast_products():
+        with self.precision.products():
             run(nodes, env)
         outputs = self.block.outputs
         given, wanted = [env[node] for node in outputs], self.target_of(number)
@@ -169,6 +167,7 @@ class BlockTrainer:
             self._bias_of(names, floats),
             loss_of,
             len(self.values),
+            self.precision,
         )
 
     def _linear_errors(self, problem: BlockProblem, rounded: Choice, samples: Mapping[str, Tensor]) -> LinearErrors:
@@ -188,10 +187,11 @@ class BlockTrainer:
         nodes = self.block.nodes[: max(inside, default=-1) + 1]
         moments = {reading: Moments() for reading in readings}
         for values in self.values:
-            with torch.no_grad(), self.fast_products():
+            with torch.no_grad(), self.precision.products():
                 env = advance(nodes, {**values, **constants}, sources)
-            for reading in readings:
-                moments[reading].add(reading, *(env[node] for node in reading.nodes))
+            with self.precision.inputs():
+                for reading in readings:
+                    moments[reading].add(reading, *(env[node] for node in reading.nodes))
         self.rows = {name: moments[reading].rows() for name, reading in reading_of.items() if reading.experts}
         second, first = {}, {}
         for reading in readings:

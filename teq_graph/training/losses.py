@@ -14,7 +14,7 @@ from teq_graph.graph.products import is_image
 NO_TOKEN = -100
 TOKENS = 16
 """Of which a divergence is computed at a time."""
-LOSS_BATCHES = 8
+LOSS_BATCHES = 4
 """Batches on which a loss is measured before and after training."""
 
 

@@ -17,6 +17,7 @@ from teq_graph.errors import InputError, NumericsError, one_line
 from teq_graph.graph.execution import Values, advance, keep_only, needed_after, run, shared
 from teq_graph.graph.products import Reading, is_product, weight_name_of
 from teq_graph.graph.tensors import get_tensor
+from teq_graph.training.precision import Precision
 
 TargetOf = Callable[[int], Sequence[Tensor]]
 """Number of a batch -> the float block's outputs for it."""
@@ -35,6 +36,7 @@ class FloatReference:
     captured: CapturedGraph
     batches: Sequence[object]
     generator: torch.Generator
+    precision: Precision
 
     def __post_init__(self) -> None:
         self.graph_module = self.captured.graph_module
@@ -108,7 +110,7 @@ class FloatReference:
         All else that it computes on the way is freed.
         """
         env = dict(values)
-        with torch.no_grad(), batch_named(number):
+        with torch.no_grad(), batch_named(number), self.precision.inputs():
             run(nodes, env)
         reads = {weight_name_of(node): self._some_rows(Reading.of(node), env) for node in nodes if is_product(node)}
         return keep_only(env, needed), reads

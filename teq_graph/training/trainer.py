@@ -46,8 +46,9 @@ from teq_graph.training.losses import (
     relative_error,
 )
 from teq_graph.training.optimize import Learned, optimize
+from teq_graph.training.precision import Precision
 from teq_graph.training.reference import FloatReference, batch_named
-from teq_graph.training.stages.codes import Choice, fast_products, rounded_to_nearest
+from teq_graph.training.stages.codes import Choice, rounded_to_nearest
 from teq_graph.training.stages.distillation import ValueOf, distill
 from teq_graph.training.tensors import StretchTensors
 
@@ -112,7 +113,9 @@ class Trainer:
         self.stages = config.stages_for(specs.values())
         self.experts = expert_counts(captured.graph_module)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.reference = FloatReference(captured, batches, self.generator)
+        weights = [get_tensor(captured.graph_module, name) for name in specs]
+        self.precision = Precision.for_codes(weights, specs.values())
+        self.reference = FloatReference(captured, batches, self.generator, self.precision)
         self.working = clone_graph(captured.graph_module)
         # Blocks are found, and their tensors told apart, before the scales go in.
         found = find_blocks(dataclasses.replace(captured, graph_module=self.working), self.equivalences)
@@ -186,7 +189,7 @@ class Trainer:
                     report = self._train_block(trainer, scales[index], weights[index], index, by_block, samples)
                     self.reports.append(report)
                 constants = trainer.tensors.constants()
-                with torch.no_grad(), trainer.fast_products():
+                with torch.no_grad(), trainer.precision.products():
                     for number in range(len(values)):
                         after = advance(block.nodes, {**values[number], **constants}, kept[index])
                         values[number] = shared(_in_own_dtypes(after), values[0])
@@ -281,8 +284,6 @@ class Trainer:
         start = Choice(codes, {**floats, **self.floats})
         # Never a float copy of more than one block's weights.
         constants = tensors.constants(without=[*start.codes, *start.floats])
-        weights = [get_tensor(self.working, name) for name in self.specs]
-
         stretches = [StretchTensors(self.inserted, block.nodes) for block in self.blocks]
         kept = needed_after([block.nodes for block in self.blocks])
         kept[-1] = set(outputs)
@@ -294,7 +295,7 @@ class Trainer:
 
         def loss_of(number: int, value_of: ValueOf) -> Tensor:
             values = self._inputs(number)
-            with fast_products(weights, self.specs.values()):
+            with self.precision.products():
                 target = target_of(number)
                 # The backward pass computes each block once more, so that no more than one block's values are alive.
                 for stretch, needed in zip(stretches, kept, strict=True):
@@ -303,7 +304,7 @@ class Trainer:
                 return prediction_divergence(values[outputs[0]], target[0], self.batches[number])
             return relative_error(as_tokens(outputs, [values[node] for node in outputs]), as_tokens(outputs, target))
 
-        dtypes = {name: weight.dtype for name, weight in zip(self.specs, weights, strict=True)}
+        dtypes = {name: get_tensor(self.working, name).dtype for name in self.specs}
         choice, before, after, curve = distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator)
         self._keep(choice, tensors.scaled)
         self.distillation = BlockReport(tuple(self.specs), before, after, {"distill": after}, {"distill": curve})

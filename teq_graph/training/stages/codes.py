@@ -8,9 +8,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from teq_graph.quantization import Grid, LearnedWeight, dequantize, descend, fin
 from teq_graph.report import Curve
 from teq_graph.system.progress import Task
 from teq_graph.training.optimize import Learned, optimize
+from teq_graph.training.precision import Precision
 
 LATENT_RATE = 6e-3
 """Of rounding, in codes per step."""
@@ -43,7 +43,8 @@ class BlockProblem:
     means: for each weight the mean [groups, K] of those.
     floats: the block's other parameters that may change, by name: gains and biases [n].
     bias_of: weight name -> name of its linear's bias among `floats`.
-    loss_of: number of a batch and the block's tensors, by name -> error of the block's outputs.
+    loss_of: number of a batch and the block's tensors, by name -> error of the block's outputs, its products computed
+        with `precision`.
     """
 
     weights: Mapping[str, Tensor]
@@ -54,6 +55,7 @@ class BlockProblem:
     bias_of: Mapping[str, str]
     loss_of: Callable[[int, Mapping[str, Tensor]], Tensor]
     batches: int
+    precision: Precision
 
     def scale_dtype(self, name: str) -> torch.dtype:
         """The dtype in which the scales of a weight are stored."""
@@ -145,8 +147,10 @@ def tune(
     }
     floats = {name: LearnedVector(choice.floats.get(name, start)) for name, start in problem.floats.items()}
 
+    dtypes = {name: problem.precision.weight_dtype(problem.scale_dtype(name)) for name in weights}
+
     def tensors() -> dict[str, Tensor]:
-        values = {name: weight.value(problem.scale_dtype(name)) for name, weight in weights.items()}
+        values = {name: weight.value(dtypes[name]) for name, weight in weights.items()}
         return {**values, **{name: vector.value() for name, vector in floats.items()}}
 
     def loss_of(number: int) -> Tensor:
@@ -179,16 +183,3 @@ class LearnedVector:
     def value(self) -> Tensor:
         """The vector as it is now, in its own dtype."""
         return (self.start + self.unit * self.change).to(self.start.dtype)
-
-
-def fast_products(weights: Iterable[Tensor], specs: Iterable[WeightSpec]) -> contextlib.AbstractContextManager[object]:
-    """Products in bfloat16 where the hardware has them and 8 significant bits are more than the codes have."""
-    weights = tuple(weights)
-    if not weights:
-        return contextlib.nullcontext()
-    device = weights[0].device.type
-    has = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    coarse = all(spec.bits <= 4 for spec in specs)
-    if has and coarse and all(weight.dtype == torch.float32 for weight in weights):
-        return torch.autocast(device, torch.bfloat16)
-    return contextlib.nullcontext()
