@@ -27,6 +27,7 @@ from teq_graph.onnx.runtime.session import open_directory
 from teq_graph.passes.fold_batch_norms import FoldBatchNorms
 from teq_graph.passes.normalize_convolutions import NormalizeConvolutions
 from teq_graph.quantization import descend
+from teq_graph.training.precision import Precision
 from teq_graph.training.stages.codes import BlockProblem, gptq, round_to_nearest
 
 CHANNELS, SIZE = 8, 12
@@ -359,7 +360,8 @@ def test_gptq_of_groups_is_that_of_each_group() -> None:
     weight, rows = torch.randn(groups * n, k), torch.randn(groups, 200, k) @ torch.randn(groups, k, k)
     spec = WeightSpec(3, 16)
     problem = BlockProblem(
-        {"w": weight}, {"w": spec}, {"w": rows.mT @ rows / 200}, {"w": rows.mean(1)}, {}, {}, lambda *_: weight.sum(), 1
+        {"w": weight}, {"w": spec}, {"w": rows.mT @ rows / 200}, {"w": rows.mean(1)}, {}, {}, lambda *_: weight.sum(), 1,
+        Precision("cpu", is_bfloat16=False),
     )
     rounded = round_to_nearest(problem)
     codes, grid = gptq(problem, rounded).codes["w"]

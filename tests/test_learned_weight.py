@@ -144,7 +144,7 @@ def test_codes_that_stay_on_scales_that_learn(spec: WeightSpec, scale_dtype: tor
     grid = find_grid(weight, spec, scale_dtype)
     scaled = ScaledCodes(quantize(weight, grid), grid, scale_dtype)
     scaled.log_scale.add_(torch.randn_like(scaled.log_scale) * 0.1).requires_grad_()
-    value = scaled.value()
+    value = scaled.value(scale_dtype)
     assert value.dtype == scale_dtype
     (actual,) = torch.autograd.grad(value, scaled.log_scale, incoming.to(scale_dtype))
     exact = scaled.log_scale.detach().double().requires_grad_()

@@ -22,6 +22,7 @@ from teq_graph.config import TUNED, QuantizationConfig, TrainingConfig, WeightSp
 from teq_graph.quantization import dequantize
 from teq_graph.system.progress import Task
 from teq_graph.training.losses import relative_error
+from teq_graph.training.precision import Precision
 from teq_graph.training.stages.codes import (
     BlockProblem,
     Choice,
@@ -79,6 +80,7 @@ class TwoLayers:
             bias_of={"up": "bias", "down": "other"},
             loss_of=lambda number, t: relative_error([output(self.inputs[number], t)], [target[number]]),
             batches=len(self.inputs),
+            precision=Precision("cpu", is_bfloat16=False),
         )
 
 

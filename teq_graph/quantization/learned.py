@@ -92,10 +92,10 @@ class ScaledCodes:
         self.codes, self.grid, self.scale_dtype = codes, grid, scale_dtype
         self.log_scale = torch.zeros_like(grid.scales)
 
-    def value(self) -> Tensor:
-        """The weight [N, K] in the dtype of its scales, differentiable in `log_scale`."""
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """The weight [N, K], rounded to `dtype`, differentiable in `log_scale`."""
         apply: Callable[..., Tensor] = _Scale.apply
-        return apply(self.log_scale, self.codes, self.grid).to(self.scale_dtype)
+        return apply(self.log_scale, self.codes, self.grid, dtype)
 
     def result(self) -> tuple[Tensor, Grid]:
         """Codes and grid as they are now; scales rounded to their dtype."""
@@ -112,18 +112,18 @@ class _Scale(torch.autograd.Function):
     """The derivative of a weight by its group's a is the weight."""
 
     @staticmethod
-    def forward(ctx: Any, log_scale: Tensor, codes: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: Any, log_scale: Tensor, codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
         value = dequantize(codes, dataclasses.replace(grid, scales=grid.scales * log_scale.exp()))
         ctx.save_for_backward(value)
         ctx.block_size = grid.block_size
-        return value
+        return value.to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (value,) = ctx.saved_tensors
-        groups = split_groups(grad * value, ctx.block_size)
-        return torch.cat([terms.sum(-1) for terms, _ in groups], 1), None, None
+        groups = split_groups(grad.float() * value, ctx.block_size)
+        return torch.cat([terms.sum(-1) for terms, _ in groups], 1), None, None, None
 
 
 class _Quantize(torch.autograd.Function):

@@ -189,9 +189,8 @@ class BlockTrainer:
         for values in self.values:
             with torch.no_grad(), self.precision.products():
                 env = advance(nodes, {**values, **constants}, sources)
-            with self.precision.inputs():
-                for reading in readings:
-                    moments[reading].add(reading, *(env[node] for node in reading.nodes))
+            for reading in readings:
+                moments[reading].add(reading, *(env[node] for node in reading.nodes))
         self.rows = {name: moments[reading].rows() for name, reading in reading_of.items() if reading.experts}
         second, first = {}, {}
         for reading in readings:

@@ -52,7 +52,10 @@ def next_token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def prediction_divergence(logits: Tensor, target: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """KL(target || logits) in nats, mean over the tokens that are no padding; both [b, s, vocab]."""
+    """KL(target || logits) in nats, mean over the tokens that are no padding; both [b, s, vocab].
+
+    Where `logits` learn, `target` has been used up: its memory takes the slope.
+    """
     mask = batch.get("attention_mask")
     if mask is not None and not bool((present := mask.bool().to(logits.device)).all()):
         logits, target = logits[present], target[present]
@@ -68,7 +71,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
         total = logits.new_zeros((), dtype=torch.float32)
         learns = ctx.needs_input_grad[0]
-        slope = torch.empty_like(logits if learns else logits[:0])
+        slope = target if target.dtype == logits.dtype else torch.empty_like(logits if learns else logits[:0])
         for first in range(0, len(logits), TOKENS):
             run = slice(first, first + TOKENS)
             log_q, log_p = (part[run].float().log_softmax(-1) for part in (logits, target))
@@ -76,14 +79,14 @@ class _Divergence(torch.autograd.Function):
             total += torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
             if learns:
                 slope[run] = log_q.exp_().sub_(p).div_(len(logits))
-        ctx.save_for_backward(slope)
+        ctx.slope = slope
         return total / len(logits)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * grad, None
+        slope, ctx.slope = ctx.slope, None
+        return slope.mul_(grad), None
 
 
 def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:

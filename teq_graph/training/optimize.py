@@ -58,6 +58,7 @@ def optimize(
         schedule.step()
         # Not beside the activations of the next step.
         optimizer.zero_grad()
+        del loss
         if smallest is not None:
             with torch.no_grad():
                 for tensor in tensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Precision:
 
 @contextlib.contextmanager
 def _rounded_inputs() -> Iterator[None]:
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set by its module
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

@@ -54,6 +54,8 @@ from teq_graph.training.tensors import StretchTensors
 
 MODEL_LEARNING_RATE = 1e-3  # arXiv 2310.10944, section 4.1, as are the betas
 BETAS = (0.9, 0.9)
+BLOCKS_PER_TRIM = 8
+"""Blocks through which the whole model's step goes before it gives back what their gaps hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +275,7 @@ class Trainer:
 
     def _distill(self) -> None:
         """The whole model once more, for the floats that are left."""
+        memory.trim()
         nodes = [node for block in self.blocks for node in block.nodes]
         outputs = self.blocks[-1].outputs
         tensors = StretchTensors(self.inserted, nodes)
@@ -289,23 +292,28 @@ class Trainer:
         kept[-1] = set(outputs)
         target_of = self.reference.targets(self.blocks)
 
-        def through(stretch: StretchTensors, values: Values, needed: set[Node], value_of: ValueOf) -> Values:
+        def through(index: int, values: Values, value_of: ValueOf) -> Values:
+            stretch = stretches[index]
+            if index % BLOCKS_PER_TRIM == 0:
+                memory.trim()
             changed = {name: value_of(name) for name in stretch.nodes_of if name in start.codes or name in start.floats}
-            return advance(stretch.nodes, {**values, **constants, **stretch.by_node(changed)}, needed)
+            return advance(stretch.nodes, {**values, **constants, **stretch.by_node(changed)}, kept[index])
 
         def loss_of(number: int, value_of: ValueOf) -> Tensor:
             values = self._inputs(number)
             with self.precision.products():
                 target = target_of(number)
                 # The backward pass computes each block once more, so that no more than one block's values are alive.
-                for stretch, needed in zip(stretches, kept, strict=True):
-                    values = checkpoint(through, stretch, values, needed, value_of, use_reentrant=False)
+                for index in range(len(stretches)):
+                    values = checkpoint(through, index, values, value_of, use_reentrant=False)
             if self.captured.decoder is not None:
                 return prediction_divergence(values[outputs[0]], target[0], self.batches[number])
             return relative_error(as_tokens(outputs, [values[node] for node in outputs]), as_tokens(outputs, target))
 
         dtypes = {name: get_tensor(self.working, name).dtype for name in self.specs}
-        choice, before, after, curve = distill(start, dtypes, loss_of, len(self.batches), self.config, self.generator)
+        choice, before, after, curve = distill(
+            start, dtypes, self.precision, loss_of, len(self.batches), self.config, self.generator
+        )
         self._keep(choice, tensors.scaled)
         self.distillation = BlockReport(tuple(self.specs), before, after, {"distill": after}, {"distill": curve})
 

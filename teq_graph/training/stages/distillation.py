@@ -17,6 +17,7 @@ from teq_graph.report import Curve
 from teq_graph.system.progress import task
 from teq_graph.training.losses import mean_loss
 from teq_graph.training.optimize import Learned, optimize
+from teq_graph.training.precision import Precision
 from teq_graph.training.stages.codes import Choice, LearnedVector
 
 RATE = 1.5e-3
@@ -35,6 +36,7 @@ ValueOf = Callable[[str], Tensor]
 def distill(
     start: Choice,
     dtypes: Mapping[str, torch.dtype],
+    precision: Precision,
     loss_of: Callable[[int, ValueOf], Tensor],
     batches: int,
     config: TrainingConfig,
@@ -43,14 +45,14 @@ def distill(
     """Group scales and floats that bring the loss down; the loss before, as they are, and on the way.
 
     `dtypes` are those in which each weight's scales are stored, and `loss_of` takes the number of a batch and what
-    gives a tensor of `start` as it is now. What does not bring the loss down is not kept.
+    gives a tensor of `start` as it is now, a weight for products with `precision`. What does not bring the loss down is
+    not kept.
     """
     weights = {name: ScaledCodes(*chosen, dtypes[name]) for name, chosen in start.codes.items()}
     floats = {name: LearnedVector(tensor) for name, tensor in start.floats.items()}
-    learned_of: dict[str, ScaledCodes | LearnedVector] = {**weights, **floats}
 
     def value_of(name: str) -> Tensor:
-        return learned_of[name].value()
+        return weights[name].value(precision.weight_dtype(dtypes[name])) if name in weights else floats[name].value()
 
     def loss(number: int) -> Tensor:
         return loss_of(number, value_of)
