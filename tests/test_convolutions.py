@@ -360,7 +360,14 @@ def test_gptq_of_groups_is_that_of_each_group() -> None:
     weight, rows = torch.randn(groups * n, k), torch.randn(groups, 200, k) @ torch.randn(groups, k, k)
     spec = WeightSpec(3, 16)
     problem = BlockProblem(
-        {"w": weight}, {"w": spec}, {"w": rows.mT @ rows / 200}, {"w": rows.mean(1)}, {}, {}, lambda *_: weight.sum(), 1,
+        {"w": weight},
+        {"w": spec},
+        {"w": rows.mT @ rows / 200},
+        {"w": rows.mean(1)},
+        {},
+        {},
+        lambda *_: weight.sum(),
+        1,
         Precision("cpu", is_bfloat16=False),
     )
     rounded = round_to_nearest(problem)

@@ -137,6 +137,22 @@ def test_the_gradient_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(mine, first, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("k", [64, 83])
+def test_a_value_for_products_in_bfloat16(k: int) -> None:
+    learned, incoming = started(WeightSpec(3, 16), k=k), torch.randn(6, k).bfloat16()
+    change(learned, 0.1)
+    leaves = [tensor.requires_grad_() for tensor in (learned.latent, learned.log_scale, learned.zero)]
+    exact, rounded = learned.value(), learned.value(torch.bfloat16)
+    # A product computes the gradient of a weight that is not contiguous in another layout, which costs more.
+    assert rounded.is_contiguous() and torch.equal(rounded, exact.bfloat16())
+    for mine, expected in zip(
+        torch.autograd.grad(rounded, leaves, incoming),
+        torch.autograd.grad(exact, leaves, incoming.float()),
+        strict=True,
+    ):
+        assert torch.equal(mine, expected)
+
+
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_codes_that_stay_on_scales_that_learn(spec: WeightSpec, scale_dtype: torch.dtype) -> None:
