@@ -1,5 +1,7 @@
 """Products while codes are chosen are as exact as the codes, and no other product is any less exact for it."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -48,7 +50,7 @@ def test_products_of_rounded_inputs_are_float32_and_end_with_their_block() -> No
     exact = torch.nn.functional.linear(x.double(), weight.double())
     before = torch.nn.functional.linear(x, weight)
     settings = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    with pytest.raises(ZeroDivisionError), Precision("cpu", True).inputs():
+    with contextlib.suppress(ZeroDivisionError), Precision("cpu", True).inputs():
         rounded = torch.nn.functional.linear(x, weight)
         raise ZeroDivisionError
     assert torch.backends.mkldnn.matmul.fp32_precision == settings  # type: ignore[attr-defined]
