@@ -31,7 +31,7 @@ class FloatReference:
     """The captured graph, as it is, and the calibration batches.
 
     Nodes of a clone are known by their names. No more than one block's activations are alive, each computed once.
-    `precision` is that of the products, whose inputs are rounded where codes are coarse.
+    `precision` is that of the products of `walk`, but for those that are computed again.
     """
 
     captured: CapturedGraph

@@ -275,7 +275,7 @@ class Trainer:
 
     def _distill(self) -> None:
         """The whole model once more, for the floats that are left."""
-        memory.trim()
+        memory.trim()  # of what the blocks left
         nodes = [node for block in self.blocks for node in block.nodes]
         outputs = self.blocks[-1].outputs
         tensors = StretchTensors(self.inserted, nodes)
