@@ -49,48 +49,48 @@ GENERAL = {
     64: Tiling(tokens=64, row_tiles=2, warps_n=8, warps_k=1),
 }
 """What takes every shape, by the most tokens it is for. More tokens want more rows for what a block reads of A."""
-STREAM_8 = StreamTiling(tokens=8, row_tiles=2, warps=8, stages=4)
-STREAM_16 = StreamTiling(tokens=16, row_tiles=2, warps=8, stages=4)
-SHORT_16 = StreamTiling(tokens=16, row_tiles=2, warps=8, stages=3)
+STREAM_8 = StreamTiling(tokens=8, row_tiles=2, warps=8, stages=3, blocks=2)
+STREAM_16 = StreamTiling(tokens=16, row_tiles=2, warps=8, stages=3, blocks=1)
+TILE_8 = TileTiling(tokens=8, row_tiles=2, warps=4, stages=5, blocks=2)
 TILE_16 = TileTiling(tokens=16, row_tiles=2, warps=4, stages=4, blocks=2)
 TILE_32 = TileTiling(tokens=32, row_tiles=2, warps=4, stages=3, blocks=3)
 TILE_64 = TileTiling(tokens=64, row_tiles=2, warps=4, stages=3, blocks=2)
 TILE_128 = TileTiling(tokens=128, row_tiles=2, warps=4, stages=2, blocks=2)
 WIDE_32 = TileTiling(tokens=32, row_tiles=2, warps=8, stages=3, blocks=1)
 WIDE_128 = TileTiling(tokens=128, row_tiles=2, warps=8, stages=3, blocks=1)
-WARPGROUPS = (
-    WarpgroupTiling(tokens=32, row_tiles=1, warpgroups=2, stages=4, blocks=2),
-    WarpgroupTiling(tokens=64, row_tiles=1, warpgroups=2, stages=4, blocks=2),
-    WarpgroupTiling(tokens=128, row_tiles=1, warpgroups=2, stages=4, blocks=1),
-    WarpgroupTiling(tokens=128, row_tiles=2, warpgroups=2, stages=3, blocks=1),
-    WarpgroupTiling(tokens=256, row_tiles=1, warpgroups=2, stages=3, blocks=1),
-)
-"""For 32 tokens and more. They were emulated and have not run on a GPU yet, so no table has them: tools/tune_matmul.py
-checks and times them there."""
+GROUPS_32 = WarpgroupTiling(tokens=32, row_tiles=1, warpgroups=2, stages=4, blocks=2)
+GROUPS_64 = WarpgroupTiling(tokens=64, row_tiles=1, warpgroups=2, stages=4, blocks=2)
+WIDE_GROUPS_64 = WarpgroupTiling(tokens=64, row_tiles=1, warpgroups=4, stages=4, blocks=1)
+WIDE_GROUPS_128 = WarpgroupTiling(tokens=128, row_tiles=1, warpgroups=4, stages=3, blocks=1)
+FALLBACKS = (TILE_16, TILE_64)
+"""For few and for many tokens, where the wanted tiling has no room."""
 
-# By the most tokens each is for; with more, dequantizing the weight for torch's product is faster. Measured by
-# tools/tune_matmul.py on an H100 80GB HBM3 (132 multiprocessors) on 2026-11-27, in float16, groups of 128, cold L2, of
-# 28672 x 4096 at 2, 3, 4 and 8 bits, of 4096 x 4096 and 4096 x 14336 at 4. A tiling is here where it wins by 5 % at
-# some product. Between the numbers of tokens that were measured times are interpolated. GPUs that were not measured
-# take the same table.
-LARGE: dict[int, AnyTiling] = {8: STREAM_8, 16: STREAM_16, 32: TILE_32, 64: TILE_64, 128: TILE_128, 192: TILE_64}
-# Not measured: with a stage less, a row of 16 tokens at 4 bits has room and K is not split, which took 42 us, where 3
-# bits, not split, took 37.
-LARGE_4: dict[int, AnyTiling] = {**LARGE, 16: SHORT_16}
-LONG: dict[int, AnyTiling] = {8: STREAM_8, 16: TILE_16, 32: TILE_32, 64: TILE_64, 256: TILE_128}
-SMALL: dict[int, AnyTiling] = {8: STREAM_8, 16: GENERAL[16], 32: GENERAL[32], 64: GENERAL[64], 128: TILE_64}
-BYTES: dict[int, AnyTiling] = {16: TILE_16, 32: WIDE_32, 64: TILE_64, 128: WIDE_128, 192: TILE_64}
+Table = dict[int, AnyTiling]
+"""Tilings by the most tokens each is for, ascending; with more, weights are dequantized for torch's product."""
+
+# Measured by tools/tune_matmul.py in float16, groups of 128, cold L2, of 28672 x 4096 at 2, 3, 4 and 8 bits and of
+# 4096 x 4096 and 4096 x 14336 at 4. Between the numbers of tokens that were measured times are interpolated.
+# With products of warpgroups, on an H200 (132 multiprocessors), 2026-11-28:
+GROUPS: Table = {8: STREAM_8, 16: STREAM_16, 32: GROUPS_32, 64: GROUPS_64, 256: WIDE_GROUPS_128}
+GROUPS_SMALL: Table = {8: STREAM_8, 16: STREAM_16, 32: GROUPS_32, 128: GROUPS_64}
+GROUPS_BYTES: Table = {8: TILE_8, 16: TILE_16, 32: GROUPS_32, 64: WIDE_GROUPS_64, 256: WIDE_GROUPS_128}
+# Without them, on an H100 80GB HBM3 (as many), 2026-11-27, up to 16 tokens as above. GPUs that have no such products
+# take these, although none was measured.
+LARGE: Table = {8: STREAM_8, 16: STREAM_16, 32: TILE_32, 64: TILE_64, 128: TILE_128, 192: TILE_64}
+LONG: Table = {8: STREAM_8, 16: STREAM_16, 32: TILE_32, 64: TILE_64, 256: TILE_128}
+SMALL: Table = {8: STREAM_8, 16: STREAM_16, 32: GENERAL[32], 64: GENERAL[64], 128: TILE_64}
+BYTES: Table = {8: TILE_8, 16: TILE_16, 32: WIDE_32, 64: TILE_64, 128: WIDE_128, 192: TILE_64}
 
 
-def table_of(n: int, k: int, bits: int) -> dict[int, AnyTiling]:
-    """The measured table for a weight [n, k]: the most tokens of each tiling, in ascending order."""
+def table_of(n: int, k: int, bits: int, warpgroups: bool) -> Table:
+    """The measured table for a weight [n, k]."""
     if bits == 8:
-        return BYTES
-    if n * k <= 2**25:
-        return SMALL  # few blocks: what a block costs to begin and to end counts
-    if k > 2 * n:
-        return LONG
-    return LARGE_4 if bits == 4 else LARGE
+        return GROUPS_BYTES if warpgroups else BYTES
+    if n * k <= 2**25:  # few blocks: what a block costs to begin and to end counts
+        return GROUPS_SMALL if warpgroups else SMALL
+    if warpgroups:
+        return GROUPS
+    return LONG if k > 2 * n else LARGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +138,10 @@ class Dequantizer:
 
 
 def tilings_of(bits: int) -> list[AnyTiling]:
-    """Those that serve some product of codes of `bits` bits, or may do so."""
-    tables = {8: (BYTES,), 4: (LARGE_4, LARGE, LONG, SMALL)}.get(bits, (LARGE, LONG, SMALL))
+    """Those that serve some product of codes of `bits` bits."""
+    tables = (GROUPS_BYTES, BYTES) if bits == 8 else (GROUPS, GROUPS_SMALL, LARGE, LONG, SMALL)
     chosen = (tiling for table in tables for tiling in table.values())
-    warpgroups = (tiling for tiling in WARPGROUPS if tiling.shared_bytes(bits) <= HOPPER_SHARED_LIMIT)
-    return list(dict.fromkeys([*GENERAL.values(), *chosen, *warpgroups]))
+    return list(dict.fromkeys([*GENERAL.values(), *FALLBACKS, *chosen]))
 
 
 def variants() -> Iterator[Variant]:
@@ -226,13 +225,14 @@ class Product:
 
 def make_plan(dtype: torch.dtype, m: int, n: int, k: int, bits: int, block_size: int, device: Device) -> Plan | None:
     """For A [m, k] of `dtype` and B [n, k]; None where B had better be dequantized for torch's product."""
-    tiling = next((tiling for most, tiling in table_of(n, k, bits).items() if m <= most), None)
+    tiling = next((tiling for most, tiling in table_of(n, k, bits, device.warpgroups).items() if m <= most), None)
     return None if tiling is None else fit(Product(dtype, m, n, k, bits, block_size), tiling, device)
 
 
 def fit(product: Product, wanted: AnyTiling, device: Device) -> Plan:
     """A plan by the tiling that is wanted, or by the nearest that the product and the device have room for."""
-    for tiling in (wanted, TILE_16 if wanted.tokens <= TILE_16.tokens else TILE_64):
+    few, many = FALLBACKS
+    for tiling in (wanted, few if wanted.tokens <= few.tokens else many):
         if (plan := plan_by(product, tiling, device)) is not None:
             return plan
     return general_plan(product, next((t for most, t in GENERAL.items() if product.m <= most), GENERAL[64]), device)
@@ -263,9 +263,8 @@ def stream_plan(product: Product, tiling: StreamTiling, device: Device) -> Plan 
         shared = tiling.shared_bytes(product.bits, product.blocks, min(m, tiling.tokens), split, ahead)
         if shared > device.shared_limit:
             continue
-        tiles = ceil_div(n, tiling.rows)
-        turns = ceil_div(tiles, max(1, device.processors // splits))
-        grid = (ceil_div(tiles, turns), ceil_div(m, tiling.tokens), splits)
+        across = max(1, _room(tiling, shared, device) * device.processors // splits)
+        grid = (min(ceil_div(n, tiling.rows), across), ceil_div(m, tiling.tokens), splits)
         return product.plan(tiling, grid, shared, split, ahead=ahead)
     return None
 
@@ -276,12 +275,17 @@ def tile_plan(product: Product, tiling: TileTiling | WarpgroupTiling, device: De
     shared = tiling.shared_bytes(product.bits)
     if shared > device.shared_limit:
         return None
-    room = min(tiling.blocks, (device.shared_limit + 1024) // (shared + 1024))  # a block takes 1 KiB for itself
     across = ceil_div(n, tiling.rows) * ceil_div(m, tiling.tokens)
+    room = _room(tiling, shared, device)
     splits = max(1, min(room * device.processors // across, ceil_div(k, STEP) // (2 * tiling.stages)))
     split = ceil_div(ceil_div(k, unit), splits) * unit
     grid = (ceil_div(n, tiling.rows), ceil_div(m, tiling.tokens), ceil_div(k, split))
     return product.plan(tiling, grid, shared, split)
+
+
+def _room(tiling: StreamTiling | TileTiling | WarpgroupTiling, shared: int, device: Device) -> int:
+    """Blocks with so much shared memory on a multiprocessor at once; each takes 1 KiB for itself."""
+    return min(tiling.blocks, (device.shared_limit + 1024) // (shared + 1024))
 
 
 def general_plan(product: Product, tiling: Tiling, device: Device) -> Plan:

@@ -5,14 +5,14 @@
 #include "matmul_nbits.cuh"
 
 // How a block's work is cut up: its warps share 16 * ROW_TILES rows of B and take turns over K.
-template <int BITS_, int TOKENS_, int ROW_TILES_, int WARPS_, int STAGES_>
+template <int BITS_, int TOKENS_, int ROW_TILES_, int WARPS_, int STAGES_, int BLOCKS_>
 struct StreamTiling {
   static constexpr int BITS = BITS_;
   static constexpr int TOKENS = TOKENS_;        // rows of A; in tiles of 8
   static constexpr int ROW_TILES = ROW_TILES_;  // tiles of 16 rows of B
   static constexpr int WARPS = WARPS_;          // over K
   static constexpr int STAGES = STAGES_;        // steps of a warp that are on their way
-  static constexpr int BLOCKS = 1;
+  static constexpr int BLOCKS = BLOCKS_;  // on a multiprocessor
   static constexpr int TOKEN_TILES = TOKENS / 8;
   static constexpr int ROWS = 16 * ROW_TILES;
   static constexpr int THREADS = LANES * WARPS;

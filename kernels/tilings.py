@@ -64,12 +64,14 @@ class Tiling:
 @dataclasses.dataclass(frozen=True)
 class StreamTiling:
     """Blocks that stay and walk through tiles of 16 * `row_tiles` rows of B; `warps` take turns over K, each with
-    `stages` steps under way. Takes rows of whole steps. The formulas are those of stream.cuh."""
+    `stages` steps under way; registers for `blocks` on a multiprocessor. Takes rows of whole steps. The formulas are
+    those of stream.cuh."""
 
     tokens: int
     row_tiles: int
     warps: int
     stages: int
+    blocks: int
 
     struct: ClassVar = "StreamTiling"
     block: ClassVar = "stream_block"

@@ -49,7 +49,7 @@ def test_faults_of_warpgroups_are_noticed(fault: str, tmp_path: Path) -> None:
     weight = quantize_weight(torch.randn(123, 1000), WeightSpec(4, 32), torch.float16)
     a = torch.randn(59, 1000).half()
     product = Product(a.dtype, len(a), weight.n, weight.k, weight.bits, weight.block_size)
-    made = plan.plan_by(product, plan.WARPGROUPS[1], Device(1, plan.HOPPER_SHARED_LIMIT, warpgroups=True))
+    made = plan.plan_by(product, plan.GROUPS_64, Device(1, plan.HOPPER_SHARED_LIMIT, warpgroups=True))
     assert made is not None
     library = cuda_emulation.build(tmp_path, [made.variant], kernels)
     expected = a.double() @ weight.dequantize(a.dtype).double().t()

@@ -130,7 +130,7 @@ def test_emulated_codes(
     expected = weight.dequantize(dtype).t()[:: 5 if group_size == 32 else 7]
     assert torch.equal(general, expected)
     if plan.refusal(k, weight.block_size) is None and weight.packed[0].numel() * 8 // bits % tilings.STEP == 0:
-        for tiling in (plan.TILE_16, plan.WARPGROUPS[0]):
+        for tiling in (plan.TILE_16, plan.GROUPS_32):
             assert torch.equal(emulate(plan_of(tiling, rows, weight), rows, weight, None), expected)
 
 

@@ -70,7 +70,7 @@ def test_loop_of_many_tokens(bits: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("tiling", [plan.WARPGROUPS[1], plan.WARPGROUPS[3]], ids=str)
+@pytest.mark.parametrize("tiling", [plan.GROUPS_64, plan.WIDE_GROUPS_128], ids=str)
 def test_loop_of_warpgroups(bits: int, tiling: WarpgroupTiling, tmp_path: Path) -> None:
     """A step of 128 columns: all products under way at once but for those whose registers the next weights take."""
     loop = machine_code(Variant(torch.float16, bits, tiling, False), HOPPER, tmp_path).innermost("HGMMA")

@@ -13,7 +13,7 @@ import torch
 from teq_graph.config import BITS
 from teq_graph.kernels import cuda, plan, program
 from teq_graph.kernels.parameters import PARAMETERS, POINTERS, SIZES
-from teq_graph.kernels.tilings import STEP, AnyTiling, StreamTiling, Tiling
+from teq_graph.kernels.tilings import STEP, AnyTiling, StreamTiling, Tiling, WarpgroupTiling
 
 SHAPES = [
     (256, 5 * 896),
@@ -41,7 +41,9 @@ def check_plan(made: plan.Plan, m: int, n: int, k: int, block: int, device: plan
     tiling = made.variant.tiling
     if isinstance(tiling, StreamTiling):
         tiles = -(-n // tiling.rows)
-        assert 1 <= made.grid[0] <= tiles and made.grid[0] * made.grid[2] <= max(device.processors, made.grid[2])
+        room = (device.shared_limit + 1024) // (made.shared_bytes + 1024)  # a block takes 1 KiB for itself
+        at_once = min(tiling.blocks, room) * device.processors
+        assert 1 <= made.grid[0] <= tiles and made.grid[0] * made.grid[2] <= max(at_once, made.grid[2])
         least = k - (made.grid[2] - 1) * made.split
         assert -(-least // STEP) >= tiling.warps, "a warp has a step of every tile"
     else:
@@ -75,7 +77,7 @@ def test_every_plan_covers_the_product_within_the_limits(bits: int, block_size: 
     for (n, k), m, device in itertools.product(SHAPES, TOKENS, DEVICES):
         block = block_of(block_size, k)
         made = plan.make_plan(torch.float16, m, n, k, bits, block, device)
-        assert (made is None) == (m > max(plan.table_of(n, k, bits)))
+        assert (made is None) == (m > max(plan.table_of(n, k, bits, device.warpgroups)))
         if made is not None:
             assert made.variant in kinds
             check_plan(made, m, n, k, block, device)
@@ -96,11 +98,12 @@ def test_every_tiling_takes_what_it_is_asked_for(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_table_on_the_gpu_that_it_was_measured_on(bits: int) -> None:
     """Every choice fits there: a table of what does not would say nothing."""
-    for n, k in ((28672, 4096), (4096, 4096), (4096, 14336)):
-        table = plan.table_of(n, k, bits)
+    for (n, k), warpgroups in itertools.product(((28672, 4096), (4096, 4096), (4096, 14336)), (False, True)):
+        table = plan.table_of(n, k, bits, warpgroups)
         assert list(table) == sorted(table)
         for m, tiling in table.items():
-            made = plan.make_plan(torch.float16, m, n, k, bits, 128, DEVICES[-1])
+            device = dataclasses.replace(DEVICES[-1], warpgroups=warpgroups)
+            made = plan.make_plan(torch.float16, m, n, k, bits, 128, device)
             assert made is not None and made.variant.tiling == tiling
             assert tiling.tokens >= min(m, 64), "a tiling for fewer tokens would read weights several times"
 
@@ -118,7 +121,9 @@ def test_small_gpus_take_what_they_have_room_for() -> None:
 
 def test_warpgroups_are_of_some_gpus() -> None:
     product = plan.Product(torch.float16, 256, 28672, 4096, 4, 128)
-    for tiling in plan.WARPGROUPS:
+    for tiling in plan.GROUPS.values():
+        if not isinstance(tiling, WarpgroupTiling):
+            continue
         assert plan.plan_by(product, tiling, dataclasses.replace(DEVICES[-1], warpgroups=False)) is None
         made = plan.plan_by(product, tiling, DEVICES[-1])
         assert made is not None
@@ -141,8 +146,9 @@ def test_few_rows_are_split_over_processors() -> None:
     assert grid(64, plan.GENERAL[64], plan.Device(16)) == (16, 1, 1)
     assert grid(1, plan.GENERAL[2], plan.Device(132)) == (256, 1, 1)
     assert grid(1, plan.STREAM_8, DEVICES[-1]) == (128, 1, 1)
-    assert grid(16, plan.STREAM_16, DEVICES[-1]) == (64, 1, 2)
-    assert grid(16, plan.SHORT_16, DEVICES[-1]) == (128, 1, 1), "which it is for"
+    assert grid(16, plan.STREAM_16, DEVICES[-1]) == (128, 1, 1)
+    longer = dataclasses.replace(plan.STREAM_16, stages=4)
+    assert grid(16, longer, DEVICES[-1]) == (66, 1, 2), "which has no room for all of K"
     assert grid(64, plan.TILE_64, DEVICES[-1]) == (32, 1, 5)
     assert grid(64, plan.TILE_64, plan.Device(16, plan.HOPPER_SHARED_LIMIT)) == (32, 1, 1)
 

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 import model_matmul
 from machine_code import disassembler, machine_code
 
-WIDE = plan.WARPGROUPS[3]
+WIDE = plan.WIDE_GROUPS_128
 
 
 def bounds(m: int, tiling: AnyTiling, instructions: int = 1000) -> model_matmul.Bounds:
@@ -30,7 +30,7 @@ def bounds(m: int, tiling: AnyTiling, instructions: int = 1000) -> model_matmul.
 def test_bounds_of_one_tile_for_each_multiprocessor() -> None:
     made = bounds(128, WIDE)
     assert made.tensor == pytest.approx(256 * 128 * 4096 / 2048 / 1755)
-    assert made.issue == pytest.approx(4096 / 128 * 1000 * 8 / 4 / 1755)
+    assert made.issue == pytest.approx(4096 / 128 * 1000 * 16 / 4 / 1755)
     weights = 132 * 256 * (4096 / 2 + 32 * 2.5)
     results = 2 * 128 * 132 * 256
     assert made.memory == pytest.approx((weights + 2 * 128 * 4096 + results) / 2770e3)
@@ -46,13 +46,13 @@ def test_more_tokens_read_weights_again_and_take_turns() -> None:
 
 
 @pytest.mark.skipif(disassembler() is None, reason="cuobjdump is not installed")
-@pytest.mark.parametrize(("tiling", "loops"), [(plan.STREAM_8, 1), (plan.TILE_16, 4), (plan.WARPGROUPS[0], 1)], ids=str)
+@pytest.mark.parametrize(("tiling", "loops"), [(plan.STREAM_8, 1), (plan.TILE_16, 4), (plan.GROUPS_32, 1)], ids=str)
 def test_instructions_of_a_step(tiling: AnyTiling, loops: int, tmp_path: Path) -> None:
     """An inner loop over quarters of a step counts four times."""
     made = plan.plan_by(Product(torch.float16, 8, 4096, 4096, 4, 128), tiling, model_matmul.H100)
     assert made is not None
     code = machine_code(made.variant, model_matmul.ARCHITECTURE, tmp_path)
-    product = "HGMMA" if tiling is plan.WARPGROUPS[0] else "HMMA"
+    product = "HGMMA" if tiling is plan.GROUPS_32 else "HMMA"
     step, inner = code.innermost(product, "LDGSTS"), code.innermost(product)
     assert (len(inner) < len(step)) == (loops > 1)
     assert model_matmul.instructions_of_step(code, made) == len(step) + (loops - 1) * len(inner)

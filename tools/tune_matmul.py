@@ -27,7 +27,7 @@ from teq_graph.config import BITS
 from teq_graph.kernels import cuda, plan, program
 from teq_graph.kernels.cuda import Weight
 from teq_graph.kernels.plan import Product
-from teq_graph.kernels.tilings import AnyTiling, StreamTiling, TileTiling
+from teq_graph.kernels.tilings import AnyTiling, StreamTiling, TileTiling, WarpgroupTiling
 from teq_graph.quantization.weight import dequantize_rows
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
@@ -36,12 +36,15 @@ STRETCHES = tuple(2**20 * mebibytes for mebibytes in (32, 64, 128, 1024))
 """Bytes of dequantized weights that are there at once."""
 DEQUANTIZE_FROM = 64
 OTHERS: tuple[AnyTiling, ...] = (
-    StreamTiling(tokens=8, row_tiles=2, warps=8, stages=6),
-    StreamTiling(tokens=8, row_tiles=2, warps=8, stages=8),
-    StreamTiling(tokens=16, row_tiles=2, warps=8, stages=6),
-    TileTiling(tokens=8, row_tiles=2, warps=4, stages=5, blocks=2),
-    TileTiling(tokens=16, row_tiles=2, warps=4, stages=5, blocks=2),
+    StreamTiling(tokens=8, row_tiles=2, warps=8, stages=4, blocks=1),
+    StreamTiling(tokens=8, row_tiles=2, warps=8, stages=4, blocks=2),
+    StreamTiling(tokens=8, row_tiles=2, warps=4, stages=4, blocks=4),
+    StreamTiling(tokens=16, row_tiles=2, warps=8, stages=4, blocks=1),
+    StreamTiling(tokens=16, row_tiles=2, warps=8, stages=3, blocks=2),
     TileTiling(tokens=64, row_tiles=2, warps=8, stages=3, blocks=1),
+    WarpgroupTiling(tokens=64, row_tiles=2, warpgroups=2, stages=4, blocks=1),
+    WarpgroupTiling(tokens=128, row_tiles=2, warpgroups=2, stages=3, blocks=1),
+    WarpgroupTiling(tokens=128, row_tiles=1, warpgroups=2, stages=4, blocks=1),
 )
 """Tilings that kernels/plan.py does not have, to be tried."""
 
