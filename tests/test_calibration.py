@@ -15,6 +15,7 @@ import torch
 from support.architectures import BY_NAME
 from support.graphs import relative_error
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from teq_graph import pipeline
@@ -237,6 +238,16 @@ def test_a_tensor_of_a_model_that_takes_it_by_name() -> None:
     batches = calibration_batches(images, captured, TrainingConfig(batch_size=3), None)
     bound = [captured.bind(batch)[1]["pixel_values"] for batch in batches]
     assert [len(x) for x in bound] == [3, 2] and torch.equal(torch.cat(bound), images)
+
+
+def test_batches_are_where_the_graph_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they are made from: a graph that was moved to a GPU computes on nothing else."""
+    captured = capture(LlamaForCausalLM(LLAMA).eval())
+    monkeypatch.setattr(type(captured), "device", torch.device("meta"))
+    rows = torch.arange(24).reshape(4, 6)
+    for given in (rows, [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in rows]):
+        batches = calibration_batches(given, captured, TrainingConfig(batch_size=2), None)
+        assert {leaf.device.type for leaf in pytree.tree_leaves(batches)} == {"meta"}
 
 
 def test_own_samples() -> None:

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from support.architectures import GQA, TOKENS
-from support.compiling import DYNAMIC, in_one_line
+from support.compiling import DYNAMIC, LLAMA, in_one_line
 from support.graphs import apply_random_scales, capture_small, find, leaves, op_names, randomize, relative_error, run
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from teq_graph.capture import CapturedGraph, capture
+from teq_graph.capture import captured as captured_graph
 from teq_graph.capture.torch_export import refuse_other_constants
 from teq_graph.errors import CaptureError, InputError
+from teq_graph.graph.tensors import node_tensor
 from teq_graph.passes.remove_no_ops import RemoveNoOps
 
 Forward = Callable[..., Any]
@@ -420,3 +423,20 @@ def test_a_constant_that_is_no_tensor_is_refused() -> None:
     with pytest.raises(CaptureError, match="functions as values") as caught:
         refuse_other_constants(program)
     assert "aten.alias.default" in str(caught.value)
+
+
+def test_what_nodes_are_said_to_give_moves_with_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that run there would find operands of two devices otherwise."""
+    captured = capture(LLAMA.build())
+    monkeypatch.setattr(captured_graph, "usable_device", torch.device)
+    nodes = captured.graph_module.graph.nodes
+    before = {node.name: [(x.shape, x.dtype) for x in tensors_of(node)] for node in nodes}
+    captured.move_to("meta")
+    assert {x.device.type for node in nodes for x in tensors_of(node)} == {"meta"}
+    assert before == {node.name: [(x.shape, x.dtype) for x in tensors_of(node)] for node in nodes}
+    constants = [node for node in nodes if node.op == "get_attr"]
+    assert all(node.meta["val"] is node_tensor(node) for node in constants) and constants
+
+
+def tensors_of(node: torch.fx.Node) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]

@@ -144,8 +144,15 @@ def calibration_batches(
 
     None stands for a causal language model's own samples, for random sources of an encoder-decoder, and for the user's
     `example_inputs` of another model. What an encoder-decoder is to write of a source, it writes itself, unless the
-    user gives it as `decoder_input_ids`.
+    user gives it as `decoder_input_ids`. All is where the graph is.
     """
+    batches = _batches_of(calibration, captured, training, tokenizer, example_inputs)
+    return [pytree.tree_map_only(Tensor, lambda tensor: tensor.to(captured.device), batch) for batch in batches]
+
+
+def _batches_of(
+    calibration: Any, captured: CapturedGraph, training: TrainingConfig, tokenizer: Any, example_inputs: Any
+) -> list[Batch]:
     if captured.encoder_decoder is not None:
         sources = make_batches(
             calibration,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -20,8 +22,9 @@ from teq_graph.capture.shapes import (
     LayerCache,
 )
 from teq_graph.errors import InputError, brief, one_line
-from teq_graph.graph.nodes import placeholder_nodes
+from teq_graph.graph.nodes import is_tensor_constant, placeholder_nodes
 from teq_graph.graph.sizes import fixed, symbol
+from teq_graph.graph.tensors import node_tensor
 
 
 @dataclasses.dataclass
@@ -138,20 +141,27 @@ class CapturedGraph:
                     )
 
     def move_to(self, device: str | torch.device) -> None:
-        """Move tensors, example inputs and the device arguments of the graph's own ops.
+        """Move tensors, example inputs, the device arguments of the graph's own ops, and the values of its nodes.
 
         Raises InputError, before anything has moved, for what is no device of this machine that holds numbers.
         """
         device = usable_device(device)
 
         def moved(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                return value
+            with value.fake_mode if isinstance(value, FakeTensor) else contextlib.nullcontext():
+                return value.to(device)
 
         self.graph_module.to(device)
         self.example_args, self.example_kwargs = pytree.tree_map(moved, (self.example_args, self.example_kwargs))
         for node in self.graph_module.graph.nodes:
             swap = lambda value: device if isinstance(value, torch.device) else value  # noqa: E731
             node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), swap)
+            if is_tensor_constant(node):
+                node.meta["val"] = node_tensor(node)
+            elif "val" in node.meta:
+                node.meta["val"] = pytree.tree_map(moved, node.meta["val"])
         self.graph_module.recompile()
 
     def cache_pairs(self) -> dict[Node, Node]:
