@@ -24,6 +24,7 @@ from teq_graph.quantization import fake_quantize
 from teq_graph.report import ROUNDED, SHARES, BlockReport, Curve, Report, SiteReport, WeightReport
 from teq_graph.system.files import finite, read_json, write_json
 from teq_graph.training.linear_errors import factors_of
+from teq_graph.training.precision import Precision
 from teq_graph.training.tensors import StretchTensors
 
 VOID = {"br", "hr", "img", "input", "link", "meta"}
@@ -159,10 +160,12 @@ def test_errors_of_linears_are_those_of_their_outputs(stages: tuple[str, ...]) -
         assert all(report.stages == {} for report in reports.values())
         return
     moved = [name for site in compiled.report.sites if site.folded for name in (site.producer, *site.consumers)]
+    weights = [model.get_parameter(name).detach() for name in reports]
+    precision = Precision.for_codes(weights, [WeightSpec(4, 16)] * len(weights))
     for name, report in reports.items():
         layer = int(name.split(".")[0])
         weight = model[layer].weight.detach().double()
-        with torch.no_grad():
+        with torch.no_grad(), precision.inputs():  # as the float model is computed whose inputs are looked at
             read = model[:layer](x).double()
         rounded = fake_quantize(weight.float(), WeightSpec(4, 16)).double()
         wanted = [ROUNDED, *(stage for stage in stages if stage != "teq" or name in moved)]
