@@ -47,6 +47,7 @@ SETTINGS = {
     "calibration_shape": [4, 32],
     "digest": "0",
     "is_encoder": False,
+    "device": "cpu",
 }
 COLUMNS = table.columns_of(SETTINGS)
 

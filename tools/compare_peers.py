@@ -35,7 +35,7 @@ from teq_graph.config import BITS, GROUP_SIZES
 from teq_graph.errors import InputError, TeqGraphError
 from teq_graph.loading import load_model, quiet_transformers
 
-SHARED_FIELDS = ("bits", "group_size", "iters", "batch_size", "seed", "context")
+SHARED_FIELDS = ("bits", "group_size", "iters", "batch_size", "seed", "context", "device")
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--iters", type=_at_least(1), default=50, help="optimizer steps, per block or of the model")
     parser.add_argument("--batch-size", type=_at_least(1), default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of auto-round and of ours")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--timeout", type=_at_least(1), default=4 * 3600, help="seconds that a method may take")
     parser.add_argument("--venvs", type=Path, default=cache / "teq_graph" / "peers", help="folder of environments")

@@ -37,6 +37,7 @@ class Job:
         self.batch_size: int = fields["batch_size"]
         self.seed: int = fields["seed"]
         self.is_encoder: bool = fields["is_encoder"]
+        self.device: str = fields["device"]
         self.options: dict[str, Any] = fields["options"]
         self.result: dict[str, Any] = {}
         self.calibration: Tensor = torch.from_numpy(np.load(fields["calibration"]))

@@ -20,7 +20,7 @@ def runner(job: Job) -> None:
         nsamples=len(job.calibration),
         batch_size=job.batch_size,
         seed=job.seed,
-        device_map="cpu",
+        device_map=job.device,
         enable_torch_compile=False,
         amp=False,
         **{"iters": job.iters, **job.options},

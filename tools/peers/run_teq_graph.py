@@ -37,6 +37,7 @@ def compile_and_measure(job: Job) -> None:
             calibration=job.batches(),
             quantization=teq_graph.QuantizationConfig(bits=job.bits, group_size=job.group_size),
             training=training,
+            device=job.device,
         )
     quantized = [linear for linear in compiled.report.linears if linear.spec is not None]
     assert len(quantized) == len(block_linears(model)), "the graph and the model have other linears"

@@ -71,7 +71,7 @@ def document(settings: Mapping[str, Any], rows: Iterable[Row]) -> str:
     head = (
         f"`{s['model']}`, W{s['bits']}g{s['group_size']} asymmetric. {measured} Calibration: the same {samples} × "
         f"{length} tokens of `{s['calibration']}` for all; {s['iters']} iterations of batch {s['batch_size']}, seed "
-        f"{s['seed']}, where a method iterates and its preset says nothing else."
+        f"{s['seed']}, where a method iterates and its preset says nothing else. auto-round and ours on {s['device']}."
     )
     rules = (
         "Seconds: from the loaded model and the calibration tokens to codes. Peak: the largest resident memory of the "
