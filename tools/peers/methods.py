@@ -61,6 +61,9 @@ METHODS: dict[str, Method] = {
     "inc-gptq": _neural_compressor("GPTQ", "", algorithm="gptq"),
     "auto-round": _auto_round("", "its default learning rate"),
     "auto-round-light": _auto_round(" light", "learning rate of its light recipe", lr=5e-3),
+    "auto-round-light-bf16": _auto_round(
+        " light, bfloat16", "its light recipe in its own mixed precision", lr=5e-3, amp=True
+    ),
     "auto-round-200": _auto_round(", 200 iterations", "iterations and learning rate of its default recipe", iters=200),
     "auto-round-1000": _auto_round(
         ", 1000 iterations", "those of its best recipe, with its algorithm extension", iters=1000, enable_alg_ext=True

@@ -22,8 +22,7 @@ def runner(job: Job) -> None:
         seed=job.seed,
         device_map=job.device,
         enable_torch_compile=False,
-        amp=False,
-        **{"iters": job.iters, **job.options},
+        **{"iters": job.iters, "amp": False, **job.options},
     )
     with job.timed():
         model, _ = rounder.quantize()
