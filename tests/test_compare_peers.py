@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -162,6 +165,29 @@ def test_timeout_ends_the_runner_and_what_it_started(runner: Callable[..., dict[
     assert runner(script, timeout=1.0)["error"] == "it took longer than --timeout"
     time.sleep(2)
     assert not touched.exists()
+
+
+def test_a_run_that_is_ended_ends_its_method(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    code = (
+        "import pathlib, sys; sys.path.insert(0, sys.argv[1]); folder = pathlib.Path(sys.argv[2])\n"
+        "from peers import methods, process\n"
+        "methods.METHODS['peer'] = methods.Method('a peer', str(folder / 'script.py'))\n"
+        "process.exit_on_terminate()\n"
+        "process.measure_method('peer', {}, venvs=folder, logs=folder / 'logs', timeout=60, ragged=False)"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code, TOOLS, tmp_path])
+    while not (pid.exists() and pid.read_text()):
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_environment_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

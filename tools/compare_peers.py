@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from peers import table
 from peers.methods import METHODS
-from peers.process import measure_method
+from peers.process import exit_on_terminate, measure_method
 
 from teq_graph.calibration import TokenInputs, make_batches
 from teq_graph.config import BITS, GROUP_SIZES
@@ -201,4 +201,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_terminate()
     main()

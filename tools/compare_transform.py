@@ -23,7 +23,7 @@ import compare_peers
 import numpy as np
 import torch
 from peers.methods import METHODS
-from peers.process import measure_method
+from peers.process import exit_on_terminate, measure_method
 
 from teq_graph import QuantizationConfig, TrainingConfig
 from teq_graph.checkpoints.directory import save_float
@@ -111,4 +111,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_terminate()
     main()
