@@ -108,6 +108,7 @@ def test_plot(tmp_path: Path) -> None:
     rows = [float_row, ROW, {**ROW, "perplexity": 1e9}, {"method": "hqq", "error": "no"}]
     assert table.plot(rows, tmp_path / "plot.png", SETTINGS)
     assert (tmp_path / "plot.png").stat().st_size > 0
+    assert table.plot(rows[3:], tmp_path / "empty.png", SETTINGS), "without a warning, too"
 
 
 def test_every_method_has_its_runner_and_requirements() -> None:
@@ -274,6 +275,8 @@ def test_resume_from_another_file(tmp_path: Path, text: str) -> None:
         (["--tokens", "1"], "integers >= 2"),
         (["--iters", "many"], "integers >= 1"),
         (["--methods", "rtn", "nothing"], "'nothing'"),
+        (["--device", "tpu"], "accepted are cpu and cuda"),
+        (["--device", "cuda:99"], "accepted are cpu and cuda"),
         (["--test", "absent.txt"], "absent.txt is no file"),
         (["--unknown"], "--unknown"),
     ],

@@ -31,6 +31,7 @@ from peers.methods import METHODS
 from peers.process import exit_on_terminate, measure_method
 
 from teq_graph.calibration import TokenInputs, make_batches
+from teq_graph.capture import usable_device
 from teq_graph.config import BITS, GROUP_SIZES
 from teq_graph.errors import InputError, TeqGraphError
 from teq_graph.loading import load_model, quiet_transformers
@@ -60,12 +61,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--iters", type=_at_least(1), default=50, help="optimizer steps, per block or of the model")
     parser.add_argument("--batch-size", type=_at_least(1), default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of auto-round and of ours")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda: of auto-round and of ours")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--timeout", type=_at_least(1), default=4 * 3600, help="seconds that a method may take")
     parser.add_argument("--venvs", type=Path, default=cache / "teq_graph" / "peers", help="folder of environments")
     parser.add_argument("--resume", action="store_true", help="keep rows that compare.json has without an error")
     return parser.parse_args(arguments)
+
+
+def _device(text: str) -> str:
+    try:
+        return usable_device(text).type
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _file(text: str) -> Path:

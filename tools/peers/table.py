@@ -111,7 +111,8 @@ def plot(rows: Iterable[Row], path: Path, settings: Mapping[str, Any]) -> bool:
             axes.annotate(str(number), (row["seconds"], value), fontsize=9, **offset)
     axes.set(xscale="log", yscale="log", xlabel="seconds to quantize", ylabel=head)
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    if good:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
     return True
