@@ -32,9 +32,10 @@ def rtn_job(stories260k: LoadedModel, wikitext: str, tmp_path: Path) -> job_modu
     (tmp_path / "test.json").write_text(json.dumps(stories260k.tokenizer(wikitext[:3000])["input_ids"][:300]))
     np.save(tmp_path / "calibration.npy", np.zeros((2, 8), dtype=np.int64))
     fields = dict(model=str(tmp_path / "model"), test=str(tmp_path / "test.json"), context=128, bits=3, group_size=32)
-    paths = dict(calibration=str(tmp_path / "calibration.npy"), iters=1, batch_size=2, seed=0, is_encoder=False)
+    more = dict(calibration=str(tmp_path / "calibration.npy"), iters=1, batch_size=2, seed=0, device="cpu")
     path = tmp_path / "job.json"
-    path.write_text(json.dumps({**fields, **paths, "options": {"training": "rtn"}}), encoding="utf-8")
+    text = json.dumps({**fields, **more, "is_encoder": False, "options": {"training": "rtn"}})
+    path.write_text(text, encoding="utf-8")
     return job_module.Job(path)
 
 
