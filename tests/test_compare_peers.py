@@ -176,12 +176,16 @@ def test_a_run_that_is_ended_ends_its_method(tmp_path: Path) -> None:
     )
     code = (
         "import pathlib, sys; sys.path.insert(0, sys.argv[1]); folder = pathlib.Path(sys.argv[2])\n"
+        "import compare_peers\n"
         "from peers import methods, process\n"
+        "from teq_graph.system import interruption\n"
         "methods.METHODS['peer'] = methods.Method('a peer', str(folder / 'script.py'))\n"
-        "process.exit_on_terminate()\n"
-        "process.measure_method('peer', {}, venvs=folder, logs=folder / 'logs', timeout=60, ragged=False)"
+        "common = dict(venvs=folder, logs=folder / 'logs', timeout=60, ragged=False)\n"
+        "compare_peers.compare = lambda args: process.measure_method('peer', {}, **common)\n"
+        "interruption.install()\n"
+        "compare_peers.main(['model', '--test', sys.argv[3], '--calibration', sys.argv[3], '--output', sys.argv[2]])"
     )
-    run = subprocess.Popen([sys.executable, "-c", code, TOOLS, tmp_path])
+    run = subprocess.Popen([sys.executable, "-c", code, TOOLS, tmp_path, script])
     while not (pid.exists() and pid.read_text()):
         assert run.poll() is None
         time.sleep(0.05)

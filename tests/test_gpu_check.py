@@ -43,7 +43,7 @@ def step(name: str, script: str, *arguments: str, share: float = 1, **more: Any)
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     """Runs steps on a machine that has a GPU: the exit code, and the file that is written."""
     monkeypatch.setattr(command, "find_device", lambda: DEVICE)
-    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(command.interruption, "install", lambda: None)
 
     def run(steps: list[Step], *arguments: str) -> tuple[int, str]:
         output = tmp_path / "check.md"

@@ -28,13 +28,14 @@ import numpy as np
 import torch
 from peers import table
 from peers.methods import METHODS
-from peers.process import exit_on_terminate, measure_method
+from peers.process import measure_method
 
 from teq_graph.calibration import TokenInputs, make_batches
 from teq_graph.capture import usable_device
 from teq_graph.config import BITS, GROUP_SIZES
 from teq_graph.errors import InputError, TeqGraphError
 from teq_graph.loading import load_model, quiet_transformers
+from teq_graph.system import interruption
 
 SHARED_FIELDS = ("bits", "group_size", "iters", "batch_size", "seed", "context", "device")
 
@@ -61,7 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--iters", type=_at_least(1), default=50, help="optimizer steps, per block or of the model")
     parser.add_argument("--batch-size", type=_at_least(1), default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda: of auto-round and of ours")
+    parser.add_argument("--device", type=_device, default="cpu", help="of auto-round and of ours: cpu, cuda, or cuda:1")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--timeout", type=_at_least(1), default=4 * 3600, help="seconds that a method may take")
     parser.add_argument("--venvs", type=Path, default=cache / "teq_graph" / "peers", help="folder of environments")
@@ -71,7 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _device(text: str) -> str:
     try:
-        return usable_device(text).type
+        return str(usable_device(text))
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -205,9 +206,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (TeqGraphError, OSError, UnicodeDecodeError) as error:
         Parser().error(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interruption.exit_code())
 
 
 if __name__ == "__main__":
-    exit_on_terminate()
+    interruption.install()  # what ends this ends the method that runs, too
     main()

@@ -23,13 +23,14 @@ import compare_peers
 import numpy as np
 import torch
 from peers.methods import METHODS
-from peers.process import exit_on_terminate, measure_method
+from peers.process import measure_method
 
 from teq_graph import QuantizationConfig, TrainingConfig
 from teq_graph.checkpoints.directory import save_float
 from teq_graph.compile import transform_with_sites
 from teq_graph.errors import TeqGraphError
 from teq_graph.loading import load_model
+from teq_graph.system import interruption
 
 DEFAULT = ("rtn", "ort-rtn", "ort-hqq", "ort-k-quant", "auto-round-light")
 
@@ -107,9 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (TeqGraphError, OSError, UnicodeDecodeError) as error:
         compare_peers.Parser().error(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interruption.exit_code())
 
 
 if __name__ == "__main__":
-    exit_on_terminate()
+    interruption.install()  # what ends this ends the method that runs, too
     main()

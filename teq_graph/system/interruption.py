@@ -23,6 +23,11 @@ def received() -> int | None:
     return _received
 
 
+def exit_code() -> int:
+    """128 and the number of the signal that came, of Ctrl-C where none is on record."""
+    return 128 + (signal.SIGINT if _received is None else _received)
+
+
 def check() -> None:
     """Raise KeyboardInterrupt once more if a signal came: what was interrupted may have gone on regardless."""
     if _received is not None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from gpu_checking.page import kernel_section, page
 from gpu_checking.running import Outcome, Step, limit_of, run
 from gpu_checking.steps import KERNELS
 from gpu_checking.steps import steps as all_steps
+from teq_graph.system import interruption
 from teq_graph.system.files import write_whole
 
 MOST_MINUTES = 1440
@@ -98,7 +98,7 @@ def check(args: argparse.Namespace, device: Device, steps: Sequence[Step]) -> li
 def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] | None = None) -> NoReturn:
     steps = all_steps() if steps is None else steps
     args = parse_arguments(arguments, [step.name for step in steps])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the step that runs, too
+    interruption.install()  # what ends this ends the step that runs, too
     device = find_device()
     if device is None:
         Parser().error("torch sees no NVIDIA GPU")
@@ -107,6 +107,6 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] | None = 
     except OSError as error:
         Parser().error(str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interruption.exit_code())
     print(f"written: {args.output}")
     sys.exit(not all(outcome.is_good for outcome in outcomes))

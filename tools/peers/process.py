@@ -24,11 +24,6 @@ class MethodError(Exception):
     """The method gave no figures; the message is one line."""
 
 
-def exit_on_terminate() -> None:
-    """SIGTERM ends this process by SystemExit, and so the method that runs, too."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-
 def measure_method(
     name: str, fields: Mapping[str, Any], *, venvs: Path, logs: Path, timeout: float, ragged: bool
 ) -> dict[str, Any]:
