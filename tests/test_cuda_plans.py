@@ -13,7 +13,7 @@ import torch
 from teq_graph.config import BITS
 from teq_graph.kernels import cuda, plan, program
 from teq_graph.kernels.parameters import PARAMETERS, POINTERS, SIZES
-from teq_graph.kernels.tilings import STEP, AnyTiling, StreamTiling, Tiling, WarpgroupTiling
+from teq_graph.kernels.tilings import STEP, AnyTiling, StreamTiling, Tiling
 
 SHAPES = [
     (256, 5 * 896),
@@ -121,9 +121,7 @@ def test_small_gpus_take_what_they_have_room_for() -> None:
 
 def test_warpgroups_are_of_some_gpus() -> None:
     product = plan.Product(torch.float16, 256, 28672, 4096, 4, 128)
-    for tiling in plan.GROUPS.values():
-        if not isinstance(tiling, WarpgroupTiling):
-            continue
+    for tiling in (plan.GROUPS_32, plan.GROUPS_64, plan.WIDE_GROUPS_64, plan.WIDE_GROUPS_128):
         assert plan.plan_by(product, tiling, dataclasses.replace(DEVICES[-1], warpgroups=False)) is None
         made = plan.plan_by(product, tiling, DEVICES[-1])
         assert made is not None

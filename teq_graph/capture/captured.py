@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -148,10 +146,7 @@ class CapturedGraph:
         device = usable_device(device)
 
         def moved(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            with value.fake_mode if isinstance(value, FakeTensor) else contextlib.nullcontext():
-                return value.to(device)
+            return value.to(device) if isinstance(value, Tensor) else value
 
         self.graph_module.to(device)
         self.example_args, self.example_kwargs = pytree.tree_map(moved, (self.example_args, self.example_kwargs))

@@ -51,7 +51,7 @@ def steps() -> list[Step]:
             10,
             measured_by("tune_matmul.py", f"--shapes {LARGE} --bits 4 --tokens {MANY} --rounds 5 --seconds {SECONDS}"),
             "`tools/tune_matmul.py`: as kernels, all tilings that could serve many tokens at 4 bits, in µs; the table "
-            "in `kernels/plan.py` is made of such figures, and tilings of warpgroups enter it when they were measured.",
+            "in `kernels/plan.py` is made of such figures.",
             needs(*COMPILES),
             tiling_table,
         ),
